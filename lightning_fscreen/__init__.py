@@ -1,0 +1,25 @@
+"""Prune PyTorch Lightning classifiers by what their activations say about the classes."""
+
+from lightning_fscreen import functional, models
+from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.checkpoint import load_slimmed, save_slimmed
+from lightning_fscreen.criteria import register_criterion
+from lightning_fscreen.metric import FStatistic
+from lightning_fscreen.report import PruningReport
+from lightning_fscreen.screening import screen
+from lightning_fscreen.slimming import SlimmingPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FStatistic",
+    "PruningReport",
+    "ScreeningPruningCallback",
+    "SlimmingPlan",
+    "functional",
+    "load_slimmed",
+    "models",
+    "register_criterion",
+    "save_slimmed",
+    "screen",
+]

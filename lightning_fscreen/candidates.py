@@ -1,0 +1,135 @@
+"""What can be pruned: the weights of linear and convolution layers, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """The weight of one linear or convolution layer, its connections being the candidates."""
+
+    name: str
+    module: nn.Linear | _ConvNd
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """(out, in) or (out, in / groups, *kernel); transposed convolutions (in, out / groups, *kernel)."""
+        return self.module.weight
+
+    def per_connection(self, values: Tensor) -> Tensor:
+        """Spread a value per input over the connections that read that input.
+
+        Args:
+            values: (*, in).
+
+        Returns:
+            (*, …), the dimensions after `*` broadcastable to the weight's shape.
+        """
+        module = self.module
+        if isinstance(module, nn.Linear):
+            return values.unsqueeze(-2)
+        kernel = [1] * len(module.kernel_size)
+        if isinstance(module, _ConvTransposeNd):
+            return values.reshape(*values.shape, 1, *kernel)
+        groups, batch = module.groups, values.shape[:-1]
+        by_group = values.reshape(*batch, groups, 1, module.in_channels // groups)
+        rows = by_group.expand(*batch, groups, module.out_channels // groups if groups > 1 else 1, -1)
+        return rows.reshape(*batch, -1, module.in_channels // groups, *kernel)
+
+
+def num_inputs(module: nn.Module) -> int:
+    """Number of input features or channels of a linear, convolution or batch-norm layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, _ConvNd):
+        return module.in_channels
+    if isinstance(module, _BatchNorm):
+        return int(module.num_features)
+    raise TypeError(f"no linear, convolution or batch-norm layer: {type(module).__name__}")
+
+
+def find_weights(
+    model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> tuple[list[PrunableWeight], dict[str, str]]:
+    """Linear and convolution layers of `model` in the order of its modules.
+
+    Args:
+        model: any module.
+        include: glob patterns over module names; a layer must match one. All layers if None.
+        exclude: glob patterns over module names; a layer must match none.
+
+    Returns:
+        The layers whose weights can be pruned, and {layer name: reason} of those that cannot.
+
+    Raises:
+        ValueError: a pattern that matches no layer; no layer left to prune.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)}
+    selected = select(layers, include, exclude)
+    found: list[PrunableWeight] = []
+    excluded: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in layers.items():
+        reason = selected.get(name) or _why_not(module, owners)
+        if reason:
+            excluded[name] = reason
+        else:
+            owners[id(module.weight)] = name
+            found.append(PrunableWeight(name, module))
+    if not found:
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in excluded.items())
+        raise ValueError(
+            f"nothing to prune in {type(model).__name__}: it has "
+            + (f"these linear and convolution layers, none of which can be pruned:{listing}" if listing else "no layers")
+            + "\nCheck include=/exclude=, requires_grad and that the layers are attributes of the module."
+        )
+    return found, excluded
+
+
+def select(
+    names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> dict[str, str]:
+    """Apply include/exclude glob patterns; returns {name: reason} of the names they leave out.
+
+    Raises:
+        ValueError: a pattern matches no name.
+    """
+    names = list(names)
+    left_out: dict[str, str] = {}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if patterns is None:
+            continue
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {names}")
+        for name in names:
+            if any(fnmatchcase(name, pattern) for pattern in patterns) != (argument == "include"):
+                left_out.setdefault(name, f"left out by {argument}={patterns}")
+    return left_out
+
+
+def _why_not(module: nn.Linear | _ConvNd, owners: dict[int, str]) -> str | None:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "attention uses this layer's weight without calling it"
+    if is_parametrized(module, "weight"):
+        return "its weight is computed by a parametrization"
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight is not initialised; run a batch through the lazy module before fitting"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is not a parameter (weight_norm or an older pruning hook replaced it)"
+    if not module.weight.requires_grad:
+        return "frozen (requires_grad is False)"
+    if id(module.weight) in owners:
+        return f"shares its weight with {owners[id(module.weight)]!r}, which is pruned"
+    return None

@@ -1,0 +1,106 @@
+"""Save a slimmed model and load it into a fresh one: safetensors and the plan, no pickle, no tracing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_fscreen.slimming.capture import named_tensors
+from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, plan_of
+from lightning_fscreen.slimming.rewrite import install
+
+_KEY = "fscreen_plan"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write weights, buffers and the slimming plan of a model to one safetensors file.
+
+    The file is written beside and renamed: an interrupted save leaves the previous file as it was.
+
+    Args:
+        model: a model that was slimmed, or that holds submodules that were; one that was not is saved as it is.
+        path: the file, by custom `*.safetensors`.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot save to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _persistent(model).items()}
+    try:
+        save_file(tensors, partial, metadata={_KEY: plan_of(model).to_json()})
+        os.replace(partial, path)
+    except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
+        raise OSError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Make a fresh model as small as the saved one, in place, and load its weights.
+
+    Args:
+        model: a fresh, full-size instance of the class that was saved, on any device, of any floating dtype.
+        path: a file that `save_slimmed` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PlanError: the file is damaged, is something else, or does not fit the model; names the first tensor that
+            differs. The model is untouched then.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise PlanError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
+    plan = SlimmingPlan.from_json(metadata[_KEY])
+    plan.check(model)
+    expected = _persistent(model)
+    biases = {f"{name}.bias" if name else "bias" for name in plan.biases}
+    for name in sorted({*expected, *biases, *saved}):
+        if name not in saved:
+            raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(model).__name__} needs")
+        if name not in expected and name not in biases:
+            raise PlanError(f"{str(path)!r} has a tensor {name!r}, which {type(model).__name__} does not have")
+        if name in expected:
+            shape = _planned_shape(plan, name, expected[name])
+        else:
+            owner = name.removesuffix("bias") + "weight"
+            shape = _planned_shape(plan, owner, named_tensors(model)[owner])[:1]
+        if tuple(saved[name].shape) != shape:
+            raise PlanError(f"{str(path)!r}: tensor {name!r} has shape {tuple(saved[name].shape)}, its plan says {shape}")
+    install(model, plan, saved)
+    if plan:
+        attach_plan(model, plan)
+    return model
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, shared ones once."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in named_tensors(model).items() if name in state}
+
+
+def _planned_shape(plan: SlimmingPlan, name: str, tensor: Tensor) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    for dim, kept in plan.cuts.get(name, {}).items():
+        shape[dim] = len(kept)
+    return tuple(shape)

@@ -1,0 +1,125 @@
+"""`fscreen`: train, screen, prune, slim, test and report, configured by Hydra."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.data import ImageDataModule
+from lightning_fscreen.models.classifier import ImageClassifier
+from lightning_fscreen.outputs import print_config, print_report, run_report, write_figures, write_outputs
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Entry point of the command `fscreen`."""
+    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(run)()
+
+
+def run(config: DictConfig) -> float | None:
+    """One run of a composed configuration; returns `optimized_metric` for a sweeper.
+
+    Raises:
+        ValueError: a configuration that does not fit together, an `optimized_metric` that was not logged.
+        NotADirectoryError, PermissionError: the run folder cannot be written.
+    """
+    start = time.perf_counter()
+    folder = Path(config.paths.output_dir)
+    check_writable(folder)
+    if config.extras.ignore_warnings:
+        warnings.simplefilter("ignore")
+    seed_everything(config.seed, workers=True, verbose=False)
+
+    data: ImageDataModule = instantiate(config.data, _convert_="all")
+    if rank_zero_only.rank == 0:
+        data.prepare_data()
+    data.setup("fit")
+    fit_to_data(config, data)
+    config.paths.output_dir = str(folder)  # the folder itself, where ${hydra:…} cannot be resolved any more
+    if rank_zero_only.rank == 0:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        if config.extras.print_config:
+            print_config(config)
+
+    model: ImageClassifier = instantiate(config.model, _convert_="all")
+    callbacks = {name: instantiate(entry, _convert_="all") for name, entry in (config.callbacks or {}).items()}
+    loggers = [instantiate(entry, _convert_="all") for entry in (config.logger or {}).values()]
+    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks.values()), logger=loggers, _convert_="all")
+    pruning = next((c for c in callbacks.values() if isinstance(c, ScreeningPruningCallback)), None)
+
+    dense = {name: p.detach().clone() for name, p in model.net.named_parameters()}
+    trainer.fit(model, data, ckpt_path=config.ckpt_path, weights_only=True)
+    metrics = dict(trainer.callback_metrics)
+    trainer.test(model, data, verbose=False)
+    metrics |= trainer.callback_metrics
+    value = _optimized(config.optimized_metric, metrics)
+
+    if trainer.is_global_zero:
+        report = run_report(config, _experiment(), model.net, pruning, metrics, data)
+        report["seconds"] = round(time.perf_counter() - start, 3)
+        write_outputs(folder, report, model.net)
+        if config.extras.figures and pruning is not None:
+            write_figures(folder / "figures", pruning, model.net, dense, data.image_shape)
+        if config.extras.print_report:
+            print_report(report, folder)
+    return value
+
+
+def check_writable(folder: Path) -> None:
+    """Make the run folder, and make sure that files can be written there.
+
+    Raises:
+        OSError: they cannot; names the folder and the override that moves it.
+    """
+    probe = folder / ".fscreen_write_test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"the run folder {str(folder)!r} cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER"
+        ) from error
+
+
+def fit_to_data(config: DictConfig, data: ImageDataModule) -> None:
+    """Fill in what the model's configuration leaves open (null) and the data determines."""
+    channels = data.image_shape[0]
+    known = {
+        "num_classes": data.num_classes,
+        "in_features": int(torch.tensor(data.image_shape).prod()),
+        "in_channels": channels,
+    }
+    nodes: list[Any] = [config.model, config.model.get("net")]
+    nodes += [node for node in (config.callbacks or {}).values() if "num_classes" in node]
+    with open_dict(config):
+        for node in nodes:
+            for key, value in known.items():
+                if node is not None and key in node and node[key] is None:
+                    node[key] = value
+
+
+def _experiment() -> str | None:
+    choice = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+    return None if choice in (None, "null") else str(choice)
+
+
+def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:
+    if name is None:
+        return None
+    if name not in metrics:
+        raise ValueError(f"optimized_metric={name!r} was not logged; choose one of {sorted(metrics)}")
+    return float(metrics[name])

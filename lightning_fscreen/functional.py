@@ -1,0 +1,182 @@
+"""The one-way F-statistic as pure functions: batch sums, their merge, and the statistic they give.
+
+Only additive sums are kept (Eq. 4 of "Exploring Neural Network Pruning with Screening Methods", arXiv 2502.07189), so
+data can be fed in any batches and in any order, and the sums of several processes merge exactly. The paper's plain sums
+are differences of large numbers when a feature's mean is far from zero; here every feature is measured from a `shift`
+of its own, the first value seen, which removes that cancellation and makes constant features exactly constant.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Within-class sums of squares smaller than this fraction of the total are rounding, not variance.
+_ROUNDING = 64 * torch.finfo(torch.float64).eps
+
+
+class ClassSums(NamedTuple):
+    """What the F-statistic needs to know about `p` features in `C` classes, all float64.
+
+    Attributes:
+        shift: (p,) origin from which each feature is measured; any value near the data.
+        counts: (C,) n_c, instances per class, or (C, p) where features saw different numbers of instances.
+        sums: (C, p) S_c = Σ_{k∈c} (x_k − shift).
+        squares: (p,) Q = Σ_k (x_k − shift)².
+    """
+
+    shift: Tensor
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+
+
+def f_statistic(features: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
+    """One-way ANOVA F-statistic of every feature: between-class over within-class variance (Eq. 3).
+
+        F = [ Σ_c n_c (x̄_c − x̄)² / (C − 1) ]  /  [ Σ_c Σ_{k∈c} (x_k − x̄_c)² / (n − C) ]
+
+    `C` counts the classes that occur, as in `sklearn.feature_selection.f_classif`.
+
+    Args:
+        features: (N, p), any floating or integer dtype; computed in float64.
+        labels: (N,) integer class indices, or (N, C) floating class weights ≥ 0 (mixup, label smoothing): an instance
+            then counts in each class with that weight.
+        num_classes: number of classes; taken from the labels if None.
+
+    Returns:
+        (p,) float64. A constant feature has F = 0. A feature that is constant within every class but not over all, or
+        with no more instances than classes (nothing is left to estimate the variance within), has F = +inf.
+
+    Raises:
+        ValueError: wrong shapes, labels out of range or of a dtype that is neither, fewer than two classes.
+    """
+    if num_classes is None:
+        num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if labels.numel() else 0
+    return f_statistic_compute(f_statistic_update(features, labels, num_classes))
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Check form and values of labels; the values of labels on an accelerator are waited for.
+
+    Raises:
+        ValueError: labels that are neither integers of shape (N,) nor floating (N, num_classes), class indices outside
+            0 … num_classes − 1, class weights that are negative or not finite.
+    """
+    if labels.is_floating_point():
+        if labels.ndim != 2 or labels.shape[1] != num_classes:
+            raise ValueError(
+                f"labels of dtype {labels.dtype} must be class weights of shape (N, {num_classes}), got shape "
+                f"{tuple(labels.shape)}; pass integer class indices of shape (N,), or the right num_classes="
+            )
+        if not bool((torch.isfinite(labels) & (labels >= 0)).all()):
+            raise ValueError("class weights in labels must be finite and not negative; pass the mixing proportions")
+        return
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels of dtype {labels.dtype} must have shape (N,), got {tuple(labels.shape)}; "
+            "pass class indices, or floating class weights of shape (N, C)"
+        )
+    if labels.numel() == 0:
+        return
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"labels must lie in 0 … {num_classes - 1}, found {wrong}; "
+            "pass num_classes= the number of classes, and leave out instances without a label"
+        )
+
+
+def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift: Tensor | None = None) -> ClassSums:
+    """Sums of one batch.
+
+    Args:
+        features: (N, p).
+        labels: (N,) class indices or (N, C) class weights.
+        num_classes: C.
+        shift: (p,) origin; the first instance if None.
+
+    Raises:
+        ValueError: as `f_statistic`.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"features must have shape (N, p), got {tuple(features.shape)}")
+    if len(features) != len(labels):
+        raise ValueError(f"features and labels differ in length: {len(features)} and {len(labels)}")
+    check_labels(labels, num_classes)
+    if shift is None:
+        shift = features[0].double() if len(features) else torch.zeros_like(features[:0].sum(0), dtype=torch.float64)
+    return sum_by_class(features, labels, num_classes, shift)
+
+
+def sum_by_class(features: Tensor, labels: Tensor, num_classes: int, shift: Tensor) -> ClassSums:
+    """`f_statistic_update` without its checks, for the training step."""
+    offsets = features - shift  # float64, whatever the features are
+    if labels.is_floating_point():
+        weights = labels.to(torch.float64)
+        squares = weights.sum(1) @ offsets.square()
+        return ClassSums(shift, weights.sum(0), weights.T @ offsets, squares)
+    one_hot = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(torch.float64)
+    if labels.device.type == "cpu":  # twice as fast as the product, but the order of additions is fixed on CPUs only
+        sums = offsets.new_zeros(num_classes, offsets.shape[1]).index_add_(0, labels.long(), offsets)
+    else:
+        sums = one_hot.T @ offsets
+    return ClassSums(shift, one_hot.sum(0), sums, offsets.square_().sum(0))
+
+
+def f_statistic_merge(first: ClassSums, second: ClassSums) -> ClassSums:
+    """Sums over the union of two disjoint sets of instances; exact, whatever their shifts.
+
+    Measured from a' instead of a, with e = a − a':  S_c' = S_c + n_c e,  Q' = Q + 2 e S + n e².
+    """
+    empty = first.counts.sum(0) == 0  # a scalar, or per feature: then the other's shift is the one to keep
+    shift = torch.where(empty, second.shift, first.shift)
+    merged = [move_shift(sums, shift) for sums in (first, second)]
+    return ClassSums(
+        shift,
+        merged[0].counts + merged[1].counts,
+        merged[0].sums + merged[1].sums,
+        merged[0].squares + merged[1].squares,
+    )
+
+
+def move_shift(sums: ClassSums, shift: Tensor) -> ClassSums:
+    """The same sums measured from another origin (p,)."""
+    step = sums.shift - shift
+    counts = _per_feature(sums.counts)
+    squares = sums.squares + 2 * step * sums.sums.sum(0) + counts.sum(0) * step**2
+    return ClassSums(shift, sums.counts, sums.sums + counts * step, squares)
+
+
+def f_statistic_compute(sums: ClassSums) -> Tensor:
+    """F of every feature, (p,) float64, from the sums of all batches; see `f_statistic`.
+
+    Raises:
+        ValueError: fewer than two classes occur.
+    """
+    counts = _per_feature(sums.counts)
+    present = counts > 0
+    num_classes = present.sum(0)
+    if bool((num_classes < 2).any()):
+        found = present.any(1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the F-statistic compares classes and needs at least two, found {found or 'no instances'}; "
+            "feed instances of two classes or more"
+        )
+    total = counts.sum(0)
+    class_means = torch.where(present, sums.sums / counts, 0.0)
+    mean = sums.sums.sum(0) / total
+    between = (counts * (class_means - mean) ** 2).sum(0)
+    within = sums.squares - (counts * class_means**2).sum(0)
+    within = torch.where(within <= _ROUNDING * sums.squares, 0.0, within)
+    degrees_within = total - num_classes
+    f = (between / (num_classes - 1)) / (within / degrees_within)
+    f = torch.where((within == 0) | (degrees_within <= 0), torch.inf, f)
+    return torch.where(between <= _ROUNDING * sums.squares, torch.where(torch.isinf(f), 0.0, f), f)
+
+
+def _per_feature(counts: Tensor) -> Tensor:
+    return counts.unsqueeze(1) if counts.ndim == 1 else counts

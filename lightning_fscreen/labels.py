@@ -1,0 +1,71 @@
+"""Find the labels in a batch, and the number of classes, the way classifiers usually carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+def find_labels(batch: Any) -> Tensor:
+    """Labels of a batch: the second item of (x, y, …), or what a mapping or object names label, labels, target, y, ….
+
+    Raises:
+        ValueError: none found; the message says what the batch looks like and how to pass `labels=`.
+    """
+    found: Any = None
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in _KEYS if key in batch), None)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        found = batch[1] if len(batch) > 1 else None
+    elif not isinstance(batch, Tensor):
+        found = next((getattr(batch, key) for key in _KEYS if hasattr(batch, key)), None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"no labels found in the batch: {describe(batch)}. Labels are looked for in (x, y), in mappings and in "
+            f"attributes named {', '.join(_KEYS)}. Pass labels=, a function of the batch that returns them: "
+            "class indices (N,) or class weights (N, C), for instance labels=lambda batch: batch['class']"
+        )
+    return found
+
+
+def describe(value: Any, depth: int = 0) -> str:
+    """A short account of a nested batch: types, shapes and dtypes, no values."""
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if depth == 2:
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        items = [f"{key!r}: {describe(item, depth + 1)}" for key, item in list(value.items())[:8]]
+        return f"{type(value).__name__} {{{', '.join(items)}}}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = [describe(item, depth + 1) for item in value[:8]]
+        return f"{type(value).__name__} of {len(value)} ({', '.join(items)})"
+    return type(value).__name__
+
+
+def infer_num_classes(*sources: Any, labels: Tensor | None = None) -> int | None:
+    """Number of classes, from class weights (N, C), or from the first source that knows it.
+
+    A source knows it through an attribute or hyperparameter `num_classes`, or a torchmetrics metric with one. As a last
+    resort, the width of the last linear layer of a source that is a module (a label beyond it is an error later on).
+    """
+    if labels is not None and labels.is_floating_point() and labels.ndim == 2:
+        return labels.shape[1]
+    for source in sources:
+        candidates = [getattr(source, "num_classes", None), (getattr(source, "hparams", None) or {}).get("num_classes")]
+        if isinstance(source, nn.Module):
+            candidates += [getattr(metric, "num_classes", None) for metric in source.modules() if isinstance(metric, Metric)]
+        for candidate in candidates:
+            if isinstance(candidate, int) and candidate > 1:
+                return candidate
+    for source in sources:
+        if isinstance(source, nn.Module):
+            widths = [module.out_features for module in source.modules() if isinstance(module, nn.Linear)]
+            if widths and widths[-1] > 1:
+                return widths[-1]
+    return None

@@ -1,0 +1,98 @@
+"""Keep pruned weights at exact zero, whatever the optimizer does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class Masks:
+    """Boolean masks over parameters, True where a value is kept, and their enforcement.
+
+    Pruned values are set to zero when they are pruned, and again after every optimizer step (weight decay, momentum and
+    noise would move them). Their optimizer state is zeroed with them and their gradients before every step, so that
+    the others are updated as if the pruned ones did not exist, clipping by norm included.
+
+    Args:
+        parameters: name → parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self.kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
+        self.num_kept = {name: p.numel() for name, p in self._parameters.items()}
+        """Candidates left, by layer."""
+        # Multiplying by a mask of the parameter's dtype is several times faster than filling by a boolean one.
+        self._factors: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def total(self) -> int:
+        """Number of candidates."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def total_kept(self) -> int:
+        """Number of candidates left."""
+        return sum(self.num_kept.values())
+
+    @torch.no_grad()
+    def set(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+        """Replace the masks, and zero what they prune: weights, and state of these optimizers.
+
+        Raises:
+            ValueError: masks that do not fit the parameters; nothing is changed then.
+        """
+        for name, parameter in self._parameters.items():
+            if name not in kept or kept[name].shape != parameter.shape:
+                found = f"shape {tuple(kept[name].shape)}" if name in kept else "no mask"
+                raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
+        self.kept = {name: kept[name].to(p.device, torch.bool) for name, p in self._parameters.items()}
+        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
+        self._factors = [self.kept[name].to(p.dtype) for name, p in self._parameters.items()]
+        self.apply()
+        by_parameter = {p: self.kept[name] for name, p in self._parameters.items()}
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                if parameter in by_parameter:
+                    _mask_state(state, by_parameter[parameter])
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zero the pruned weights."""
+        if self._factors:
+            torch._foreach_mul_(list(self._parameters.values()), self._factors)
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of the pruned weights."""
+        if self._factors:
+            pairs = [(p.grad, f) for p, f in zip(self._parameters.values(), self._factors, strict=True)]
+            present = [(gradient, factor) for gradient, factor in pairs if gradient is not None]
+            if present:
+                torch._foreach_mul_([gradient for gradient, _ in present], [factor for _, factor in present])
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero the pruned weights after every step of these optimizers, until `unwatch`."""
+
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self.apply()
+
+        self._handles += [optimizer.register_step_post_hook(after_step) for optimizer in optimizers]
+
+    def unwatch(self) -> None:
+        """Take the optimizer hooks away again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _mask_state(state: Mapping[str, Any], kept: Tensor) -> None:
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == kept.shape:
+            value.mul_(kept)

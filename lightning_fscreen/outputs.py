@@ -1,0 +1,162 @@
+"""What a run of `fscreen` leaves behind: report.json, model.safetensors, figures, and what it shows on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.tree import Tree
+from torch import Tensor, nn
+
+from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.checkpoint import save_slimmed
+from lightning_fscreen.data import ImageDataModule
+from lightning_fscreen.figures import (
+    connections_figure,
+    layers_figure,
+    save_figures,
+    schedule_figure,
+    weights_figure,
+)
+from lightning_fscreen.schedule import scheduled_fraction
+
+_CURVE_POINTS = 200
+
+
+def run_report(
+    config: DictConfig,
+    experiment: str | None,
+    network: nn.Module,
+    pruning: ScreeningPruningCallback | None,
+    metrics: Mapping[str, Tensor],
+    data: ImageDataModule,
+) -> dict[str, Any]:
+    """Contents of report.json, as primitives; without pruning, the sizes of the dense network."""
+    size = sum(parameter.numel() for parameter in network.parameters())
+    report: dict[str, Any] = {
+        "experiment": experiment,
+        "seed": config.seed,
+        "granularity": pruning.granularity if pruning else None,
+        "criterion": pruning.criterion if pruning else None,
+        "screening_weight": pruning.screening_weight if pruning else None,
+        "amount": pruning.amount if pruning else 0.0,
+        **{name.replace("/", "_"): round(float(metrics[name]), 7) for name in _REPORTED if name in metrics},
+        "epochs": config.trainer.max_epochs,
+        "train_size": len(data.train_dataloader().dataset),  # type: ignore[arg-type]
+        "params": {"before": size, "after": size},
+        "layers": [],
+    }
+    if pruning is not None:
+        report |= pruning.report().to_dict()
+    return report | {
+        "versions": {name: version(name) for name in ("lightning-fscreen", "torch", "lightning")}
+        | {"python": platform.python_version()}
+    }
+
+
+_REPORTED = ("test/error", "test/loss", "val/error", "val/loss", "train/loss")
+
+
+def write_outputs(folder: Path, report: Mapping[str, Any], network: nn.Module) -> None:
+    """Write report.json and model.safetensors, each beside its place and renamed."""
+    save_slimmed(network, folder / "model.safetensors")
+    partial = folder / f".report.json.{os.getpid()}.partial"
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, folder / "report.json")
+
+
+def write_figures(
+    folder: Path,
+    pruning: ScreeningPruningCallback,
+    network: nn.Module,
+    dense: Mapping[str, Tensor],
+    image_shape: tuple[int, int, int],
+) -> list[Path]:
+    """Write the pictures of a run: schedule, connections of the first layer, weights, layers."""
+    start, end = pruning.window
+    history = pruning.history
+    epochs = [int(entry["epoch"]) for entry in history]
+    last = max([end, *(epoch + 1 for epoch in epochs)])
+    points = [last * index / _CURVE_POINTS for index in range(_CURVE_POINTS + 1)]
+    curve = [pruning.amount * scheduled_fraction(pruning.schedule, point, start, end) for point in points]
+    report = pruning.report()
+    figures = {
+        "schedule": schedule_figure(
+            epochs,
+            [entry["scheduled"] for entry in history],
+            [entry["applied"] for entry in history],
+            curve=(points, curve),
+            start_epoch=start,
+            end_epoch=end,
+            amount=pruning.amount,
+        ),
+        "layers": layers_figure(
+            [layer.name for layer in report.layers],
+            [layer.total for layer in report.layers],
+            [layer.kept for layer in report.layers],
+        ),
+        "weights": weights_figure({n: p.detach() for n, p in network.named_parameters() if p.ndim > 1}),
+    }
+    first = next(iter(pruning.masks.values()))
+    if first.ndim == 2:
+        figures["connections"] = connections_figure(first, image_shape if prod(image_shape) == first.shape[1] else None)
+    return save_figures(figures, folder)
+
+
+@rank_zero_only
+def print_config(config: DictConfig) -> None:
+    """The configuration as a tree."""
+    tree = Tree("configuration", style="dim", guide_style="dim")
+    for name in config:
+        if name == "hydra":
+            continue
+        node = OmegaConf.select(config, str(name), throw_on_missing=False)
+        branch = tree.add(str(name), guide_style="dim")
+        text = OmegaConf.to_yaml(node, resolve=True) if OmegaConf.is_config(node) else str(node)
+        branch.add(Syntax(text.rstrip(), "yaml", background_color="default"))
+    Console().print(tree)
+
+
+@rank_zero_only
+def print_report(report: Mapping[str, Any], folder: Path) -> None:
+    """What came out, as a table."""
+    console = Console()
+    table = Table(title=f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", title_justify="left")
+    for column in ("layer", "candidates", "kept", "kept %", "units removed"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    removed = report.get("removed", {})
+    for layer in report["layers"]:
+        own = next((count for name, count in removed.items() if layer["name"].endswith(name)), 0)
+        table.add_row(layer["name"], f"{layer['total']:,}", f"{layer['kept']:,}", _percent(layer), f"{own:,}")
+    if report["layers"]:
+        candidates = report["candidates"]
+        table.add_section()
+        table.add_row(
+            "all", f"{candidates['total']:,}", f"{candidates['kept']:,}", _percent(candidates), f"{sum(removed.values()):,}"
+        )
+        console.print(table)
+    facts = Table(show_header=False, box=None)
+    params = report["params"]
+    facts.add_row("parameters", f"{params['before']:,} → {params['after']:,}, of which not zero {params.get('nonzero', params['after']):,}")
+    if (macs := report.get("macs")) and macs["before"]:
+        facts.add_row("multiply–adds", f"{macs['before']:,} → {macs['after']:,} per image")
+    if "test_error" in report:
+        facts.add_row("test error", f"{100 * report['test_error']:.2f} % (last epoch)")
+    facts.add_row("time", f"{report['seconds']:.0f} s")
+    facts.add_row("results", str(folder))
+    console.print(facts)
+
+
+def _percent(entry: Mapping[str, Any]) -> str:
+    return f"{100 * entry['kept'] / entry['total']:.2f}"

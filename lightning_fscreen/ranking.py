@@ -1,0 +1,104 @@
+"""From scores to masks under an exact budget: what is pruned is the lowest-ranked of what is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SCOPES = ("global", "layer")
+
+
+def rank_and_prune(
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    amount: float,
+    *,
+    scope: str = "global",
+    min_kept: int = 1,
+) -> dict[str, Tensor]:
+    """Prune the lowest scores until the budget is met; what is pruned already stays pruned.
+
+    The budget is round(amount · candidates), over all layers together (scope "global") or in every layer by itself
+    ("layer", where the roundings are shared out so that the sum is the global budget). Equal scores are pruned in the
+    order of the layers and, within a layer, of their positions: the result is the same on every machine.
+
+    Args:
+        scores: layer → scores of any shape; higher is more important, +inf the most.
+        kept: layer → boolean mask of that shape, True where a candidate is left.
+        amount: fraction of all candidates pruned afterwards, 0 ≤ amount ≤ 1. Never un-prunes: where more are pruned
+            already, they stay so.
+        scope: "global" or "layer".
+        min_kept: candidates that every layer keeps (all of them, in a layer with fewer).
+
+    Returns:
+        layer → new boolean mask.
+
+    Raises:
+        ValueError: NaN scores; a budget that the floors make impossible; an unknown scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}; choose one of {list(SCOPES)}")
+    for name, score in scores.items():
+        if bool(torch.isnan(score).any()):
+            raise ValueError(f"the scores of {name!r} contain NaN, nothing was pruned; check its weights and activations")
+    totals = {name: mask.numel() for name, mask in kept.items()}
+    left = {name: int(mask.sum()) for name, mask in kept.items()}
+    floors = {name: min(min_kept, count) for name, count in left.items()}
+    budget = sum(totals.values()) - round(amount * sum(totals.values()))  # candidates to keep
+    if sum(floors.values()) > budget:
+        raise ValueError(
+            f"amount={amount:.6g} would keep {budget} of {sum(totals.values())} candidates, but at least {min_kept} in "
+            f"each of {len(totals)} layers makes {sum(floors.values())}; lower amount or the floor"
+        )
+    if scope == "layer":
+        keep = _shares(totals, floors, budget)
+        return {name: _drop_lowest(scores[name], mask, left[name] - keep[name]) for name, mask in kept.items()}
+    drop = sum(left.values()) - budget
+    if drop <= 0:
+        return {name: mask.clone() for name, mask in kept.items()}
+    removable = torch.cat([_removable(scores[name], mask, floors[name]).flatten() for name, mask in kept.items()])
+    pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), removable, drop)
+    parts = pruned.split(list(totals.values()))
+    return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
+
+
+def _removable(scores: Tensor, kept: Tensor, floor: int) -> Tensor:
+    """Candidates left, without the `floor` best ones, which the layer keeps whatever the others are worth."""
+    spare = int(kept.sum()) - floor
+    return _lowest(scores.flatten(), kept.flatten(), spare).view_as(kept) if spare > 0 else torch.zeros_like(kept)
+
+
+def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
+    return kept & ~_lowest(scores.flatten(), kept.flatten(), drop).view_as(kept) if drop > 0 else kept.clone()
+
+
+def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Mask of the `count` lowest eligible scores; among equal ones the first positions."""
+    threshold = scores[eligible].kthvalue(count).values
+    lower = eligible & (scores < threshold)
+    tied = eligible & (scores == threshold)
+    return lower | (tied & (tied.cumsum(0) <= count - lower.sum()))
+
+
+def _shares(totals: Mapping[str, int], floors: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Split `budget` in proportion to `totals`, no share below its floor.
+
+    What floors add is taken from the other layers. Fractions go to the layers with the largest remainders (ties: the
+    first), so that the shares add up to the budget.
+    """
+    fixed: dict[str, int] = {}
+    while True:
+        free = {name: total for name, total in totals.items() if name not in fixed}
+        rate = (budget - sum(fixed.values())) / max(sum(free.values()), 1)
+        low = {name: floors[name] for name, total in free.items() if rate * total < floors[name]}
+        if not low:
+            break
+        fixed |= low
+    exact = {name: rate * total for name, total in free.items()}
+    whole = {name: math.floor(share) for name, share in exact.items()}
+    missing = budget - sum(fixed.values()) - sum(whole.values())
+    first = sorted(free, key=lambda name: whole[name] - exact[name])[:missing]  # stable
+    return fixed | {name: whole[name] + (name in first) for name in free}

@@ -1,0 +1,102 @@
+"""`screen`: F-statistics of a whole network in one pass over the data, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from tqdm.auto import tqdm
+
+from lightning_fscreen.candidates import select
+from lightning_fscreen.collect import ActivationCollector, Probe
+from lightning_fscreen.labels import describe, find_labels, infer_num_classes
+from lightning_fscreen.slimming.capture import evaluating
+
+
+def screen(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    num_classes: int | None = None,
+    *,
+    labels: Callable[[Any], Tensor] = find_labels,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """F-statistic of every gate and of every input of every linear and convolution layer, in one pass.
+
+    An activation counts with its mean over positions. The model runs in eval mode, without gradients, on the device of
+    its parameters; modes and hooks are as before afterwards.
+
+    Args:
+        model: any module.
+        dataloader: batches; consumed once.
+        num_classes: number of classes; if None, looked for in the model (`num_classes`, the last linear layer).
+        labels: batch → class indices (N,) or class weights (N, C); by default found in (x, y), dicts, ….
+        forward: (model, batch) → anything, runs the model; by default calls it with the batch's first item (or the
+            item that is not the labels).
+        include: glob patterns over module names, one of which a layer must match.
+        exclude: glob patterns over module names, none of which a layer may match.
+        progress: show a progress bar.
+
+    Returns:
+        Batch-norm layers → (channels,), F of their output; linear and convolution layers → (inputs,), F of their input.
+        On the model's device, float64.
+
+    Raises:
+        ValueError: an empty loader, labels not found or out of range, patterns that match nothing, nothing to screen,
+            NaN or inf activations (names the layer and the batch), a layer that never runs.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | _ConvNd | _BatchNorm) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
+    left_out = select(layers, include, exclude)
+    probes = [
+        Probe(name, module, "output" if isinstance(module, _BatchNorm) else "input")
+        for name, module in layers.items()
+        if name not in left_out
+    ]
+    if not probes:
+        raise ValueError(f"nothing to screen in {type(model).__name__}: no linear, convolution or batch-norm layer selected")
+    if num_classes is None:
+        num_classes = infer_num_classes(model)
+        if num_classes is None:
+            raise ValueError("the number of classes is unknown; pass num_classes=")
+    collector = ActivationCollector(probes, num_classes)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    collector.attach()
+    batches = 0
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in tqdm(dataloader, desc="screening", unit="batch", disable=not progress):
+                batch = move_data_to_device(batch, device)
+                batch_labels = labels(batch)
+                collector.active = True
+                (forward or _call_with_inputs)(model, batch)
+                collector.active = False
+                collector.update(batch_labels)
+                batches += 1
+    finally:
+        collector.remove()
+    if not batches:
+        raise ValueError("the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last")
+    return {name: statistics.f for name, statistics in collector.statistics().items()}
+
+
+def _call_with_inputs(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        answer = find_labels(batch)
+        inputs = {key: value for key, value in batch.items() if value is not answer}
+        return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
+    if isinstance(batch, Sequence):
+        return model(batch[0])
+    raise ValueError(f"cannot tell the model's input in the batch: {describe(batch)}; pass forward=")

@@ -1,0 +1,63 @@
+"""Capture a network as a closed graph of ATen operators, with `torch.export`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class CaptureError(RuntimeError):
+    """The network cannot be captured as a graph, so it cannot be slimmed."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured network.
+
+    Attributes:
+        graph: training IR of `torch.export`: conv2d, linear, batch_norm, add, cat, …, with shapes in node.meta["val"].
+        tensors: placeholder name → name of the parameter or buffer of the network that it stands for.
+    """
+
+    graph: fx.Graph
+    tensors: dict[str, str]
+
+
+def capture(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Capture:
+    """Capture `network(*args, **kwargs)` in eval mode; modes are restored.
+
+    Raises:
+        CaptureError: torch.export cannot follow the network's forward; the message holds what it said.
+    """
+    try:
+        with evaluating(network), torch.no_grad():
+            program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
+    except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
+        raise CaptureError(
+            f"{type(network).__name__} cannot be captured by torch.export, so nothing can be removed from it "
+            f"(usual causes: control flow that depends on values, .item(), unsupported operators): {error}"
+        ) from error
+    signature = program.graph_signature
+    return Capture(program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode restored afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each tensor once (shared ones under their first name)."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -1,0 +1,191 @@
+"""The slimming plan: what stays of every tensor, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fscreen.slimming.capture import named_tensors
+
+_FORMAT = 1
+_PLAN = "_fscreen_plan"
+
+
+class PlanError(ValueError):
+    """A slimming plan that is damaged or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class SlimmingPlan:
+    """How a network became smaller; enough to do the same to a fresh one.
+
+    Attributes:
+        shapes: shape of every cut tensor before, by parameter or buffer name.
+        cuts: tensor name → {dim: indices kept, ascending}.
+        groups: convolution name → its number of groups afterwards (depthwise ones).
+        biases: layers that got a bias, to carry constants.
+        pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cuts: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    pinned: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.cuts or self.biases)
+
+    def removed(self) -> dict[str, int]:
+        """Units or channels removed, by layer: entries cut from the first dimension of each `weight`."""
+        return {
+            name.removesuffix(".weight"): self.shapes[name][0] - len(dims[0])
+            for name, dims in self.cuts.items()
+            if name.endswith("weight") and 0 in dims and len(self.shapes[name]) > 1
+        }
+
+    def under(self, prefix: str) -> SlimmingPlan:
+        """The same plan for a module that holds the network as its submodule `prefix`."""
+        start = f"{prefix}." if prefix else ""
+        return SlimmingPlan(
+            {start + name: shape for name, shape in self.shapes.items()},
+            {start + name: cut for name, cut in self.cuts.items()},
+            {start + name: groups for name, groups in self.groups.items()},
+            tuple(start + name for name in self.biases),
+            dict(self.pinned),
+        )
+
+    def then(self, second: SlimmingPlan) -> SlimmingPlan:
+        """This plan followed by `second`, which was made for the network that this one leaves."""
+        cuts = {name: dict(dims) for name, dims in self.cuts.items()}
+        for name, dims in second.cuts.items():
+            own = cuts.setdefault(name, {})
+            for dim, kept in dims.items():
+                own[dim] = tuple(own[dim][index] for index in kept) if dim in own else kept
+        return SlimmingPlan(
+            {**second.shapes, **self.shapes},
+            cuts,
+            {**self.groups, **second.groups},
+            (*self.biases, *second.biases),
+            {**self.pinned, **second.pinned},
+        )
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor."""
+        for dim, kept in self.cuts.get(name, {}).items():
+            tensor = tensor.index_select(dim, torch.tensor(kept, dtype=torch.int64, device=tensor.device))
+        return tensor
+
+    def check(self, network: nn.Module) -> None:
+        """Check that the plan fits a network, before anything is changed.
+
+        Raises:
+            PlanError: names the first tensor or module that differs.
+        """
+        tensors = named_tensors(network)
+        for name, dims in self.cuts.items():
+            if name not in tensors:
+                raise PlanError(f"the plan cuts {name!r}, which {type(network).__name__} does not have; is it another model?")
+            shape, planned = tuple(tensors[name].shape), tuple(self.shapes.get(name, ()))
+            if shape != planned:
+                raise PlanError(
+                    f"the plan was made for {name!r} of shape {planned}, this model's has shape {shape}; "
+                    "pass a fresh, full-size instance of the model that was slimmed"
+                )
+            for dim, kept in dims.items():
+                _check_indices(name, dim, kept, shape)
+        modules = dict(network.named_modules())
+        for name in (*self.groups, *self.biases):
+            if name not in modules or not hasattr(modules[name], "bias"):
+                raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
+        for name in self.biases:
+            if modules[name].bias is not None:
+                raise PlanError(f"the plan adds a bias to layer {name!r}, which has one; is it another model?")
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "shapes": self.shapes,
+                "cuts": {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.cuts.items()},
+                "groups": self.groups,
+                "biases": self.biases,
+                "pinned": self.pinned,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> SlimmingPlan:
+        """From what `to_json` gave.
+
+        Raises:
+            PlanError: it is not a plan.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT:
+                raise PlanError(f"the slimming plan has format {data['format']!r}, this version reads {_FORMAT}")
+            return cls(
+                {str(name): tuple(map(_integer, shape)) for name, shape in data["shapes"].items()},
+                {
+                    str(name): {int(dim): tuple(map(_integer, kept)) for dim, kept in dims.items()}
+                    for name, dims in data["cuts"].items()
+                },
+                {str(name): _integer(groups) for name, groups in data["groups"].items()},
+                tuple(map(str, data["biases"])),
+                {str(name): str(reason) for name, reason in data["pinned"].items()},
+            )
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"this is not a slimming plan: {type(error).__name__}: {error}") from error
+
+
+def attach_plan(network: nn.Module, plan: SlimmingPlan) -> SlimmingPlan:
+    """Remember on the network how it was slimmed (it follows copies); returns the plan over all slimmings so far."""
+    earlier = getattr(network, _PLAN, None)
+    total = plan if earlier is None else earlier.then(plan)
+    setattr(network, _PLAN, total)
+    return total
+
+
+def plan_of(model: nn.Module) -> SlimmingPlan:
+    """The plan of a model whose submodules, or itself, have been slimmed; an empty one otherwise."""
+    total = SlimmingPlan()
+    for name, module in model.named_modules():
+        if isinstance(plan := getattr(module, _PLAN, None), SlimmingPlan):
+            total = total.then(plan.under(name))
+    return total
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise PlanError(f"the slimming plan holds {value!r} where an integer belongs")
+    return value
+
+
+def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if not 0 <= dim < len(shape):
+        raise PlanError(f"the plan cuts dimension {dim} of {name!r}, which has shape {shape}")
+    if not kept or any(second <= first for first, second in zip(kept, kept[1:], strict=False)):
+        raise PlanError(f"the plan's indices for dimension {dim} of {name!r} are empty, repeated or not ascending")
+    if kept[0] < 0 or kept[-1] >= shape[dim]:
+        raise PlanError(f"the plan keeps index {kept[-1]} of dimension {dim} of {name!r}, which has shape {shape}")
+
+
+def parameters_by_name(model: nn.Module) -> Mapping[str, list[tuple[nn.Module, str]]]:
+    """Tensor name (first one, where shared) → every (module, attribute) that holds that tensor."""
+    first: dict[int, str] = {id(tensor): name for name, tensor in reversed(list(named_tensors(model).items()))}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                places.setdefault(first[id(tensor)], []).append((module, attribute))
+    return places

@@ -1,0 +1,90 @@
+"""Make a network smaller in place, as a plan says, or leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_fscreen.slimming.plan import SlimmingPlan, parameters_by_name
+
+Undo = Callable[[], None]
+
+
+def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor]) -> Undo:
+    """Put the new tensors in place and set the layers' sizes to match.
+
+    Dtypes, devices, memory formats and `requires_grad` stay; tensors shared by several modules stay shared.
+
+    Args:
+        network: the network to change.
+        plan: tells which layers get a bias or other groups.
+        tensors: new tensors by name, of any floating dtype and device.
+
+    Returns:
+        A function that puts everything back.
+    """
+    undo: list[Undo] = []
+    modules = dict(network.named_modules())
+    for name in plan.biases:
+        module = modules[name]
+        bias = nn.Parameter(module.weight.new_zeros(tensors[_join(name, "bias")].shape), module.weight.requires_grad)
+        undo.append(lambda module=module: module._parameters.__setitem__("bias", None))  # type: ignore[misc]
+        module.register_parameter("bias", bias)
+    for name, places in parameters_by_name(network).items():
+        if name not in tensors:
+            continue
+        owner, attribute = places[0]
+        old = getattr(owner, attribute)
+        new: Tensor = tensors[name].to(old)
+        if new.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
+            new = new.contiguous(memory_format=torch.channels_last)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        for module, place in places:
+            store = module._parameters if place in module._parameters else module._buffers
+            undo.append(lambda store=store, place=place, old=old: store.__setitem__(place, old))  # type: ignore[misc]
+            store[place] = new  # type: ignore[assignment]
+    for name, groups in plan.groups.items():
+        undo.append(_restore(modules[name], "groups"))
+        modules[name].groups = groups
+    for module in modules.values():
+        undo += _match_sizes(module)
+
+    def put_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    return put_back
+
+
+def _match_sizes(module: nn.Module) -> list[Undo]:
+    sizes: dict[str, int] = {}
+    if isinstance(module, nn.Linear):
+        sizes = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    elif isinstance(module, _ConvNd):
+        first, second = module.weight.shape[:2]
+        if isinstance(module, _ConvTransposeNd):
+            sizes = {"in_channels": first, "out_channels": second * module.groups}
+        else:
+            sizes = {"out_channels": first, "in_channels": second * module.groups}
+    elif isinstance(module, _BatchNorm):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        sizes = {} if tensor is None else {"num_features": len(tensor)}
+    changed = [name for name, size in sizes.items() if getattr(module, name) != size]
+    undo = [_restore(module, name) for name in changed]
+    for name in changed:
+        setattr(module, name, sizes[name])
+    return undo
+
+
+def _restore(module: nn.Module, attribute: str) -> Undo:
+    old = getattr(module, attribute)
+    return lambda: setattr(module, attribute, old)
+
+
+def _join(module: str, attribute: str) -> str:
+    return f"{module}.{attribute}" if module else attribute
