@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fscreen.candidates import PrunableWeight, find_weights
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
 from lightning_fscreen.criteria import Ranked, resolve_criterion
-from lightning_fscreen.distributed import check_strategy, decide_once, merge_processes
+from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, merge_processes
 from lightning_fscreen.labels import find_labels, infer_num_classes
 from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder, common_parent
@@ -36,8 +37,8 @@ class ScreeningPruningCallback(Callback):
     """Prune a classifier while it trains, by what its activations say about the classes (F-statistic) and by magnitude.
 
     At the end of every epoch of the window the lowest-ranked connections go, down to the budget of the schedule; they
-    are exactly zero from then on. When the fit ends, hidden units and channels left without incoming or outgoing weights
-    are physically removed, and the network computes the same function (WLS, arXiv 2502.07189).
+    are exactly zero from then on. When the fit ends, hidden units and channels left without incoming or outgoing
+    weights are physically removed, and the network computes the same function (WLS, arXiv 2502.07189).
 
     Args:
         granularity: "weight": connections of linear and convolution layers.
@@ -159,6 +160,10 @@ class ScreeningPruningCallback(Callback):
         self._masks = Masks({candidate.name: candidate.weight for candidate in self._candidates})
         if "kept" in self._restored:
             self._masks.set(self._restored.pop("kept"), trainer.optimizers)
+        if "collector" in self._restored:  # resumed within an epoch, or between its last batch and its end
+            state = self._restored.pop("collector")
+            self._collector = self._make_collector(state["num_classes"])
+            self._collector.load_state_dict(state)
         self._masks.watch(trainer.optimizers)
         name, network = common_parent(pl_module, [candidate.name for candidate in self._candidates])
         self._recorder = InputRecorder(name, network)
@@ -171,7 +176,7 @@ class ScreeningPruningCallback(Callback):
             if self.end_epoch is None:
                 raise ValueError("this training has no max_epochs, so end_epoch= (when pruning is done) must be given")
             return self.end_epoch
-        if trainer.fast_dev_run:  # one epoch that goes through everything
+        if getattr(trainer, "fast_dev_run", False):  # one epoch that goes through everything
             return self.start_epoch + 1
         end = max(round(_DEFAULT_WINDOW * last), self.start_epoch + 1) if self.end_epoch is None else self.end_epoch
         if end > last:
@@ -188,15 +193,14 @@ class ScreeningPruningCallback(Callback):
         if self._collector is not None:
             self._collector.reset()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the hooks for the forward pass, in epochs that end with pruning."""
         if self._recorder is not None and self._recorder.inputs is None:
             self._recorder.start()
         if self._prunes_after(trainer.current_epoch) and self._criterion.needs_statistics(self.screening_weight):
             if self._collector is None:
-                self._collector = self._make_collector(trainer, pl_module, batch)
+                labels = self._labels_of(batch, batch_idx, trainer)
+                self._collector = self._make_collector(self._find_num_classes(trainer, pl_module, labels))
             self._collector.active = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -220,25 +224,25 @@ class ScreeningPruningCallback(Callback):
         if self._recorder is not None:
             self._recorder.stop()
         if self._collector is not None and self._prunes_after(trainer.current_epoch):
-            try:
-                self._collector.update(self.labels(batch))
-            except ValueError as error:
-                raise ValueError(f"training batch {batch_idx} of epoch {trainer.current_epoch}: {error}") from error
+            labels = self._labels_of(batch, batch_idx, trainer)
+            with _naming_batch(batch_idx, trainer):
+                self._collector.update(labels)
 
-    def _make_collector(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> ActivationCollector:
-        labels = self.labels(batch)
-        num_classes = self.num_classes or infer_num_classes(
-            getattr(trainer, "datamodule", None), pl_module, labels=labels
-        )
+    def _labels_of(self, batch: Any, batch_idx: int, trainer: Trainer) -> Tensor:
+        with _naming_batch(batch_idx, trainer):
+            return self.labels(batch)
+
+    def _find_num_classes(self, trainer: Trainer, pl_module: LightningModule, labels: Tensor) -> int:
+        datamodule = getattr(trainer, "datamodule", None)
+        num_classes = self.num_classes or infer_num_classes(datamodule, pl_module, labels=labels)
         if num_classes is None:
-            raise ValueError(
-                f"the number of classes cannot be found in {type(pl_module).__name__}; pass num_classes= to the callback"
-            )
+            raise ValueError(f"the number of classes cannot be found in {type(pl_module).__name__}; pass num_classes=")
+        return num_classes
+
+    def _make_collector(self, num_classes: int) -> ActivationCollector:
         probes = [Probe(candidate.name, candidate.module) for candidate in self._candidates]
         exact = self._candidates if self.connections == "exact" else ()
         collector = ActivationCollector(probes, num_classes, exact)
-        if "collector" in self._restored:
-            collector.load_state_dict(self._restored.pop("collector"))
         collector.attach()
         return collector
 
@@ -252,8 +256,8 @@ class ScreeningPruningCallback(Callback):
         """Prune to the schedule's budget for this epoch, and log what is left.
 
         Raises:
-            ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that the
-                floors make impossible; nothing is pruned then.
+            ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that
+                the floors make impossible; nothing is pruned then.
         """
         assert self._masks is not None
         if self._prunes_after(trainer.current_epoch):
@@ -301,7 +305,7 @@ class ScreeningPruningCallback(Callback):
         """Whether the budget asks for more at the end of this epoch than is pruned already."""
         if self._masks is None or not self._window[0] <= epoch or not self.amount:
             return False
-        return self._fraction(epoch + 1) > 0 and round(self.amount * self._fraction(epoch + 1) * self._total) > self._pruned
+        return round(self.amount * self._fraction(epoch + 1) * self._total) > self._pruned
 
     @property
     def _total(self) -> int:
@@ -317,15 +321,20 @@ class ScreeningPruningCallback(Callback):
         scheduled = self.amount * self._fraction(trainer.current_epoch + 1)
         self.history.append({"epoch": trainer.current_epoch, "scheduled": scheduled, "applied": sparsity})
         pl_module.log("fscreen/sparsity", sparsity, prog_bar=True)
-        pl_module.log_dict(
-            {f"fscreen/kept/{name}": kept / self._masks.kept[name].numel() for name, kept in self._masks.num_kept.items()}
-        )
+        totals = {name: mask.numel() for name, mask in self._masks.kept.items()}
+        pl_module.log_dict({f"fscreen/kept/{name}": kept / totals[name] for name, kept in self._masks.num_kept.items()})
 
     # ---- the end of a fit
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let all processes end with the same buffers, as their next forward pass would, before they slim."""
+        broadcast_buffers(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Physically remove what is dead (not in on_train_end, where checkpoints are still being saved)."""
         self._remove_hooks()
+        if trainer.num_training_batches == 0 and not self.history:
+            raise ValueError("the training dataloader is empty, so nothing was trained or pruned; check the data set")
         recorder = self._recorder
         if recorder is None or recorder.inputs is None:
             self._not_removed = (
@@ -366,6 +375,11 @@ class ScreeningPruningCallback(Callback):
     # ---- what others ask for
 
     @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks apart in a checkpoint."""
+        return self._generate_state_key(granularity=self.granularity, include=self.include, exclude=self.exclude)
+
+    @property
     def window(self) -> tuple[int, int]:
         """First epoch of the annealing window and first epoch after it, as resolved for the last fit."""
         return self._window
@@ -390,10 +404,15 @@ class ScreeningPruningCallback(Callback):
             ),
             before=self._sizes[0],
             after=self._sizes[1],
-            removed=self.plan.removed() if self.plan is not None else {},
+            removed=self._removed(),
             not_pruned=dict(self._not_pruned),
             not_removed=self._not_removed,
         )
+
+    def _removed(self) -> dict[str, int]:
+        if self.plan is None or self._recorder is None:
+            return {}
+        return self.plan.under(self._recorder.name).removed()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, sums of the running epoch and history, as tensors and primitives (for `weights_only` loading)."""
@@ -408,6 +427,14 @@ class ScreeningPruningCallback(Callback):
         """Continue from what `state_dict` gave, when the next fit starts."""
         self._restored = dict(state_dict)
         self.history = [dict(entry) for entry in state_dict["history"]]
+
+
+@contextlib.contextmanager
+def _naming_batch(batch_idx: int, trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"training batch {batch_idx} of epoch {trainer.current_epoch}: {error}") from error
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

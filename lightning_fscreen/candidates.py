@@ -24,7 +24,7 @@ class PrunableWeight:
     @property
     def weight(self) -> nn.Parameter:
         """(out, in) or (out, in / groups, *kernel); transposed convolutions (in, out / groups, *kernel)."""
-        return self.module.weight
+        return self.module.get_parameter("weight")
 
     def per_connection(self, values: Tensor) -> Tensor:
         """Spread a value per input over the connections that read that input.
@@ -88,10 +88,10 @@ def find_weights(
             found.append(PrunableWeight(name, module))
     if not found:
         listing = "".join(f"\n  {name}: {reason}" for name, reason in excluded.items())
+        reasons = f"none of its linear and convolution layers can be:{listing}" if listing else "it has no such layers"
         raise ValueError(
-            f"nothing to prune in {type(model).__name__}: it has "
-            + (f"these linear and convolution layers, none of which can be pruned:{listing}" if listing else "no layers")
-            + "\nCheck include=/exclude=, requires_grad and that the layers are attributes of the module."
+            f"nothing to prune in {type(model).__name__}: {reasons}\n"
+            "Check include=/exclude=, requires_grad and that the layers are attributes of the module."
         )
     return found, excluded
 

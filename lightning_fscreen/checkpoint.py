@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: a model that was slimmed, or that holds submodules that were; one that was not is saved as it is.
-        path: the file, by custom `*.safetensors`.
+        path: the file, `*.safetensors` by custom.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -86,7 +85,9 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
             owner = name.removesuffix("bias") + "weight"
             shape = _planned_shape(plan, owner, named_tensors(model)[owner])[:1]
         if tuple(saved[name].shape) != shape:
-            raise PlanError(f"{str(path)!r}: tensor {name!r} has shape {tuple(saved[name].shape)}, its plan says {shape}")
+            raise PlanError(
+                f"{str(path)!r}: tensor {name!r} has shape {tuple(saved[name].shape)}, its plan says {shape}"
+            )
     install(model, plan, saved)
     if plan:
         attach_plan(model, plan)

@@ -44,12 +44,13 @@ def run(config: DictConfig) -> float | None:
     seed_everything(config.seed, workers=True, verbose=False)
 
     data: ImageDataModule = instantiate(config.data, _convert_="all")
-    if rank_zero_only.rank == 0:
+    first = getattr(rank_zero_only, "rank", 0) == 0  # children of a DDP run start again from here
+    if first:
         data.prepare_data()
     data.setup("fit")
     fit_to_data(config, data)
     config.paths.output_dir = str(folder)  # the folder itself, where ${hydra:…} cannot be resolved any more
-    if rank_zero_only.rank == 0:
+    if first:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
         if config.extras.print_config:
             print_config(config)
@@ -91,7 +92,8 @@ def check_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise type(error)(
-            f"the run folder {str(folder)!r} cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER"
+            f"the run folder {str(folder)!r} cannot be written ({error.strerror}); "
+            "choose another with hydra.run.dir=FOLDER"
         ) from error
 
 

@@ -185,6 +185,7 @@ class ActivationCollector:
     def state_dict(self) -> dict[str, Any]:
         """All sums, as tensors and primitives."""
         return {
+            "num_classes": self.num_classes,
             "sums": self._sums._asdict(),
             "exact": {name: sums.class_sums()._asdict() for name, sums in self._exact.items()},
             "seen": list(self._seen),
@@ -267,7 +268,9 @@ class ActivationCollector:
         for probe, start, size in zip(self._probes, self._starts, self._sizes, strict=True):
             if not bool(torch.isfinite(squares[start : start + size]).all()):
                 first_bad = int(self._finite_batches)
-                where = f"first in batch {first_bad} of the epoch" if first_bad < self._batches else "on another process"
+                where = (
+                    f"first in batch {first_bad} of the epoch" if first_bad < self._batches else "on another process"
+                )
                 raise ValueError(
                     f"NaN or inf in the activations at the {probe.side} of layer {probe.name!r}, {where}; nothing was "
                     "pruned. Check the data for NaN, lower the learning rate or clip gradients"

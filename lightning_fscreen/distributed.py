@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor, nn
 
 from lightning_fscreen.functional import ClassSums, f_statistic_merge
 
@@ -19,6 +20,11 @@ def check_strategy(trainer: Trainer) -> None:
     Raises:
         NotImplementedError: names the strategy and what to use instead.
     """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise NotImplementedError(
+            "ScreeningPruningCallback does not support spawned or forked processes (strategy='ddp_spawn', "
+            "'ddp_notebook'): they cannot hand a smaller network back; use strategy='ddp', or one device"
+        )
     # Exact types: DeepSpeed and XLA strategies inherit from the supported ones.
     if type(trainer.strategy) not in _SUPPORTED:
         raise NotImplementedError(
@@ -46,4 +52,12 @@ def decide_once(trainer: Trainer, decide: Callable[[], Mapping[str, Tensor]]) ->
     """Let the first process decide, and give all processes its decision."""
     if trainer.world_size == 1:
         return decide()
-    return trainer.strategy.broadcast(decide() if trainer.is_global_zero else None)  # type: ignore[return-value]
+    decision: Mapping[str, Tensor] = decide() if trainer.is_global_zero else {}
+    return trainer.strategy.broadcast(decision)
+
+
+def broadcast_buffers(trainer: Trainer, model: nn.Module) -> None:
+    """Give all processes the first one's buffers (running statistics differ between them), as DDP does in forward."""
+    if trainer.world_size > 1:
+        for buffer in model.buffers():
+            buffer.copy_(trainer.strategy.broadcast(buffer))

@@ -59,7 +59,8 @@ def infer_num_classes(*sources: Any, labels: Tensor | None = None) -> int | None
     for source in sources:
         candidates = [getattr(source, "num_classes", None), (getattr(source, "hparams", None) or {}).get("num_classes")]
         if isinstance(source, nn.Module):
-            candidates += [getattr(metric, "num_classes", None) for metric in source.modules() if isinstance(metric, Metric)]
+            metrics = (module for module in source.modules() if isinstance(module, Metric))
+            candidates += [getattr(metric, "num_classes", None) for metric in metrics]
         for candidate in candidates:
             if isinstance(candidate, int) and candidate > 1:
                 return candidate

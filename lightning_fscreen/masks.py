@@ -56,11 +56,11 @@ class Masks:
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
         self._factors = [self.kept[name].to(p.dtype) for name, p in self._parameters.items()]
         self.apply()
-        by_parameter = {p: self.kept[name] for name, p in self._parameters.items()}
+        by_parameter: dict[Tensor, Tensor] = {p: self.kept[name] for name, p in self._parameters.items()}
         for optimizer in optimizers:
-            for parameter, state in optimizer.state.items():
-                if parameter in by_parameter:
-                    _mask_state(state, by_parameter[parameter])
+            for tensor, state in optimizer.state.items():
+                if tensor in by_parameter:
+                    _mask_state(state, by_parameter[tensor])
 
     @torch.no_grad()
     def apply(self) -> None:

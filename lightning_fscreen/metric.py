@@ -126,7 +126,8 @@ class FStatistic(Metric):
 
         @functools.wraps(compute)
         def keep_shape(*args: Any, **kwargs: Any) -> Tensor:
-            return wrapped(*args, **kwargs).reshape(self.num_features)  # torchmetrics would squeeze a single feature
+            f: Tensor = wrapped(*args, **kwargs)
+            return f.reshape(self.num_features)  # torchmetrics squeezes a single feature
 
         return keep_shape
 

@@ -137,18 +137,18 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
         table.add_column(column, justify="left" if column == "layer" else "right")
     removed = report.get("removed", {})
     for layer in report["layers"]:
-        own = next((count for name, count in removed.items() if layer["name"].endswith(name)), 0)
-        table.add_row(layer["name"], f"{layer['total']:,}", f"{layer['kept']:,}", _percent(layer), f"{own:,}")
+        gone = f"{removed.get(layer['name'], 0):,}"
+        table.add_row(layer["name"], f"{layer['total']:,}", f"{layer['kept']:,}", _percent(layer), gone)
     if report["layers"]:
         candidates = report["candidates"]
         table.add_section()
-        table.add_row(
-            "all", f"{candidates['total']:,}", f"{candidates['kept']:,}", _percent(candidates), f"{sum(removed.values()):,}"
-        )
+        gone = f"{sum(removed.values()):,}"
+        table.add_row("all", f"{candidates['total']:,}", f"{candidates['kept']:,}", _percent(candidates), gone)
         console.print(table)
     facts = Table(show_header=False, box=None)
-    params = report["params"]
-    facts.add_row("parameters", f"{params['before']:,} → {params['after']:,}, of which not zero {params.get('nonzero', params['after']):,}")
+    params = {"nonzero": report["params"]["after"], **report["params"]}
+    sizes = f"{params['before']:,} → {params['after']:,}, {params['nonzero']:,} of them not zero"
+    facts.add_row("parameters", sizes)
     if (macs := report.get("macs")) and macs["before"]:
         facts.add_row("multiply–adds", f"{macs['before']:,} → {macs['after']:,} per image")
     if "test_error" in report:

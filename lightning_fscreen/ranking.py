@@ -43,7 +43,7 @@ def rank_and_prune(
         raise ValueError(f"unknown scope {scope!r}; choose one of {list(SCOPES)}")
     for name, score in scores.items():
         if bool(torch.isnan(score).any()):
-            raise ValueError(f"the scores of {name!r} contain NaN, nothing was pruned; check its weights and activations")
+            raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     totals = {name: mask.numel() for name, mask in kept.items()}
     left = {name: int(mask.sum()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}

@@ -60,7 +60,7 @@ def resolve_schedule(schedule: str | Schedule) -> Schedule:
         raise TypeError(f"schedule must be one of {sorted(SCHEDULES)} or a callable progress → fraction: {schedule!r}")
     end = float(schedule(1.0))
     if not math.isclose(end, 1.0, abs_tol=1e-9):
-        raise ValueError(f"schedule must return 1 at progress 1 (all of the amount is pruned by then), it returns {end}")
+        raise ValueError(f"schedule must return 1 at progress 1 (everything is pruned by then), it returns {end}")
     return schedule
 
 
@@ -77,5 +77,5 @@ def scheduled_fraction(schedule: Schedule, completed_epochs: float, start_epoch:
     progress = (completed_epochs - start_epoch) / (end_epoch - start_epoch)
     fraction = float(schedule(progress))
     if not -1e-9 <= fraction <= 1 + 1e-9:
-        raise ValueError(f"schedule must return a fraction in [0, 1], it returned {fraction} at progress {progress:.4g}")
+        raise ValueError(f"schedule must return a fraction in [0, 1]; at progress {progress:.4g} it gave {fraction}")
     return min(max(fraction, 0.0), 1.0)

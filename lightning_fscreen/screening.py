@@ -57,7 +57,8 @@ def screen(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | _ConvNd | _BatchNorm) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if isinstance(module, nn.Linear | _ConvNd | _BatchNorm)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
     left_out = select(layers, include, exclude)
     probes = [
@@ -66,7 +67,7 @@ def screen(
         if name not in left_out
     ]
     if not probes:
-        raise ValueError(f"nothing to screen in {type(model).__name__}: no linear, convolution or batch-norm layer selected")
+        raise ValueError(f"nothing to screen in {type(model).__name__}: no linear, convolution or batch-norm layer")
     if num_classes is None:
         num_classes = infer_num_classes(model)
         if num_classes is None:

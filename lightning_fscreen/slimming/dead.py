@@ -23,8 +23,10 @@ class VerificationError(RuntimeError):
     """The slimmed network would not compute the same function; the network was left as it was."""
 
 
-def remove_dead_units(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> SlimmingPlan:
-    """Physically remove hidden units and channels that do nothing, in place; the function stays the same in eval mode.
+def remove_dead_units(
+    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> SlimmingPlan:
+    """Physically remove hidden units and channels that do nothing, in place; outputs in eval mode stay the same.
 
     Units without outgoing weights are removed with all that only they read; units without incoming weights put out a
     constant, which is carried into the biases of the layers that read it. What cannot be removed exactly stays.
@@ -47,7 +49,9 @@ def remove_dead_units(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     plan, folded = plan_dead(network, slots)
     if not plan:
         return plan
-    tensors = {name: tensor.detach().double() for name, tensor in named_tensors(network).items() if tensor.is_floating_point()}
+    tensors = {
+        name: tensor.detach().double() for name, tensor in named_tensors(network).items() if tensor.is_floating_point()
+    }
     inputs = [(args, kwargs), _random_like((args, kwargs))]
     before = [_run(network, tensors, *each) for each in inputs]
     changed = {**tensors, **{name: tensor.to(_device(network)) for name, tensor in folded.items()}}
@@ -74,7 +78,11 @@ def plan_dead(network: nn.Module, slots: SlotGraph) -> tuple[SlimmingPlan, dict[
     readers_of: dict[str, int] = {}
     for reader in slots.readers:
         readers_of[reader.weight] = readers_of.get(reader.weight, 0) + 1
-    foldable = {reader.weight for reader in slots.readers if reader.module is not None and not reader.padded and readers_of[reader.weight] == 1}
+    foldable = {
+        reader.weight
+        for reader in slots.readers
+        if reader.module is not None and not reader.padded and readers_of[reader.weight] == 1
+    }
     for reader in slots.readers:
         if readers_of[reader.weight] > 1:  # a shared layer meets different constants in one weight
             reader.known = reader.known & (reader.constant == 0)
@@ -106,16 +114,20 @@ def plan_dead(network: nn.Module, slots: SlotGraph) -> tuple[SlimmingPlan, dict[
         folded[name] = old + reader.matrix @ torch.where(gone, reader.constant, 0.0)
         if bias is None:  # it is cut with the rows it belongs to
             folded[name] = folded[name][live[reader.outputs]]
-    groups = {module: int(live[labels].sum()) for module, labels in slots.depthwise.items() if not bool(live[labels].all())}
+    groups = {
+        module: int(live[labels].sum()) for module, labels in slots.depthwise.items() if not bool(live[labels].all())
+    }
     shapes = {name: tuple(tensors[name].shape) for name in cuts}
     return SlimmingPlan(shapes, cuts, groups, tuple(biases), dict(slots.pinned)), folded
 
 
-def _run(network: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _run(
+    network: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    args, kwargs = pytree.tree_map(double, (args, dict(kwargs)))
+    args, kwargs = pytree.tree_map(double, (args, kwargs))
     with evaluating(network), torch.no_grad():
         output = torch.func.functional_call(network, dict(tensors), args, kwargs)
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -22,14 +22,14 @@ _POINTWISE = """
 """.split()
 _IDENTITY = "dropout dropout_ feature_dropout feature_dropout_ alpha_dropout feature_alpha_dropout".split()
 _MOVES = """
-    flatten view reshape _unsafe_view unflatten unsqueeze unsqueeze_ squeeze squeeze_ permute transpose t numpy_T movedim
-    swapaxes swapdims expand
+    flatten view reshape _unsafe_view unflatten unsqueeze unsqueeze_ squeeze squeeze_ permute transpose t numpy_T
+    movedim swapaxes swapdims expand
 """.split()
 _WITH_SIZES = {"view", "reshape", "_unsafe_view", "unflatten", "expand"}
 _POOLS = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
 """.split()
 
 
@@ -77,11 +77,11 @@ class SlotInterpreter:
                 self.slots.pin(labels)
         return self.slots
 
-    def _placeholder(self, node: fx.Node) -> Any:
+    def _placeholder(self, node: Any) -> Any:
         value = node.meta.get("val")
         return Value.pinned(tuple(value.shape)) if isinstance(value, Tensor) else value
 
-    def _call(self, node: fx.Node) -> Any:
+    def _call(self, node: Any) -> Any:
         if node.target is operator.getitem:
             source = self._values[node.args[0]]
             return source[node.args[1]] if isinstance(source, list | tuple) else self._unknown(node)
@@ -94,7 +94,7 @@ class SlotInterpreter:
             self._values[node.args[0]] = result  # in place: whoever reads the argument later sees the result
         return result
 
-    def _unknown(self, node: fx.Node) -> Any:
+    def _unknown(self, node: Any) -> Any:
         """Pin all that an operator reads, and what it puts out."""
         for source in node.all_input_nodes:
             self._pin(source)
@@ -113,10 +113,10 @@ class SlotInterpreter:
 
     # ---- layers with weights
 
-    def _linear(self, node: fx.Node) -> Value | None:
+    def _linear(self, node: Any) -> Value | None:
         return self._weighted(node, channel_dim=-1, padded=False)
 
-    def _conv(self, node: fx.Node) -> Value | None:
+    def _conv(self, node: Any) -> Value | None:
         arguments = _arguments(node)
         weight = self._tensor_name(node.args[1])
         if weight is None:
@@ -184,7 +184,7 @@ class SlotInterpreter:
         out_constant = offset + kernel.sum(1) * torch.where(carried, constant, 0.0)
         return self._by_channel(node, channel_dim, labels, out_constant, out_known)
 
-    def _batch_norm(self, node: fx.Node) -> Value | None:
+    def _batch_norm(self, node: Any) -> Value | None:
         source, *tensors = node.args[:5]
         training, _, eps = node.args[5:8]
         names = [self._tensor_name(tensor) for tensor in tensors]
@@ -210,7 +210,7 @@ class SlotInterpreter:
 
     # ---- operators without weights
 
-    def _operands(self, node: fx.Node) -> list[Value] | None:
+    def _operands(self, node: Any) -> list[Value] | None:
         """Values of the tensor arguments of a pointwise operator; a parameter gets slots along its only long dim."""
         values = []
         for source in node.all_input_nodes:
@@ -224,7 +224,12 @@ class SlotInterpreter:
 
     def _parameter(self, name: str) -> Value:
         tensor = self._tensors[name]
-        value = Value(tuple(tensor.shape), torch.zeros([1] * tensor.ndim, dtype=torch.int64), tensor, torch.ones([1] * tensor.ndim, dtype=torch.bool))
+        value = Value(
+            tuple(tensor.shape),
+            torch.zeros([1] * tensor.ndim, dtype=torch.int64),
+            tensor,
+            torch.ones([1] * tensor.ndim, dtype=torch.bool),
+        )
         long = [dim for dim, size in enumerate(tensor.shape) if size > 1]
         if len(long) == 1:
             labels = self.slots.dims.get((name, long[0]))
@@ -235,7 +240,7 @@ class SlotInterpreter:
             self._opaque.add(name)
         return value
 
-    def _pointwise(self, node: fx.Node) -> Value | None:
+    def _pointwise(self, node: Any) -> Value | None:
         operands = self._operands(node)
         if operands is None or not isinstance(node.meta["val"], Tensor):
             return None
@@ -272,10 +277,10 @@ class SlotInterpreter:
             self.slots.unify(full[0], labels)
         return max(full, key=Tensor.numel)
 
-    def _identity(self, node: fx.Node) -> Value:
+    def _identity(self, node: Any) -> Value:
         return self._value(node.args[0])
 
-    def _move(self, node: fx.Node) -> Value | None:
+    def _move(self, node: Any) -> Value | None:
         """Operators that only rearrange elements are run on the labels themselves."""
         value = self._value(node.args[0])
         moved = [compress(node.target(part, *node.args[1:], **node.kwargs)) for part in value.parts()]
@@ -290,13 +295,13 @@ class SlotInterpreter:
                     self.slots.pinned[node.name] = f"{name} has the size {size} written into forward"
         return result
 
-    def _cat(self, node: fx.Node) -> Value | None:
+    def _cat(self, node: Any) -> Value | None:
         values = [self._value(source) for source in node.args[0]]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         parts = zip(*(value.parts() for value in values), strict=True)
         return Value(tuple(node.meta["val"].shape), *(compress(torch.cat(part, dim)) for part in parts))
 
-    def _pool(self, node: fx.Node) -> Value | None:
+    def _pool(self, node: Any) -> Value | None:
         """Windows over positions: slots and constants go through, but for zero padding that is averaged in."""
         value = self._value(node.args[0])
         result = node.meta["val"]
@@ -310,7 +315,7 @@ class SlotInterpreter:
                 known = known & (constant == 0)
         return self._by_channel(node, 1, labels, constant, known)
 
-    def _pad(self, node: fx.Node) -> Value | None:
+    def _pad(self, node: Any) -> Value | None:
         value = self._value(node.args[0])
         arguments = _arguments(node)
         padded = range(len(value.shape) - len(arguments["pad"]) // 2, len(value.shape))
@@ -321,7 +326,7 @@ class SlotInterpreter:
             known = known & (value.constant == (arguments.get("value") or 0.0))
         return Value(tuple(node.meta["val"].shape), value.labels, value.constant, compress(known))
 
-    def _mean(self, node: fx.Node) -> Value | None:
+    def _mean(self, node: Any) -> Value | None:
         value = self._value(node.args[0])
         arguments = _arguments(node)
         dims = [dim % len(value.shape) for dim in arguments.get("dim") or range(len(value.shape))]
@@ -337,7 +342,7 @@ def _with_rank(tensor: Tensor, rank: int) -> Tensor:
     return tensor.reshape([1] * (rank - tensor.ndim) + list(tensor.shape))
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def _arguments(node: Any) -> dict[str, Any]:
     """Arguments of a call by name, defaults filled in."""
     schema = node.target._schema.arguments
     values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}

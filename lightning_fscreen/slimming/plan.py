@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ class SlimmingPlan:
         tensors = named_tensors(network)
         for name, dims in self.cuts.items():
             if name not in tensors:
-                raise PlanError(f"the plan cuts {name!r}, which {type(network).__name__} does not have; is it another model?")
+                raise PlanError(
+                    f"the plan cuts {name!r}, which {type(network).__name__} does not have; is it another model?"
+                )
             shape, planned = tuple(tensors[name].shape), tuple(self.shapes.get(name, ()))
             if shape != planned:
                 raise PlanError(
@@ -174,7 +177,7 @@ def _integer(value: Any) -> int:
 def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if not 0 <= dim < len(shape):
         raise PlanError(f"the plan cuts dimension {dim} of {name!r}, which has shape {shape}")
-    if not kept or any(second <= first for first, second in zip(kept, kept[1:], strict=False)):
+    if not kept or any(second <= first for first, second in pairwise(kept)):
         raise PlanError(f"the plan's indices for dimension {dim} of {name!r} are empty, repeated or not ascending")
     if kept[0] < 0 or kept[-1] >= shape[dim]:
         raise PlanError(f"the plan keeps index {kept[-1]} of dimension {dim} of {name!r}, which has shape {shape}")

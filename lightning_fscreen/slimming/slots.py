@@ -1,10 +1,10 @@
 """Slots: the smallest things that live or die as one.
 
-A slot is an equivalence class of (tensor, dimension, index): a hidden unit is row i of one weight, entry i of its bias,
-of a batch norm, and column i of the next weight. Slots are found by walking the captured graph once. Every value carries
-three small tensors broadcastable to its shape: the slot label of each element, its constant, and whether that constant is
-known (it is for the output of a unit whose weights are all zero). Operators that move data are run on the three as they
-are; the others have small transfer functions in `operators.py`. An operator that is not known pins what it reads.
+A slot is an equivalence class of (tensor, dimension, index): a hidden unit is row i of one weight, entry i of its bias
+and of a batch norm, and column i of the next weight. Slots are found by walking the captured graph once. Every value
+carries three small tensors broadcastable to its shape: the slot label of each element, its constant, and whether that
+constant is known (it is for the output of a unit whose weights are all zero). Operators that move data are run on the
+three as they are; the others have small transfer functions in `operators.py`. An unknown operator pins what it reads.
 """
 
 from __future__ import annotations

@@ -1,0 +1,410 @@
+"""The callback in real trainings: what is pruned, what stays zero, what is left behind."""
+
+import copy
+import inspect
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from sklearn.feature_selection import f_classif
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.schedule import SCHEDULES
+from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+}
+
+
+class ZeroWatcher(pl.Callback):
+    """After every step, before anything else looks: how many pruned weights are not zero."""
+
+    def __init__(self, callback):
+        self.callback = callback
+        self.steps = 0
+        self.moved = 0
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        modules = dict(pl_module.named_modules())
+        for name, kept in self.callback.masks.items():
+            self.moved += int((modules[name].weight.detach()[~kept] != 0).sum())
+        self.steps += 1
+
+
+def hooks_of(model):
+    return [
+        (name, len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks))
+        for name, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_budget_is_met_exactly_at_every_epoch(schedule, scope):
+    callback = ScreeningPruningCallback(amount=0.83, schedule=schedule, scope=scope, start_epoch=1, end_epoch=5)
+    trainer([callback], max_epochs=6).fit(Classifier(mlp()), loader())
+    total = callback.report().total
+    for entry in callback.history:
+        progress = min(max((entry["epoch"] + 1 - 1) / 4, 0), 1)
+        assert entry["scheduled"] == pytest.approx(0.83 * SCHEDULES[schedule](progress))
+        assert abs(entry["applied"] * total - entry["scheduled"] * total) <= 1
+    assert [entry["applied"] for entry in callback.history] == sorted(entry["applied"] for entry in callback.history)
+    assert abs(callback.report().pruned_fraction * total - 0.83 * total) <= 1
+    if scope == "layer":
+        assert all(abs(layer.kept - 0.17 * layer.total) <= 1 for layer in callback.report().layers)
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("net", [mlp, ConvNet])
+def test_pruned_weights_stay_exactly_zero_whatever_the_optimizer_does(optimizer, net):
+    callback = ScreeningPruningCallback(amount=0.7, slim=False, end_epoch=3)
+    watcher = ZeroWatcher(callback)
+    model = Classifier(net(), OPTIMIZERS[optimizer])
+    trainer([callback, watcher], gradient_clip_val=0.5).fit(model, loader())
+    assert watcher.steps == 16
+    assert watcher.moved == 0
+    modules = dict(model.named_modules())
+    zeros = sum(int((modules[layer.name].weight == 0).sum()) for layer in callback.report().layers)
+    assert zeros == callback.report().total - callback.report().kept == round(0.7 * callback.report().total)
+
+
+def test_several_optimizers_under_manual_optimization():
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                loss = F.cross_entropy(self(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            first, second = self.net[:3].parameters(), self.net[3:].parameters()
+            return torch.optim.SGD(first, lr=0.1, momentum=0.9), torch.optim.AdamW(second, weight_decay=0.1)
+
+    callback = ScreeningPruningCallback(amount=0.7, slim=False, end_epoch=2)
+    model = Manual(mlp())
+    trainer([callback]).fit(model, loader())
+    modules = dict(model.named_modules())
+    assert all(bool((modules[name].weight[~kept] == 0).all()) for name, kept in callback.masks.items())
+    assert callback.report().pruned_fraction == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize("connections", ["factored", "exact"])
+def test_decision_follows_the_f_statistics_of_the_activations_seen(connections):
+    """λ = 1, one layer, one epoch, weights that do not move: the lowest F goes, as scikit-learn computes it."""
+
+    def frozen(parameters):
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), frozen)
+    weight = model.net[1].weight.detach().clone()
+    callback = ScreeningPruningCallback(
+        amount=0.5, screening_weight=1.0, schedule="one_shot", end_epoch=1, slim=False, connections=connections
+    )
+    trainer([callback], max_epochs=1).fit(model, loader())
+    images, labels = digits()
+    contributions = (weight.unsqueeze(0) * images.flatten(1).unsqueeze(1)).flatten(1).double().numpy()
+    varies = contributions.std(0) > 0
+    f = np.zeros(contributions.shape[1])
+    f[varies] = f_classif(contributions[:, varies], labels.numpy())[0]
+    kept = callback.masks["net.1"].flatten().numpy()
+    assert f[kept].min() >= f[~kept].max() * (1 - 1e-5)
+
+
+def test_without_pruning_training_is_bit_equal_to_training_without_the_callback():
+    results = []
+    for callbacks in (
+        [],
+        [ScreeningPruningCallback(amount=0.0)],
+        [ScreeningPruningCallback(amount=0.5, end_epoch=4, schedule="one_shot", slim=False)],
+    ):
+        torch.manual_seed(0)
+        model = Classifier(ConvNet())
+        trainer(callbacks).fit(model, loader(shuffle=True))
+        results.append(model)
+    assert results[0].losses == results[1].losses == results[2].losses  # one-shot prunes after the last step
+    for a, b in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_criteria_that_need_no_statistics_collect_none_and_random_leaves_the_generator_alone():
+    states = []
+    for criterion in ("magnitude", "random"):
+        torch.manual_seed(0)
+        callback = ScreeningPruningCallback(amount=0.5, criterion=criterion)
+        trainer([callback]).fit(Classifier(mlp()), loader())
+        states.append(torch.random.get_rng_state())
+        assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
+    assert torch.equal(*states)
+
+
+def test_logs_sparsity_and_kept_fractions_per_layer(tmp_path):
+    callback = ScreeningPruningCallback(amount=0.9)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit = trainer([callback], logger=logger)
+    fit.fit(Classifier(mlp()), loader())
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert {"fscreen/sparsity", "fscreen/kept/net.1", "fscreen/kept/net.3", "fscreen/kept/net.5"} <= set(
+        rows[0].split(",")
+    )
+    assert float(fit.callback_metrics["fscreen/sparsity"]) == pytest.approx(callback.history[-1]["applied"])
+    assert "fscreen/sparsity" in fit.progress_bar_metrics
+
+
+@pytest.mark.parametrize("net", [mlp, ConvNet])
+def test_slimming_removes_parameters_and_keeps_the_function(net):
+    torch.manual_seed(0)
+    dense = Classifier(net())
+    slim = copy.deepcopy(dense)
+    masked, slimmed = (ScreeningPruningCallback(amount=0.93, slim=slim) for slim in (False, True))
+    trainer([masked]).fit(dense, loader())
+    trainer([slimmed]).fit(slim, loader())
+    images = digits()[0].double()
+    dense.double().eval()
+    slim.double().eval()
+    assert torch.allclose(dense(images), slim(images), rtol=1e-5, atol=1e-6)  # folded in float32
+    before, after = slimmed.report().before, slimmed.report().after
+    assert after.params == sum(p.numel() for p in slim.parameters()) < before.params
+    assert after.macs < before.macs
+    assert sum(slimmed.report().removed.values()) > 0
+    assert set(slimmed.report().removed) <= {layer.name for layer in slimmed.report().layers}
+    assert masked.plan is None and slimmed.plan
+
+
+def test_leaves_no_hook_behind_after_a_fit_and_after_an_error():
+    model = Classifier(mlp())
+    before = hooks_of(model)
+    fit = trainer([ScreeningPruningCallback(amount=0.5)])
+    fit.fit(model, loader())
+    assert hooks_of(model) == before
+    assert not fit.optimizers[0]._optimizer_step_post_hooks
+
+    class Failing(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 5:
+                raise RuntimeError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    model = Failing(mlp())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer([ScreeningPruningCallback(amount=0.5)]).fit(model, loader())
+    assert hooks_of(model) == before
+
+
+def test_resuming_equals_an_uninterrupted_run(tmp_path):
+    def run(epochs, checkpoint=None):
+        torch.manual_seed(0)
+        model = Classifier(mlp())
+        callback = ScreeningPruningCallback(amount=0.9, end_epoch=5)
+        saver = ModelCheckpoint(dirpath=tmp_path / f"{epochs}", save_last=True)
+        fit = trainer([callback, saver], max_epochs=6, enable_checkpointing=True, limit_train_batches=4)
+        if epochs < 6:
+            fit.fit_loop.max_epochs = 6
+            fit.should_stop = False
+            stop = StopAfter(epochs)
+            fit.callbacks.append(stop)
+        fit.fit(model, loader(), ckpt_path=checkpoint, weights_only=True)
+        return model, callback
+
+    class StopAfter(pl.Callback):
+        def __init__(self, epochs):
+            self.epochs = epochs
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+    whole, expected = run(6)
+    run(3)
+    resumed, callback = run(6, tmp_path / "3" / "last.ckpt")
+    assert callback.history == expected.history
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_fits_and_two_callbacks_in_one_process():
+    callback = ScreeningPruningCallback(amount=0.5, slim=False)
+    model = Classifier(mlp())
+    trainer([callback]).fit(model, loader())
+    trainer([callback]).fit(Classifier(mlp()), loader())
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
+    first = ScreeningPruningCallback(amount=0.5, include="net.1", slim=False)
+    second = ScreeningPruningCallback(amount=0.25, include="net.3", slim=False)
+    model = Classifier(mlp())
+    trainer([first, second]).fit(model, loader())
+    assert float((model.net[1].weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
+    assert float((model.net[3].weight == 0).float().mean()) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_soft_labels_and_dict_batches():
+    class Mixed(Classifier):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return {"image": batch[0], "label": F.one_hot(batch[1], 10).float() * 0.9 + 0.01}
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch["image"]), batch["label"])
+
+    callback = ScreeningPruningCallback(amount=0.5)
+    trainer([callback]).fit(Mixed(mlp()), loader())
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
+
+
+def test_network_that_is_never_called_as_a_whole_is_pruned_but_not_slimmed(caplog):
+    class Parts(Classifier):
+        def training_step(self, batch, batch_idx):
+            x = batch[0]
+            for layer in self.net:
+                x = layer(x)
+            return F.cross_entropy(x, batch[1])
+
+    callback = ScreeningPruningCallback(amount=0.9)
+    with caplog.at_level(logging.WARNING):
+        trainer([callback]).fit(Parts(mlp()), loader())
+    assert callback.report().pruned_fraction == pytest.approx(0.9, abs=1e-3)
+    assert "'net' was not called" in callback.report().not_removed
+    assert "nothing was physically removed" in caplog.text
+
+
+DDP_SCRIPT = """
+import sys, torch
+from lightning_fscreen import ScreeningPruningCallback
+from tests.conftest import Classifier, ConvNet, loader, trainer
+
+torch.manual_seed(0)
+model, callback = Classifier(ConvNet()), ScreeningPruningCallback(amount=0.8)
+fit = trainer([callback], strategy="ddp", devices=2)
+fit.fit(model, loader(batch_size=24))
+torch.save({"weights": model.state_dict(), "masks": callback.masks}, f"{sys.argv[1]}/{fit.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_prune_the_same_and_end_with_the_same_weights(tmp_path):
+    (tmp_path / "train.py").write_text(DDP_SCRIPT)
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, tmp_path / "train.py", tmp_path], check=True, cwd=root, env=environment, timeout=300
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert sum(int((~mask).sum()) for mask in first["masks"].values()) > 0
+    for part in ("weights", "masks"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), name
+
+
+BAD_ARGUMENTS = [
+    ({"amount": 1.0}, r"amount .*\[0, 1\), got 1.0"),
+    ({"amount": -0.1}, r"amount .*got -0.1"),
+    ({"criterion": "f-score"}, r"unknown criterion 'f-score'; choose one of .*magnitude.*random.*screening"),
+    ({"schedule": "cosine"}, r"unknown schedule 'cosine'; choose one of .*cubic.*linear.*logistic.*one_shot"),
+    ({"schedule": lambda progress: progress / 2}, "must return 1 at progress 1"),
+    ({"scope": "block"}, r"unknown scope 'block'; choose one of \['global', 'layer'\]"),
+    ({"granularity": "neuron"}, "unknown granularity 'neuron'; choose one of"),
+    ({"connections": "all"}, "unknown connections 'all'; choose one of"),
+    ({"screening_weight": 1.5}, r"screening_weight .*\[0, 1\], got 1.5"),
+    ({"min_channels": -1}, "min_channels .*-1"),
+    ({"start_epoch": -1}, "start_epoch .*-1"),
+    ({"start_epoch": 3, "end_epoch": 3}, "end_epoch must lie after start_epoch=3, got 3"),
+    ({"num_classes": 1}, "num_classes must be at least 2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_name_the_value_and_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ScreeningPruningCallback(**arguments)
+
+
+def _batches(change):
+    images, labels = digits(64)
+    batches = [change(images[i : i + 16].clone(), labels[i : i + 16].clone()) for i in range(0, 64, 16)]
+    return DataLoader(batches, batch_size=None)
+
+
+class _Unlabelled(Classifier):
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+
+BAD_RUNS = [
+    ("end_epoch", {"end_epoch": 9}, {}, lambda x, y: (x, y), r"end_epoch=9.*max_epochs=4"),
+    ("include", {"include": "encoder.*"}, {}, lambda x, y: (x, y), r"include='encoder\.\*' matches no layer.*net\.1"),
+    ("exclude", {"exclude": ["net.*"]}, {}, lambda x, y: (x, y), r"nothing to prune in .*\n  net.1: left out by exclude"),
+    ("no labels", {}, {}, lambda x, y: [x], r"batch 0.*no labels found.*list of 1 \(tensor \(16, 1, 8, 8\) float32\).*labels="),
+    ("range", {"num_classes": 5}, {}, lambda x, y: (x, y), r"batch 0 of epoch 0: labels must lie in 0 … 4, found 9"),
+    ("float", {}, {}, lambda x, y: (x, y.float()), r"float32 must be class weights of shape \(N, 10\)"),
+    ("nan", {}, {}, lambda x, y: (torch.where(y[0] == digits(64)[1][32], torch.nan, x), y), r"NaN or inf.*input of layer 'net.1'.*batch 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("callback", "arguments", "change", "message"), [(c, a, b, m) for _, c, a, b, m in BAD_RUNS])
+def test_bad_runs_say_what_is_wrong_and_what_to_do(callback, arguments, change, message):
+    model = _Unlabelled(mlp())
+    with pytest.raises(ValueError, match=message):
+        trainer([ScreeningPruningCallback(**{"amount": 0.5, **callback})], **arguments).fit(model, _batches(change))
+
+
+def test_empty_loader_is_an_error_not_a_silent_skip():
+    with pytest.raises(ValueError, match="training dataloader is empty"):
+        trainer([ScreeningPruningCallback(amount=0.5)]).fit(Classifier(mlp()), DataLoader([]))
+
+
+def test_nothing_to_prune_lists_why():
+    model = Classifier(mlp())
+    model.net.requires_grad_(False)
+    model.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"nothing to prune(.|\n)*net\.1: frozen"):
+        trainer([ScreeningPruningCallback(amount=0.5)]).fit(model, loader())
+
+
+def test_training_without_an_end_needs_end_epoch():
+    with pytest.raises(ValueError, match="end_epoch="):
+        trainer([ScreeningPruningCallback(amount=0.5)], max_epochs=-1, max_steps=8).fit(Classifier(mlp()), loader())
+
+
+def test_unsupported_strategies_are_refused_by_name():
+    class OtherStrategy(pl.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(NotImplementedError, match="OtherStrategy.*ddp"):
+        trainer([ScreeningPruningCallback()], strategy=OtherStrategy(device="cpu"), accelerator="auto").fit(
+            Classifier(mlp()), loader()
+        )
+
+
+def test_report_before_a_fit_says_so():
+    with pytest.raises(RuntimeError, match=r"before Trainer\.fit"):
+        ScreeningPruningCallback().report()
+
+
+def test_state_survives_weights_only_loading(tmp_path):
+    callback = ScreeningPruningCallback(amount=0.5)
+    trainer([callback]).fit(Classifier(mlp()), loader())
+    torch.save(callback.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["history"] == callback.history
+
+
+def test_config_lists_every_argument_with_its_default():
+    config = yaml.safe_load((Path(__file__).parents[1] / "conf" / "callbacks" / "fscreen.yaml").read_text())["fscreen"]
+    config.pop("_target_")
+    signature = inspect.signature(ScreeningPruningCallback)
+    assert config == {name: parameter.default for name, parameter in signature.parameters.items()}
