@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -21,7 +21,13 @@ from lightning_fscreen.data import ImageDataModule
 from lightning_fscreen.models.classifier import ImageClassifier
 from lightning_fscreen.outputs import print_config, print_report, run_report, write_figures, write_outputs
 
-log = logging.getLogger(__name__)
+# Advice that means nothing here: data in memory need no workers, and the run folder holds the configuration already.
+_NOISE = (
+    "The .*dataloader.* does not have many workers",
+    "Experiment logs directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
 
 
 def main() -> None:
@@ -36,11 +42,16 @@ def run(config: DictConfig) -> float | None:
         ValueError: a configuration that does not fit together, an `optimized_metric` that was not logged.
         NotADirectoryError, PermissionError: the run folder cannot be written.
     """
+    with warnings.catch_warnings():
+        for message in (".*",) if config.extras.ignore_warnings else _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        return _run(config)
+
+
+def _run(config: DictConfig) -> float | None:
     start = time.perf_counter()
     folder = Path(config.paths.output_dir)
     check_writable(folder)
-    if config.extras.ignore_warnings:
-        warnings.simplefilter("ignore")
     seed_everything(config.seed, workers=True, verbose=False)
 
     data: ImageDataModule = instantiate(config.data, _convert_="all")
@@ -56,12 +67,10 @@ def run(config: DictConfig) -> float | None:
             print_config(config)
 
     model: ImageClassifier = instantiate(config.model, _convert_="all")
-    callbacks = {name: instantiate(entry, _convert_="all") for name, entry in (config.callbacks or {}).items()}
-    loggers = [instantiate(entry, _convert_="all") for entry in (config.logger or {}).values()]
-    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks.values()), logger=loggers, _convert_="all")
-    pruning = next((c for c in callbacks.values() if isinstance(c, ScreeningPruningCallback)), None)
+    callbacks, loggers = _instantiate_all(config.callbacks), _instantiate_all(config.logger)
+    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
+    pruning = next((callback for callback in callbacks if isinstance(callback, ScreeningPruningCallback)), None)
 
-    dense = {name: p.detach().clone() for name, p in model.net.named_parameters()}
     trainer.fit(model, data, ckpt_path=config.ckpt_path, weights_only=True)
     metrics = dict(trainer.callback_metrics)
     trainer.test(model, data, verbose=False)
@@ -73,10 +82,28 @@ def run(config: DictConfig) -> float | None:
         report["seconds"] = round(time.perf_counter() - start, 3)
         write_outputs(folder, report, model.net)
         if config.extras.figures and pruning is not None:
-            write_figures(folder / "figures", pruning, model.net, dense, data.image_shape)
+            write_figures(folder / "figures", pruning, model.net, data.image_shape)
         if config.extras.print_report:
             print_report(report, folder)
     return value
+
+
+class RunFolderCheck(Callback):
+    """Hydra callback: stops a run whose folder cannot be written, before Hydra itself stumbles over it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check `hydra.run.dir`."""
+        self._check(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check `hydra.sweep.dir`."""
+        self._check(Path(config.hydra.sweep.dir))
+
+    def _check(self, folder: Path) -> None:
+        try:
+            check_writable(folder)
+        except OSError as error:  # Hydra only warns of a callback's exceptions
+            raise SystemExit(f"fscreen: {error}") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -93,7 +120,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise type(error)(
             f"the run folder {str(folder)!r} cannot be written ({error.strerror}); "
-            "choose another with hydra.run.dir=FOLDER"
+            "choose another with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for sweeps)"
         ) from error
 
 
@@ -114,9 +141,14 @@ def fit_to_data(config: DictConfig, data: ImageDataModule) -> None:
                     node[key] = value
 
 
+def _instantiate_all(entries: DictConfig | None) -> list[Any]:
+    """Objects of a group of named entries; what an experiment adds to an entry that is not there is left out."""
+    return [instantiate(entry, _convert_="all") for entry in (entries or {}).values() if "_target_" in entry]
+
+
 def _experiment() -> str | None:
     choice = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
-    return None if choice in (None, "null") else str(choice)
+    return None if choice in (None, "none") else str(choice)
 
 
 def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:
@@ -125,3 +157,7 @@ def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:
     if name not in metrics:
         raise ValueError(f"optimized_metric={name!r} was not logged; choose one of {sorted(metrics)}")
     return float(metrics[name])
+
+
+if __name__ == "__main__":
+    main()

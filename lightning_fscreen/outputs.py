@@ -80,14 +80,13 @@ def write_figures(
     folder: Path,
     pruning: ScreeningPruningCallback,
     network: nn.Module,
-    dense: Mapping[str, Tensor],
     image_shape: tuple[int, int, int],
 ) -> list[Path]:
     """Write the pictures of a run: schedule, connections of the first layer, weights, layers."""
     start, end = pruning.window
     history = pruning.history
-    epochs = [int(entry["epoch"]) for entry in history]
-    last = max([end, *(epoch + 1 for epoch in epochs)])
+    epochs = [int(entry["epoch"]) + 1 for entry in history]  # epochs trained
+    last = max([end, *epochs])
     points = [last * index / _CURVE_POINTS for index in range(_CURVE_POINTS + 1)]
     curve = [pruning.amount * scheduled_fraction(pruning.schedule, point, start, end) for point in points]
     report = pruning.report()
@@ -106,7 +105,9 @@ def write_figures(
             [layer.total for layer in report.layers],
             [layer.kept for layer in report.layers],
         ),
-        "weights": weights_figure({n: p.detach() for n, p in network.named_parameters() if p.ndim > 1}),
+        "weights": weights_figure(
+            {name.removesuffix(".weight"): p.detach() for name, p in network.named_parameters() if p.ndim > 1}
+        ),
     }
     first = next(iter(pruning.masks.values()))
     if first.ndim == 2:

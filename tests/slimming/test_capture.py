@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_fscreen.slimming.capture import CaptureError, capture, evaluating, named_tensors
+from tests.slimming import snapshot, untouched
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout()
+        self.fc = nn.Linear(4, 2)
+        self.register_buffer("offset", torch.zeros(1), persistent=False)
+        self.norm.eval()
+
+    def forward(self, x: Tensor, *, scale: Tensor | None = None) -> Tensor:
+        h = self.drop(self.norm(self.conv(x))).relu().mean((2, 3))
+        return self.fc(h) + self.offset + (0 if scale is None else scale)
+
+
+def operators(network: nn.Module, *args: Tensor, **kwargs: Tensor) -> list[str]:
+    graph = capture(network, args, kwargs).graph
+    return [node.target.name().removeprefix("aten::").split(".")[0] for node in graph.nodes if node.op == "call_function"]
+
+
+def test_the_graph_holds_the_layers_as_they_were_written() -> None:
+    assert operators(Net(), torch.randn(2, 1, 5, 5))[:4] == ["conv2d", "batch_norm", "dropout", "relu"]
+
+
+def test_every_placeholder_of_a_tensor_is_named() -> None:
+    network = Net()
+    captured = capture(network, (torch.randn(2, 1, 5, 5),))
+    placeholders = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
+    inputs = placeholders.keys() - captured.tensors.keys()
+    assert len(inputs) == 1
+    tensors = named_tensors(network)
+    assert set(captured.tensors.values()) == tensors.keys()
+    for placeholder, name in captured.tensors.items():
+        assert placeholders[placeholder].meta["val"].shape == tensors[name].shape
+
+
+def test_keyword_inputs_are_captured() -> None:
+    network = Net()
+    with_scale = operators(network, torch.randn(2, 1, 5, 5), scale=torch.randn(2, 1))
+    assert len(with_scale) > len(operators(network, torch.randn(2, 1, 5, 5)))
+
+
+def test_capturing_changes_nothing() -> None:
+    network = Net()
+    before, state = snapshot(network), torch.get_rng_state()
+    modes = [module.training for module in network.modules()]
+    capture(network, (torch.randn(2, 1, 5, 5, generator=torch.Generator()),))
+    assert untouched(network, before)
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_captures_what_eval_mode_does() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.aux = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    assert operators(Auxiliary().train(), torch.randn(2, 3)) == ["linear"]
+
+
+def test_control_flow_on_values_is_refused() -> None:
+    class Branches(Net):
+        def forward(self, x: Tensor, *, scale: Tensor | None = None) -> Tensor:
+            return super().forward(x) if x.mean() > 0 else super().forward(-x)
+
+    network = Branches()
+    before, modes = snapshot(network), [module.training for module in network.modules()]
+    with pytest.raises(CaptureError, match=r"Branches cannot be captured .*control flow that depends on values"):
+        capture(network, (torch.randn(2, 1, 5, 5),))
+    assert untouched(network, before)
+    assert [module.training for module in network.modules()] == modes
+
+
+def test_an_error_of_forward_is_passed_on_in_the_message() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("no such head")
+
+    with pytest.raises(CaptureError, match="no such head") as caught:
+        capture(Broken(), (torch.randn(2, 3),))
+    assert caught.value.__cause__ is not None
+
+
+def test_evaluating_restores_every_mode_also_after_an_error() -> None:
+    network = Net()
+    with pytest.raises(ZeroDivisionError), evaluating(network):
+        assert not any(module.training for module in network.modules())
+        raise ZeroDivisionError
+    assert network.training and network.conv.training and not network.norm.training
+
+
+def test_shared_tensors_are_named_once_by_their_first_name() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    network[1].weight = network[0].weight
+    network[3].running_mean = network[2].running_mean
+    names = named_tensors(network)
+    assert "0.weight" in names and "1.weight" not in names
+    assert "2.running_mean" in names and "3.running_mean" not in names
+    assert len({id(tensor) for tensor in names.values()}) == len(names)
