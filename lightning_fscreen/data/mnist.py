@@ -1,11 +1,7 @@
-"""MNIST (LeCun et al., 1998), read from its original files."""
+"""MNIST (LeCun et al., 1998), through torchvision."""
 
 from __future__ import annotations
 
-import gzip
-import math
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +32,7 @@ class MNISTDataModule(ImageDataModule):
 
     @property
     def folder(self) -> Path:
-        """Folder of the four files, uncompressed or as ``.gz``."""
+        """Folder of the four files."""
         return self.root / "MNIST" / "raw"
 
     def prepare_data(self) -> None:
@@ -76,54 +72,23 @@ class MNISTDataModule(ImageDataModule):
 
     def _load(self, part: str) -> TensorImages:
         self._require_files()
-        images, labels = (self._read(f"{part}-{content}") for content in CONTENTS)
         try:
-            return TensorImages(images.unsqueeze(1), labels, [str(digit) for digit in range(10)])
-        except ValueError as error:
-            raise RuntimeError(self._damaged(f"{part}-{CONTENTS[1]}", error)) from error
-
-    def _read(self, name: str) -> Tensor:
-        try:
-            return _read_idx(self._find(name) or self.folder / name)
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise RuntimeError(self._damaged(name, error)) from error
-
-    def _find(self, name: str) -> Path | None:
-        """Path of a file, uncompressed or not, if it is there."""
-        return next((path for path in (self.folder / name, self.folder / f"{name}.gz") if path.is_file()), None)
-
-    def _damaged(self, name: str, error: Exception) -> str:
-        path = (self._find(name) or self.folder / name).absolute()
-        return (
-            f"{path} is damaged or not a file of MNIST ({error}): "
-            "delete it and run again with data.download=true, or set data.root=FOLDER to an intact copy"
-        )
+            source = MNIST(str(self.root), train=part == "train", download=False)
+            return TensorImages(source.data.unsqueeze(1), source.targets, [str(digit) for digit in range(10)])
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # what reading a broken file ends in
+            names = " or ".join(f"{part}-{content}" for content in CONTENTS)
+            raise RuntimeError(
+                f"{names} in {self.folder.absolute()} is damaged ({type(error).__name__}: {error}): delete both and run "
+                "again with data.download=true, or set data.root=FOLDER to an intact copy"
+            ) from error
 
     def _missing(self) -> list[str]:
-        return [name for name in FILES if self._find(name) is None]
+        return [name for name in FILES if not (self.folder / name).is_file()]
 
     def _require_files(self) -> None:
         missing = self._missing()
         if missing:
             raise FileNotFoundError(
-                f"{self.folder.absolute()} has no {', '.join(missing)}, with or without .gz: set data.root=FOLDER to "
+                f"{self.folder.absolute()} has no {', '.join(missing)}: set data.root=FOLDER to "
                 "where FOLDER/MNIST/raw has the files of MNIST, or data.download=true to download them"
             )
-
-
-def _read_idx(path: Path) -> Tensor:
-    """Read an array of bytes in the IDX format: 0, 0, 8, ndim, then ndim big-endian sizes, then the values.
-
-    Raises:
-        ValueError: if the header is not that, or the number of values not what it says.
-    """
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        content = file.read()
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError("it does not begin like an IDX file of bytes")
-    start = 4 + 4 * content[3]
-    shape = struct.unpack(f">{content[3]}I", content[4:start])
-    if len(content) - start != math.prod(shape):
-        raise ValueError(f"it holds {len(content) - start:,} bytes of data, not the {math.prod(shape):,} of its header")
-    # A bytearray, because torch warns of memory that it must not write to.
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)

@@ -1,4 +1,3 @@
-import gzip
 import struct
 from urllib.error import URLError
 
@@ -44,22 +43,6 @@ def test_last_training_images_are_for_validation(root):
     assert labels.tolist() == LABELS[35:].tolist()
 
 
-def test_compressed_files_are_read_in_place(root):
-    files = list((root / "MNIST/raw").iterdir())
-    for path in files:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    data = MNISTDataModule(root=str(root), val_size=15)
-    data.prepare_data()
-    assert np.array_equal(all_images(data.test_dataloader()), PIXELS[:20])
-    assert len(list((root / "MNIST/raw").iterdir())) == 4
-    path = root / "MNIST/raw/t10k-labels-idx1-ubyte.gz"
-    for content in (path.read_bytes()[:-12], b"no gzip file", path.read_bytes()[:12] + b"damaged" * 9):
-        path.write_bytes(content)
-        with pytest.raises(RuntimeError, match=r"t10k-labels-idx1-ubyte\.gz is damaged"):
-            MNISTDataModule(root=str(root), val_size=15).setup()
-
-
 def test_val_size_zero_trains_on_all(root):
     assert len(all_images(MNISTDataModule(root=str(root), val_size=0).train_dataloader())) == 50
 
@@ -82,7 +65,7 @@ def test_a_fit_reads_no_test_image(root):
     (root / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(b"damaged")
     data = MNISTDataModule(root=str(root), val_size=15)
     data.setup("fit")
-    with pytest.raises(RuntimeError, match="t10k-images-idx3-ubyte is damaged"):
+    with pytest.raises(RuntimeError, match="t10k-images-idx3-ubyte or t10k-labels-idx1-ubyte in .* is damaged"):
         data.setup("test")
 
 
@@ -100,12 +83,12 @@ def test_failed_download_names_the_expected_files(tmp_path, monkeypatch):
 def test_truncated_file_is_named(root, name, length):
     path = root / "MNIST/raw" / name
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(RuntimeError, match=rf"{name} is damaged.*data\.download=true.*data\.root="):
+    with pytest.raises(RuntimeError, match=rf"{name}.* is damaged.*data\.download=true.*data\.root="):
         MNISTDataModule(root=str(root), val_size=0).setup("fit")
 
 
 @pytest.mark.parametrize("labels", [LABELS[:49], LABELS + 1, PIXELS])
 def test_labels_that_do_not_fit_are_refused(root, labels):
     write_idx(root / "MNIST/raw/train-labels-idx1-ubyte", labels)
-    with pytest.raises(RuntimeError, match="train-labels-idx1-ubyte is damaged"):
+    with pytest.raises(RuntimeError, match=r"train-labels-idx1-ubyte in .*MNIST/raw is damaged"):
         MNISTDataModule(root=str(root), val_size=0).setup("fit")
