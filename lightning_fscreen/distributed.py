@@ -53,6 +53,7 @@ def decide_once(trainer: Trainer, decide: Callable[[], Mapping[str, Tensor]]) ->
     if trainer.world_size == 1:
         return decide()
     decision: Mapping[str, Tensor] = decide() if trainer.is_global_zero else {}
+    decision = {name: tensor.cpu() for name, tensor in decision.items()}  # not tied to the first process's device
     return trainer.strategy.broadcast(decision)
 
 

@@ -35,17 +35,21 @@ def assert_equals_sklearn(actual, features, labels, rtol=1e-9):
     """|F − F_sklearn| ≤ rtol · F, plus what f_classif itself cannot know.
 
     It subtracts sums of squares that carry a rounding error of up to n ε Σx² each: seen through F, this is an error of
-    that size in the numerator (the floor for tiny F) and in the denominator.
+    that size in the numerator (the floor for tiny F) and in the denominator. Without any variance within the classes,
+    where f_classif divides by zero, F is 0 or +inf as documented.
     """
-    x, y = np.asarray(torch.as_tensor(features).double()), np.asarray(labels)
+    x, y, actual = np.asarray(torch.as_tensor(features).double()), np.asarray(labels), np.asarray(actual)
     expected = sklearn_f(x, y)
+    assert actual.dtype == np.float64
+    assert actual.shape == expected.shape
     classes = np.unique(y)
+    flat = np.all([np.ptp(x[y == c], axis=0) == 0 for c in classes], axis=0)
+    np.testing.assert_array_equal(actual[flat], np.where(np.ptp(x, axis=0) == 0, 0.0, np.inf)[flat])
+    x, actual, expected = x[:, ~flat], actual[~flat], expected[~flat]
     within = sum(((x[y == c] - x[y == c].mean(0)) ** 2).sum(0) for c in classes)
     rounding = len(x) * EPS * (x**2).sum(0)
     floor = rounding / within * ((len(x) - len(classes)) / (len(classes) - 1) + expected)
-    actual = np.asarray(actual)
-    assert actual.dtype == np.float64
-    assert actual.shape == expected.shape
+    assert np.isfinite(floor).all()
     np.testing.assert_array_less(np.abs(actual - expected), rtol * expected + floor + 1e-300)
 
 
@@ -273,7 +277,9 @@ def test_features_that_saw_different_instances_are_merged_feature_by_feature():
         columns = []
         for j in range(2):
             rows = np.flatnonzero(seen[j])[np.isin(np.flatnonzero(seen[j]), np.arange(40)[half])]
-            columns.append(f_statistic_update(torch.from_numpy(features[rows, j : j + 1]), torch.tensor(labels[rows]), 3))
+            columns.append(
+                f_statistic_update(torch.from_numpy(features[rows, j : j + 1]), torch.tensor(labels[rows]), 3)
+            )
         halves.append(
             ClassSums(
                 torch.cat([c.shift for c in columns]),

@@ -40,9 +40,7 @@ def brute_force_global(scores, kept, amount, floor):
     """Sort the candidates that their layer can spare, and drop from the front."""
     names = list(scores)
     left = {n: sorted((float(scores[n][i]), i) for i in range(len(kept[n])) if kept[n][i]) for n in names}
-    spare = [
-        (score, names.index(n), i) for n in names for score, i in left[n][: max(len(left[n]) - floor, 0)]
-    ]
+    spare = [(score, names.index(n), i) for n in names for score, i in left[n][: max(len(left[n]) - floor, 0)]]
     total = sum(mask.numel() for mask in kept.values())
     drop = max(round(amount * total) - pruned(kept), 0)
     result = {n: mask.clone() for n, mask in kept.items()}
@@ -89,7 +87,7 @@ def test_layer_scope_prunes_the_same_fraction_of_every_layer_lowest_first(scores
     for name, score in scores.items():
         drop = int((~result[name]).sum())
         assert abs(drop - fraction * score.numel()) < 1
-        order = sorted(range(len(score)), key=lambda i: (float(score[i]), i))  # noqa: B023
+        order = sorted(range(len(score)), key=lambda i: (float(score[i]), i))
         assert sorted(torch.nonzero(~result[name]).flatten().tolist()) == sorted(order[:drop])
 
 

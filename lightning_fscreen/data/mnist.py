@@ -78,8 +78,8 @@ class MNISTDataModule(ImageDataModule):
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # what reading a broken file ends in
             names = " or ".join(f"{part}-{content}" for content in CONTENTS)
             raise RuntimeError(
-                f"{names} in {self.folder.absolute()} is damaged ({type(error).__name__}: {error}): delete both and run "
-                "again with data.download=true, or set data.root=FOLDER to an intact copy"
+                f"{names} in {self.folder.absolute()} is damaged ({type(error).__name__}: {error}): delete both "
+                "and run again with data.download=true, or set data.root=FOLDER to an intact copy"
             ) from error
 
     def _missing(self) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_fit_reads_no_test_image(root):
     (root / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(b"damaged")
     data = MNISTDataModule(root=str(root), val_size=15)
     data.setup("fit")
-    with pytest.raises(RuntimeError, match="t10k-images-idx3-ubyte or t10k-labels-idx1-ubyte in .* is damaged"):
+    with pytest.raises(RuntimeError, match=r"t10k-images-idx3-ubyte or t10k-labels-idx1-ubyte in .* is damaged"):
         data.setup("test")
 
 
