@@ -394,6 +394,7 @@ def test_reset_and_discard_forget(attached):
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_what_later_layers_do_in_place_does_not_reach_the_statistics(attached, side):
     """Activations are those the layer saw, also before a ReLU(inplace=True)."""
+    torch.manual_seed(0)
     bn, fc, x = nn.BatchNorm1d(3).double().eval(), nn.Linear(3, 3), torch.randn(30, 3, dtype=torch.float64)
     bn.running_mean.fill_(0.5)
     labels = torch.arange(30) % C

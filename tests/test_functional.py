@@ -260,7 +260,8 @@ def test_classes_that_never_occur_change_nothing():
 
 
 def test_moving_the_origin_leaves_the_statistic():
-    features, labels = torch.randn(20, 2, dtype=torch.float64), torch.arange(20) % 3
+    features = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(20) % 3
     sums = f_statistic_update(features, labels, 3)
     moved = move_shift(sums, torch.tensor([5.0, -3.0], dtype=torch.float64))
     direct = f_statistic_update(features, labels, 3, shift=moved.shift)

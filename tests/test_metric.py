@@ -76,7 +76,7 @@ def test_half_precision_batches_are_summed_in_float64(dtype):
 
 
 def test_soft_labels_are_class_weights():
-    features, labels = gaussian()
+    features, _ = gaussian()
     weights = torch.rand(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     metric = fed(features, weights, batch=7)
     torch.testing.assert_close(metric.compute(), f_statistic(features, weights), rtol=1e-10, atol=0)

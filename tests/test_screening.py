@@ -184,6 +184,7 @@ def test_what_layers_do_in_place_afterwards_does_not_reach_the_statistics():
 
 
 def test_attention_is_not_in_the_way():
+    torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     batches = [(torch.randn(30, 5, 4), torch.arange(30) % 3)]
     assert list(fs.screen(model, batches, num_classes=3, progress=False)) == ["linear1", "linear2"]

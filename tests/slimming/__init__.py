@@ -18,7 +18,7 @@ def outputs(network: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
     )
     with torch.no_grad():
         leaves = pytree.tree_leaves(network(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def difference(first: list[Tensor], second: list[Tensor]) -> float:

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
 ]
 
 
-# ---- blocks: (channels, rank, random) → module that keeps the number of dimensions; each shrinks positions by 1 at most
+# ---- blocks: (channels, rank, random) → module; each keeps the rank and shrinks positions by 1 at most
 
 
 class Function(nn.Module):
@@ -412,7 +413,11 @@ def units_left(weights: list[Tensor]) -> list[int]:
     """Hidden units left per layer: drop zero rows and zero columns by hand until nothing changes."""
     matrices = [weight.flatten(2).abs().sum(2) if weight.ndim > 2 else weight.abs() for weight in weights]
     alive = [torch.ones(len(matrix), dtype=torch.bool) for matrix in matrices[:-1]]
-    alive = [torch.ones(matrices[0].shape[1], dtype=torch.bool), *alive, torch.ones(len(matrices[-1]), dtype=torch.bool)]
+    alive = [
+        torch.ones(matrices[0].shape[1], dtype=torch.bool),
+        *alive,
+        torch.ones(len(matrices[-1]), dtype=torch.bool),
+    ]
     while True:
         new = [mask.clone() for mask in alive]
         for layer, matrix in enumerate(matrices):
@@ -434,8 +439,10 @@ def chains(draw: st.DrawFn) -> tuple[nn.Sequential, Tensor, list[Tensor]]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     density = draw(st.sampled_from([0.15, 0.3, 0.5]))
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
-        layer = nn.Linear(a, b, bias) if kind == "linear" else nn.Conv2d(a, b, 3, padding=int(kind == "padded"), bias=bias)
+    for a, b in pairwise(widths):
+        layer = (
+            nn.Linear(a, b, bias) if kind == "linear" else nn.Conv2d(a, b, 3, padding=int(kind == "padded"), bias=bias)
+        )
         with torch.no_grad():
             keep = torch.rand(b, a) < density
             layer.weight.mul_(keep if kind == "linear" else keep[:, :, None, None])
@@ -471,7 +478,9 @@ def test_a_chain_that_is_cut_through_shrinks_to_one_unit_everywhere(dead: int) -
 
 
 def test_a_dense_network_is_left_alone() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+    )
     before = snapshot(network)
     plan = remove_dead_units(network, (torch.randn(2, 3, 4, 4),))
     assert not plan and plan.removed() == {}
@@ -691,6 +700,51 @@ def test_keyword_and_nested_inputs() -> None:
     inputs = {"x": torch.randn(4, 3)}
     scale = torch.randn(4, 1)
     assert difference(outputs(masked, inputs, scale=scale), outputs(network, inputs, scale=scale)) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)])
+def test_inputs_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    network = nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 2)).double()
+    zero_rows(network[0], 1)
+    masked = copy.deepcopy(network)
+    remove_dead_units(network, (torch.randn(shape).double(),))
+    assert network[0].out_features == 4
+    x = torch.randn(shape)
+    assert difference(outputs(masked, x), outputs(network, x)) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_images_without_a_batch_dimension(rank: int) -> None:
+    network = nn.Sequential(CONV[rank](2, 5, 2), nn.ReLU(), CONV[rank](5, 2, 2)).double()
+    zero_rows(network[0], 1)
+    masked = copy.deepcopy(network)
+    remove_dead_units(network, (torch.randn(2, *[5] * rank).double(),))
+    assert network[0].out_channels == 4
+    x = torch.randn(2, *[6] * rank)
+    assert difference(outputs(masked, x), outputs(network, x)) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["view", "reshape"])
+def test_convolutions_are_viewed_into_a_linear_layer(method: str) -> None:
+    """LeNet's `x.view(x.size(0), -1)`: each channel is a run of columns."""
+
+    class LeNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 6, 3), nn.Linear(6 * 16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x).sigmoid()
+            return self.fc(getattr(h, method)(h.size(0), -1))
+
+    network = LeNet().double()
+    zero_rows(network.conv, 1, 4)
+    zero_columns(network.fc, *range(32, 48))
+    masked = copy.deepcopy(network)
+    remove_dead_units(network, (torch.randn(2, 1, 6, 6).double(),))
+    assert (network.conv.out_channels, network.fc.in_features) == (3, 48)
+    x = torch.randn(5, 1, 6, 6)
+    assert difference(outputs(masked, x), outputs(network, x)) < 1e-9
 
 
 def test_a_network_that_casts_its_input_to_float32_can_be_slimmed() -> None:

@@ -32,9 +32,17 @@ def test_json_round_trip(plan: SlimmingPlan) -> None:
     assert SlimmingPlan.from_json(plan.to_json()) == plan
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-                        ["format", "shapes", "cuts", "groups", "biases", "pinned", "0"]), inner, max_size=6)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["format", "shapes", "cuts", "groups", "biases", "pinned", "0"]), inner, max_size=6
+            )
+        ),
+    )
+)
 def test_other_json_is_no_plan(data: Any) -> None:
     with pytest.raises(PlanError):
         SlimmingPlan.from_json(json.dumps({"format": 1, "shapes": data} if isinstance(data, dict) else data))

@@ -91,9 +91,7 @@ def test_undo_puts_the_very_same_objects_back() -> None:
     undo()
     assert untouched(model, before) and repr(model) == text
     assert model[0].bias is None and model[5].bias is None
-    assert {name for name, _ in model.named_parameters()} == set(before) - {
-        name for name, _ in model.named_buffers()
-    }
+    assert {name for name, _ in model.named_parameters()} == set(before) - {name for name, _ in model.named_buffers()}
 
 
 def test_the_layer_itself_may_be_the_network() -> None:
