@@ -412,7 +412,7 @@ class ScreeningPruningCallback(Callback):
     def _removed(self) -> dict[str, int]:
         if self.plan is None or self._recorder is None:
             return {}
-        return self.plan.under(self._recorder.name).removed()
+        return self.plan.under(self._recorder.name).removed
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, sums of the running epoch and history, as tensors and primitives (for `weights_only` loading)."""

@@ -9,9 +9,10 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_fscreen.slimming.capture import named_tensors
-from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, plan_of
+from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
 from lightning_fscreen.slimming.rewrite import install
 
 _KEY = "fscreen_plan"
@@ -34,7 +35,7 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _persistent(model).items()}
+    tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
     try:
         save_file(tensors, partial, metadata={_KEY: plan_of(model).to_json()})
         os.replace(partial, path)
@@ -72,25 +73,21 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
         raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
     plan = SlimmingPlan.from_json(metadata[_KEY])
     plan.check(model)
-    expected = _persistent(model)
-    biases = {f"{name}.bias" if name else "bias" for name in plan.biases}
-    for name in sorted({*expected, *biases, *saved}):
+    expected = {name: _planned_shape(plan, name, tensor) for name, tensor in _persistent(model).items()}
+    expected |= {join(name, "bias"): _added_bias_shape(plan, model, name) for name in plan.biases}
+    for name in sorted({*expected, *saved}):
         if name not in saved:
             raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(model).__name__} needs")
-        if name not in expected and name not in biases:
+        if name not in expected:
             raise PlanError(f"{str(path)!r} has a tensor {name!r}, which {type(model).__name__} does not have")
-        if name in expected:
-            shape = _planned_shape(plan, name, expected[name])
-        else:
-            owner = name.removesuffix("bias") + "weight"
-            shape = _planned_shape(plan, owner, named_tensors(model)[owner])[:1]
-        if tuple(saved[name].shape) != shape:
-            raise PlanError(
-                f"{str(path)!r}: tensor {name!r} has shape {tuple(saved[name].shape)}, its plan says {shape}"
-            )
+        if tuple(saved[name].shape) != expected[name]:
+            found = tuple(saved[name].shape)
+            raise PlanError(f"{str(path)!r}: tensor {name!r} has shape {found}, its plan says {expected[name]}")
+    for name, tensor in named_tensors(model).items():
+        if name in plan.cuts and name not in saved:  # a buffer that is not saved
+            saved[name] = plan.cut(name, tensor)
     install(model, plan, saved)
-    if plan:
-        attach_plan(model, plan)
+    attach_plan(model, plan)
     return model
 
 
@@ -98,6 +95,19 @@ def _persistent(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, shared ones once."""
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in named_tensors(model).items() if name in state}
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and not a view of a storage that another tensor may use, which safetensors refuses."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _added_bias_shape(plan: SlimmingPlan, model: nn.Module, layer: str) -> tuple[int, ...]:
+    module = model.get_submodule(layer)
+    weight = next(name for name, tensor in named_tensors(model).items() if tensor is module.weight)
+    shape = _planned_shape(plan, weight, named_tensors(model)[weight])
+    return (shape[1] * module.groups,) if isinstance(module, _ConvTransposeNd) else shape[:1]
 
 
 def _planned_shape(plan: SlimmingPlan, name: str, tensor: Tensor) -> tuple[int, ...]:

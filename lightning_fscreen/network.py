@@ -24,7 +24,7 @@ def common_parent(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Modul
         shared.append(parts[0])
     name = ".".join(shared)
     module = model.get_submodule(name)
-    while isinstance(module, nn.ModuleList | nn.ModuleDict):  # containers are never called
+    while name and type(module).forward is nn.Module.forward:  # ModuleList and the like are never called
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
     return name, module

@@ -287,7 +287,10 @@ def _shards(features, labels, world_size):
     rows = torch.arange(len(labels))
     cut = 41
     parts = [rows[:cut], rows[cut:], rows[:0]][:world_size]
-    return [[(features[part], labels[part]) for part in rows.split(size)] for rows, size in zip(parts, (7, 30, 1))]  # noqa: B905
+    return [
+        [(features[part], labels[part]) for part in rows.split(size)]
+        for rows, size in zip(parts, (7, 30, 1), strict=False)
+    ]
 
 
 def _worker(rank, port, folder):

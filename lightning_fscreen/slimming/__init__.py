@@ -1,7 +1,8 @@
 """Physical slimming: capture → slots → liveness → plan → rewrite, verified."""
 
 from lightning_fscreen.slimming.capture import CaptureError
-from lightning_fscreen.slimming.dead import VerificationError, remove_dead_units
+from lightning_fscreen.slimming.dead import remove_dead_units
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan
+from lightning_fscreen.slimming.verify import VerificationError
 
 __all__ = ["CaptureError", "PlanError", "SlimmingPlan", "VerificationError", "remove_dead_units"]

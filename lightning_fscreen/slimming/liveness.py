@@ -7,42 +7,50 @@ from torch import Tensor
 
 from lightning_fscreen.slimming.slots import PINNED, Reader, SlotGraph
 
+# A carrier much weaker than what it carries would need huge weights, and lose digits in float32.
+_WEAK = 0.1
 
-def live_slots(slots: SlotGraph, foldable: set[str]) -> Tensor:
+
+def live_slots(slots: SlotGraph, foldable: set[str]) -> tuple[Tensor, Tensor]:
     """Least set of slots that has to stay for the network to compute the same function.
 
     A slot lives if it is pinned, or if a living output of some layer multiplies it by a weight that is not zero, unless
     it is a known constant that can be carried into that layer's bias. Where zero padding meets a constant no bias is
-    exact; there one constant input stays, and carries all the others. No dimension is emptied.
+    exact; there one constant input stays, and carries all the others. No dimension is emptied: where nothing lives, one
+    slot is kept for the shape alone.
 
     Args:
         slots: what the walk over the graph found.
         foldable: names of the weights whose layer can take constants into its bias.
 
     Returns:
-        (number of slots,) bool.
+        live, kept: (number of slots,) bool; `kept` has those kept for the shape in addition.
     """
     root = slots.components()
     live = torch.zeros(len(root), dtype=torch.bool)  # by representative
     live[root[PINNED]] = True
     while True:
         _spread(slots, root, live, foldable)
-        if not _keep_one_carrier(slots, root, live, foldable) and not _keep_one_each(slots, root, live):
-            return live[root]
+        if not _keep_one_carrier(slots, root, live):
+            break
+    kept = live.clone()
+    for labels in slots.dims.values():
+        if not bool(kept[root[labels]].any()):
+            kept[root[labels[0]]] = True
+    return live[root], kept[root]
 
 
-def removed_constants(reader: Reader, live: Tensor, foldable: bool) -> tuple[Tensor, Tensor | None]:
+def removed_constants(reader: Reader, live: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
     """Inputs of a layer that go and whose constant it has to carry, (in,) bool, and the input that carries them.
 
     The carrier is None where the bias takes the constants.
     """
-    rows = reader.nonzero[live[reader.outputs]].any(0)
-    constants = reader.known & (reader.constant != 0) & rows
-    gone = constants & ~live[reader.inputs]
-    if not (reader.padded or not foldable) or not bool(gone.any()):
+    constants = reader.known & (reader.constant != 0)
+    rows = reader.nonzero[(live if reader.padded else kept)[reader.outputs]].any(0)
+    gone = constants & rows & ~kept[reader.inputs]
+    if not reader.padded or not bool(gone.any()):
         return gone, None
-    staying = reader.known & (reader.constant != 0) & live[reader.inputs]
-    return gone, torch.where(staying, reader.constant.abs(), -1.0).argmax()
+    return gone, torch.where(constants & live[reader.inputs], reader.constant.abs(), -1.0).argmax()
 
 
 def _spread(slots: SlotGraph, root: Tensor, live: Tensor, foldable: set[str]) -> None:
@@ -60,23 +68,17 @@ def _spread(slots: SlotGraph, root: Tensor, live: Tensor, foldable: set[str]) ->
                 changed = True
 
 
-def _keep_one_carrier(slots: SlotGraph, root: Tensor, live: Tensor, foldable: set[str]) -> bool:
+def _keep_one_carrier(slots: SlotGraph, root: Tensor, live: Tensor) -> bool:
+    """Let a constant live where a padded layer needs one to carry the others; whether there was such a layer."""
     for reader in reversed(slots.readers):
         if not reader.padded:
             continue
         rows = reader.nonzero[live[root[reader.outputs]]].any(0)
         constants = reader.known & (reader.constant != 0)
         alive = live[root[reader.inputs]]
-        if bool((constants & rows & ~alive).any()) and not bool((constants & alive).any()):
-            strongest = torch.where(constants, reader.constant.abs(), -1.0).argmax()
-            live[root[reader.inputs[strongest]]] = True
-            return True
-    return False
-
-
-def _keep_one_each(slots: SlotGraph, root: Tensor, live: Tensor) -> bool:
-    for labels in slots.dims.values():
-        if not bool(live[root[labels]].any()):
-            live[root[labels[0]]] = True
+        strength = reader.constant.abs()
+        gone = torch.where(constants & rows & ~alive, strength, 0.0)
+        if float(gone.max()) * _WEAK > float(torch.where(constants & alive, strength, 0.0).max()):
+            live[root[reader.inputs[gone.argmax()]]] = True
             return True
     return False

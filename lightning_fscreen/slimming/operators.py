@@ -52,11 +52,11 @@ class SlotInterpreter:
         }
         self._names = {placeholder: first_name[id(lookup[name])] for placeholder, name in captured.tensors.items()}
         self._tensors = {name: tensor.detach().cpu().double() for name, tensor in tensors.items()}
-        self._layers = {
-            first_name[id(module.weight)]: name
-            for name, module in network.named_modules()
-            if isinstance(module, nn.Linear | _ConvNd) and id(module.weight) in first_name
-        }
+        self._layers: dict[str, list[tuple[str, str | None]]] = {}  # weight → (layer, its bias) that hold it
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear | _ConvNd) and id(module.weight) in first_name:
+                bias = None if module.bias is None else first_name[id(module.bias)]
+                self._layers.setdefault(first_name[id(module.weight)], []).append((name, bias))
         self._values: dict[fx.Node, Any] = {}
         self._opaque: set[str] = set()  # tensors that some operator uses whole
 
@@ -87,18 +87,21 @@ class SlotInterpreter:
             return source[node.args[1]] if isinstance(source, list | tuple) else self._unknown(node)
         name = node.target.name().removeprefix("aten::").split(".")[0] if hasattr(node.target, "name") else ""
         handler = _HANDLERS.get(name)
-        result = handler(self, node) if handler is not None else None
+        try:
+            result = handler(self, node) if handler is not None else None
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return self._unknown(node, f"{type(error).__name__}: {error}")
         if result is None:
             return self._unknown(node)
         if name.endswith("_") and isinstance(node.args[0], fx.Node):
             self._values[node.args[0]] = result  # in place: whoever reads the argument later sees the result
         return result
 
-    def _unknown(self, node: Any) -> Any:
+    def _unknown(self, node: Any, reason: str = "not known to keep channels apart") -> Any:
         """Pin all that an operator reads, and what it puts out."""
         for source in node.all_input_nodes:
             self._pin(source)
-        self.slots.pinned[node.name] = f"operator {node.target} is not known to keep channels apart"
+        self.slots.pinned[node.name] = f"operator {node.target}: {reason}"
         return pytree.tree_map(
             lambda item: Value.pinned(tuple(item.shape)) if isinstance(item, Tensor) else item, node.meta.get("val")
         )
@@ -133,8 +136,11 @@ class SlotInterpreter:
         return None
 
     def _value(self, node: Any) -> Value:
+        """An argument as it comes; a parameter used like this stays whole."""
         value = self._values[node]
         assert isinstance(value, Value)
+        if node.name in self._names:
+            self._opaque.add(self._names[node.name])
         return value
 
     def _weighted(self, node: fx.Node, channel_dim: int, padded: bool, transposed: bool = False) -> Value | None:
@@ -155,9 +161,10 @@ class SlotInterpreter:
         if bias is not None:
             self.slots.cut(bias, 0, outputs)
             offset = self._tensors[bias]
-        module = self._layers.get(weight)
+        owners = [name for name, own_bias in self._layers.get(weight, []) if own_bias == bias]
+        module = owners[0] if len(owners) == 1 else None
         self.slots.readers.append(
-            Reader(module, weight, matrix, nonzero, labels, outputs, constant, known, padded, input_dim)
+            Reader(module, weight, bias, matrix, nonzero, labels, outputs, constant, known, padded, input_dim)
         )
         carried = known & (constant == 0) if padded else known
         out_known = ~(nonzero & ~carried).any(1)
@@ -168,12 +175,12 @@ class SlotInterpreter:
         """One kernel per channel: a channel's slot goes through."""
         bias_node = (*node.args, None)[2]
         bias = self._tensor_name(bias_node)
-        module = self._layers.get(weight)
-        if module is None or (bias_node is not None and bias is None):
+        layers = self._layers.get(weight)
+        if not layers or (bias_node is not None and bias is None):
             return None
         labels, constant, known = self.slots.along(self._value(node.args[0]), channel_dim)
         self.slots.cut(weight, 0, labels)
-        self.slots.depthwise[module] = labels
+        self.slots.depthwise.update({name: labels for name, _ in layers})
         kernel = self._tensors[weight].flatten(1)
         offset = torch.zeros(len(kernel), dtype=torch.float64)
         if bias is not None:
@@ -283,9 +290,14 @@ class SlotInterpreter:
     def _move(self, node: Any) -> Value | None:
         """Operators that only rearrange elements are run on the labels themselves."""
         value = self._value(node.args[0])
-        moved = [compress(node.target(part, *node.args[1:], **node.kwargs)) for part in value.parts()]
+        moved = [compress(node.target(part.contiguous(), *node.args[1:], **node.kwargs)) for part in value.parts()]
         result = Value(tuple(node.meta["val"].shape), *moved)
         name = node.target.name().removeprefix("aten::").split(".")[0]
+        if name.startswith("squeeze"):  # a dimension that shrinks to 1 would go
+            dims = node.args[1] if len(node.args) > 1 else range(len(value.shape))
+            for dim in dims if isinstance(dims, list | tuple | range) else [dims]:
+                if value.labels.shape[dim] > 1:
+                    self.slots.pin(value.labels)
         if name in _WITH_SIZES:  # sizes written into forward stay as they are
             sizes = node.args[2] if name == "unflatten" else node.args[1]
             first = node.args[1] % len(value.shape) if name == "unflatten" else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_fscreen.slimming.capture import named_tensors
 
@@ -30,6 +31,7 @@ class SlimmingPlan:
         cuts: tensor name → {dim: indices kept, ascending}.
         groups: convolution name → its number of groups afterwards (depthwise ones).
         biases: layers that got a bias, to carry constants.
+        removed: units or channels removed, by layer.
         pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
     """
 
@@ -37,43 +39,42 @@ class SlimmingPlan:
     cuts: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    removed: dict[str, int] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
         return bool(self.cuts or self.biases)
 
-    def removed(self) -> dict[str, int]:
-        """Units or channels removed, by layer: entries cut from the first dimension of each `weight`."""
-        return {
-            name.removesuffix(".weight"): self.shapes[name][0] - len(dims[0])
-            for name, dims in self.cuts.items()
-            if name.endswith("weight") and 0 in dims and len(self.shapes[name]) > 1
-        }
-
     def under(self, prefix: str) -> SlimmingPlan:
         """The same plan for a module that holds the network as its submodule `prefix`."""
-        start = f"{prefix}." if prefix else ""
         return SlimmingPlan(
-            {start + name: shape for name, shape in self.shapes.items()},
-            {start + name: cut for name, cut in self.cuts.items()},
-            {start + name: groups for name, groups in self.groups.items()},
-            tuple(start + name for name in self.biases),
+            {join(prefix, name): shape for name, shape in self.shapes.items()},
+            {join(prefix, name): cut for name, cut in self.cuts.items()},
+            {join(prefix, name): groups for name, groups in self.groups.items()},
+            tuple(join(prefix, name) for name in self.biases),
+            {join(prefix, name): count for name, count in self.removed.items()},
             dict(self.pinned),
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:
         """This plan followed by `second`, which was made for the network that this one leaves."""
         cuts = {name: dict(dims) for name, dims in self.cuts.items()}
+        shapes = {**second.shapes, **self.shapes}
         for name, dims in second.cuts.items():
+            if name.rpartition(".")[2] == "bias" and name.rpartition(".")[0] in self.biases:
+                shapes.pop(name)  # a fresh network does not have it; it is loaded at its final length
+                continue
             own = cuts.setdefault(name, {})
             for dim, kept in dims.items():
                 own[dim] = tuple(own[dim][index] for index in kept) if dim in own else kept
+        removed = {name: self.removed.get(name, 0) + count for name, count in second.removed.items()}
         return SlimmingPlan(
-            {**second.shapes, **self.shapes},
+            shapes,
             cuts,
             {**self.groups, **second.groups},
             (*self.biases, *second.biases),
+            {**self.removed, **removed},
             {**self.pinned, **second.pinned},
         )
 
@@ -104,12 +105,25 @@ class SlimmingPlan:
             for dim, kept in dims.items():
                 _check_indices(name, dim, kept, shape)
         modules = dict(network.named_modules())
+        first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
         for name in (*self.groups, *self.biases):
-            if name not in modules or not hasattr(modules[name], "bias"):
+            if not isinstance(modules.get(name), nn.Linear | _ConvNd):
                 raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
         for name in self.biases:
             if modules[name].bias is not None:
                 raise PlanError(f"the plan adds a bias to layer {name!r}, which has one; is it another model?")
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear | _ConvNd) and id(module.weight) in first:
+                self._check_groups(name, module, first[id(module.weight)])
+
+    def _check_groups(self, name: str, module: nn.Linear | _ConvNd, weight: str) -> None:
+        kept = self.cuts.get(weight, {}).get(0)
+        grouped = isinstance(module, _ConvNd) and module.groups > 1
+        expected = len(kept) if grouped and kept is not None else None
+        if self.groups.get(name) != expected:
+            raise PlanError(
+                f"the plan gives layer {name!r} {self.groups.get(name)} groups, its cuts make it {expected}"
+            )
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -120,6 +134,7 @@ class SlimmingPlan:
                 "cuts": {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.cuts.items()},
                 "groups": self.groups,
                 "biases": self.biases,
+                "removed": self.removed,
                 "pinned": self.pinned,
             }
         )
@@ -143,6 +158,7 @@ class SlimmingPlan:
                 },
                 {str(name): _integer(groups) for name, groups in data["groups"].items()},
                 tuple(map(str, data["biases"])),
+                {str(name): _integer(count) for name, count in data["removed"].items()},
                 {str(name): str(reason) for name, reason in data["pinned"].items()},
             )
         except PlanError:
@@ -151,21 +167,42 @@ class SlimmingPlan:
             raise PlanError(f"this is not a slimming plan: {type(error).__name__}: {error}") from error
 
 
-def attach_plan(network: nn.Module, plan: SlimmingPlan) -> SlimmingPlan:
-    """Remember on the network how it was slimmed (it follows copies); returns the plan over all slimmings so far."""
-    earlier = getattr(network, _PLAN, None)
-    total = plan if earlier is None else earlier.then(plan)
-    setattr(network, _PLAN, total)
-    return total
+def join(prefix: str, name: str) -> str:
+    """Name of what is called `name` within the submodule `prefix`; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def attach_plan(network: nn.Module, plan: SlimmingPlan) -> None:
+    """Remember on every layer how it was slimmed, after what was done to it before; it follows copies and parts."""
+    for name, own in _by_module(plan).items():
+        module = network.get_submodule(name)
+        earlier = getattr(module, _PLAN, None)
+        setattr(module, _PLAN, own if earlier is None else earlier.then(own))
 
 
 def plan_of(model: nn.Module) -> SlimmingPlan:
-    """The plan of a model whose submodules, or itself, have been slimmed; an empty one otherwise."""
+    """The plan of all slimmings of a model or of its parts so far; an empty one if there were none."""
     total = SlimmingPlan()
     for name, module in model.named_modules():
         if isinstance(plan := getattr(module, _PLAN, None), SlimmingPlan):
             total = total.then(plan.under(name))
     return total
+
+
+def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
+    """The plan in parts, one for each module that holds tensors of it, in the module's own names."""
+    owners = {name: name.rpartition(".")[0] for name in plan.cuts}
+    parts = {}
+    for owner in dict.fromkeys([*owners.values(), *plan.groups, *plan.biases, *plan.removed]):
+        names = [name for name, holder in owners.items() if holder == owner]
+        parts[owner] = SlimmingPlan(
+            {name.rpartition(".")[2]: plan.shapes[name] for name in names},
+            {name.rpartition(".")[2]: plan.cuts[name] for name in names},
+            {"": plan.groups[owner]} if owner in plan.groups else {},
+            ("",) if owner in plan.biases else (),
+            {"": plan.removed[owner]} if owner in plan.removed else {},
+        )
+    return parts
 
 
 def _integer(value: Any) -> int:
@@ -180,7 +217,8 @@ def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int,
     if not kept or any(second <= first for first, second in pairwise(kept)):
         raise PlanError(f"the plan's indices for dimension {dim} of {name!r} are empty, repeated or not ascending")
     if kept[0] < 0 or kept[-1] >= shape[dim]:
-        raise PlanError(f"the plan keeps index {kept[-1]} of dimension {dim} of {name!r}, which has shape {shape}")
+        wrong = kept[0] if kept[0] < 0 else kept[-1]
+        raise PlanError(f"the plan keeps index {wrong} of dimension {dim} of {name!r}, which has shape {shape}")
 
 
 def parameters_by_name(model: nn.Module) -> Mapping[str, list[tuple[nn.Module, str]]]:

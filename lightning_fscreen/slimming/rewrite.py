@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_fscreen.slimming.plan import SlimmingPlan, parameters_by_name
+from lightning_fscreen.slimming.plan import SlimmingPlan, join, parameters_by_name
 
 Undo = Callable[[], None]
 
@@ -31,7 +31,7 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
     modules = dict(network.named_modules())
     for name in plan.biases:
         module = modules[name]
-        bias = nn.Parameter(module.weight.new_zeros(tensors[_join(name, "bias")].shape), module.weight.requires_grad)
+        bias = nn.Parameter(module.weight.new_zeros(tensors[join(name, "bias")].shape), module.weight.requires_grad)
         undo.append(lambda module=module: module._parameters.__setitem__("bias", None))  # type: ignore[misc]
         module.register_parameter("bias", bias)
     for name, places in parameters_by_name(network).items():
@@ -40,8 +40,9 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
         owner, attribute = places[0]
         old = getattr(owner, attribute)
         new: Tensor = tensors[name].to(old)
-        if new.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
-            new = new.contiguous(memory_format=torch.channels_last)
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.ndim)
+        if layout is not None and old.is_contiguous(memory_format=layout) and not old.is_contiguous():
+            new = new.contiguous(memory_format=layout)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         for module, place in places:
@@ -84,7 +85,3 @@ def _match_sizes(module: nn.Module) -> list[Undo]:
 def _restore(module: nn.Module, attribute: str) -> Undo:
     old = getattr(module, attribute)
     return lambda: setattr(module, attribute, old)
-
-
-def _join(module: str, attribute: str) -> str:
-    return f"{module}.{attribute}" if module else attribute

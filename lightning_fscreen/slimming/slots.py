@@ -64,8 +64,8 @@ class Reader:
     """A linear or ungrouped convolution layer: the place where a slot's value is multiplied by weights.
 
     Attributes:
-        module: name of the layer, None if the operator was called with tensors that belong to no such layer.
-        weight: name of its weight.
+        module: name of the layer that can take constants into its bias; None if there is none, or more than one.
+        weight, bias: names of the tensors.
         matrix: (out, in) float64, the weight summed over the kernel.
         nonzero: (out, in) bool, whether any weight of the kernel is not zero.
         inputs, outputs: slot labels, (in,) and (out,).
@@ -76,6 +76,7 @@ class Reader:
 
     module: str | None
     weight: str
+    bias: str | None
     matrix: Tensor
     nonzero: Tensor
     inputs: Tensor
@@ -93,6 +94,7 @@ class SlotGraph:
     Attributes:
         readers: in the order of the graph.
         dims: (tensor name, dim) → labels of that dimension, for all that can be cut.
+        depthwise: depthwise convolution → slots of its channels.
         pinned: what could not be analysed, operator → reason.
     """
 
@@ -130,11 +132,11 @@ class SlotGraph:
         Slots that other dimensions run over are pinned.
         """
         size, dim = value.shape[dim], dim % len(value.shape)
-        labels = value.labels.movedim(dim, 0).flatten(1)
+        labels = _rows(value.labels, dim)
         if labels.shape[1] > 1:
             self.pin(labels)
         known, constant = torch.broadcast_tensors(value.known, value.constant)
-        known, constant = known.movedim(dim, 0).flatten(1), constant.movedim(dim, 0).flatten(1)
+        known, constant = _rows(known, dim), _rows(constant, dim)
         same = known.all(1) & (constant == constant[:, :1]).all(1)
         return labels[:, 0].expand(size), constant[:, 0].expand(size), same.expand(size)
 
@@ -153,3 +155,8 @@ class SlotGraph:
             if torch.equal(merged, root):
                 return root
             root = merged
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """One row for each index of a dimension, all else flattened behind it."""
+    return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)

@@ -483,7 +483,7 @@ def test_a_dense_network_is_left_alone() -> None:
     )
     before = snapshot(network)
     plan = remove_dead_units(network, (torch.randn(2, 3, 4, 4),))
-    assert not plan and plan.removed() == {}
+    assert not plan and plan.removed == {}
     assert untouched(network, before)
 
 
@@ -516,7 +516,7 @@ def test_where_zero_padding_meets_constants_one_channel_carries_them(rank: int, 
     network = nn.Sequential(first, nn.Sigmoid(), second, nn.ReLU(), CONV[rank](4, 2, 1)).double()
     masked = copy.deepcopy(network)
     plan = remove_dead_units(network, (torch.randn(2, 2, *[6] * rank).double(),))
-    assert first.out_channels == 4 and plan.removed() == {"0": 2}
+    assert first.out_channels == 4 and plan.removed == {"0": 2}
     x = torch.randn(1, 2, *[9] * rank).double()
     assert difference(outputs(masked, x), outputs(network, x)) < 1e-9
 

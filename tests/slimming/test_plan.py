@@ -196,7 +196,7 @@ def test_two_plans_in_one_do_what_they_do_in_turn() -> None:
     }
     x = torch.randn(3, 2, 4, 4)
     assert torch.equal(full(x), network(x))
-    assert total.removed() == {"0": 5, "2": 5, "6": 3}
+    assert total.removed == {"0": 5, "2": 5, "6": 3}
 
 
 @given(st.integers(0, 2**31))
@@ -256,7 +256,7 @@ def test_removed_counts_the_output_channels_of_transposed_convolutions() -> None
     zero_columns(network[4], 0, 1, 2)
     plan = remove_dead_units(network, (torch.randn(2, 2, 4, 4),))
     assert network[2].out_channels == 4
-    assert plan.removed() == {"2": 3}
+    assert plan.removed == {"2": 3}
 
 
 # ---- plans on networks

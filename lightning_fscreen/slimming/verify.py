@@ -1,0 +1,129 @@
+"""Does a smaller network compute the same function? Answered in float64, before it is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_fscreen.slimming.capture import evaluating, named_tensors
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-9  # relative, in float64
+_OWN_TOLERANCE = 1e-4  # relative, for networks that cannot run in float64
+
+
+class VerificationError(RuntimeError):
+    """The slimmed network would not compute the same function; the network was left as it was."""
+
+
+class Verification:
+    """Outputs of a network before it is changed, in eval mode, on an example and on random inputs.
+
+    They are computed in float64; a network that insists on another dtype (`x.float()` in its forward) is run in its own.
+
+    Args:
+        network: the network, not yet changed.
+        args: example inputs.
+        kwargs: example keyword inputs.
+
+    Raises:
+        VerificationError: the network does not run on its own example.
+    """
+
+    def __init__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._network = network
+        self._inputs = [(args, kwargs), _random_like((args, kwargs))]
+        try:
+            self._double = True
+            self._before = self._run_all({})
+        except Exception as error:  # whatever forward raises
+            log.info("%s does not run in float64, verifying in its own dtype: %s", type(network).__name__, error)
+            try:
+                self._double = False
+                self._before = self._run_all({})
+            except Exception as own_error:
+                raise VerificationError(f"{type(network).__name__} fails on random inputs: {own_error}") from own_error
+
+    def check(self, new: Mapping[str, Tensor]) -> None:
+        """Compare with the outputs of the network as it is now.
+
+        Args:
+            new: changed tensors by name, in float64, more exact than those in the network.
+
+        Raises:
+            VerificationError: the outputs differ, or forward fails.
+        """
+        name = type(self._network).__name__
+        try:
+            after = self._run_all(new)
+        except Exception as error:  # whatever forward raises
+            raise VerificationError(
+                f"forward of {name} fails on the smaller network, so nothing was removed; it depends on sizes in a way "
+                f"that the captured graph does not show: {type(error).__name__}: {error}"
+            ) from error
+        difference = max(_difference(a, b) for a, b in zip(self._before, after, strict=True))
+        if not difference <= (_TOLERANCE if self._double else _OWN_TOLERANCE):
+            raise VerificationError(
+                f"removing dead units from {name} would change its outputs by {difference:.1e} (relative), so nothing "
+                "was removed; its forward does something that the captured graph does not show"
+            )
+
+    def _run_all(self, new: Mapping[str, Tensor]) -> list[list[Any]]:
+        return [self._run(new, *inputs) for inputs in self._inputs]
+
+    def _run(self, new: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        def convert(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach().to(torch.float64 if self._double and value.is_floating_point() else None, copy=True)
+
+        # Copies, because forward may write to buffers.
+        tensors = {name: convert(tensor) for name, tensor in named_tensors(self._network).items()}
+        if self._double:
+            tensors |= {name: convert(tensor) for name, tensor in new.items()}
+        args, kwargs = pytree.tree_map(convert, (args, kwargs))
+        with evaluating(self._network), torch.no_grad():
+            return pytree.tree_leaves(torch.func.functional_call(self._network, tensors, args, kwargs))
+
+
+def _random_like(inputs: Any) -> Any:
+    """Normal noise in place of every floating input, from a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value)
+        return value
+
+    return pytree.tree_map(noise, inputs)
+
+
+def _difference(first: list[Any], second: list[Any]) -> float:
+    """Largest relative difference of two lists of outputs; inf where they cannot be compared."""
+    if len(first) != len(second):
+        return float("inf")
+    return max((_leaf_difference(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
+
+
+def _leaf_difference(first: Any, second: Any) -> float:
+    if not isinstance(first, Tensor):
+        return 0.0 if type(first) is type(second) and first == second else float("inf")
+    if not isinstance(second, Tensor) or first.shape != second.shape or first.dtype != second.dtype:
+        return float("inf")
+    if not first.is_floating_point():
+        return 0.0 if torch.equal(first, second) else float("inf")
+    finite = torch.isfinite(first)
+    if not torch.equal(finite, torch.isfinite(second)) or not torch.equal(
+        first[~finite].nan_to_num(), second[~finite].nan_to_num()
+    ):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    scale = first[finite].abs().max().clamp(min=1e-30)
+    return float((first[finite] - second[finite]).abs().max() / scale)
