@@ -79,8 +79,12 @@ def find_weights(
     found: list[PrunableWeight] = []
     excluded: dict[str, str] = {}
     owners: dict[int, str] = {}
+    protected = {id(getattr(layers[name], "weight", None)): name for name in selected}
     for name, module in layers.items():
         reason = selected.get(name) or _why_not(module, owners)
+        if reason is None and id(module.weight) in protected:
+            other = protected[id(module.weight)]
+            reason = f"shares its weight with {other!r}, which is {selected[other]}"
         if reason:
             excluded[name] = reason
         else:

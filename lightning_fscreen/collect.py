@@ -88,7 +88,10 @@ class ActivationCollector:
         self._sizes = [probe.num_features for probe in self._probes]
         self._starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
         self._exact = {candidate.name: ConnectionSums(candidate, num_classes) for candidate in exact}
-        self._features: dict[int, list[Tensor]] = {}
+        self._columns = [slice(start, start + size) for start, size in zip(self._starts, self._sizes, strict=True)]
+        self._buffer: Tensor | None = None  # (N, features) float64, this step's activations; kept from step to step
+        self._runs: dict[int, int] = {}  # probe → times its layer ran in this step
+        self._uneven: dict[int, int] = {}  # probe → number of instances, where it differs from the others'
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self.reset()
@@ -123,7 +126,8 @@ class ActivationCollector:
 
     def discard(self) -> None:
         """Forget the activations gathered since the last update."""
-        self._features.clear()
+        self._runs.clear()
+        self._uneven.clear()
         self._weights.clear()
 
     def update(self, labels: Tensor) -> None:
@@ -135,19 +139,19 @@ class ActivationCollector:
         Raises:
             ValueError: bad labels, or a layer that ran with another number of instances; nothing is added then.
         """
-        if not self._features:
+        if self._buffer is None or not self._runs:
             return
         try:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
-            ran = sorted(self._features)
-            for index in ran:
-                self._check_rows(index, len(labels))
-            features = [self._mean_of_runs(self._features[index]) for index in ran]
-            self._add(ran, torch.cat(features, dim=1), labels)
+            self._check_rows(len(self._buffer), len(labels))
+            if len(labels):
+                self._add(sorted(self._runs), self._buffer, labels)
+            # Sums that have met a NaN or inf stay so: the count of finite batches is the number of the first bad one.
+            self._finite_batches += torch.isfinite(self._sums.squares.sum())
+            self._batches += 1
         finally:
             self.discard()
-            self._batches += 1
 
     def statistics(self, merge: Callable[[ClassSums], ClassSums] = lambda sums: sums) -> dict[str, FeatureStatistics]:
         """F-statistics and moments by probe name.
@@ -164,8 +168,8 @@ class ActivationCollector:
         for probe, start in zip(self._probes, self._starts, strict=True):
             if not bool(merged.counts[:, start].any()):
                 raise ValueError(
-                    f"layer {probe.name!r} did not run in any training step with known labels, so there is no "
-                    f"F-statistic for it; leave it out with exclude={probe.name!r}"
+                    f"layer {probe.name!r} never ran, so there is no F-statistic for it; leave it out with "
+                    f"exclude={probe.name!r}"
                 )
         counts = merged.counts.sum(0)
         offset = merged.sums.sum(0) / counts
@@ -208,8 +212,7 @@ class ActivationCollector:
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.active:
-                activation = args[0] if args else kwargs["input"]
-                self._features.setdefault(index, []).append(reduce_positions(activation, module))
+                self._gather(index, reduce_positions(args[0] if args else kwargs["input"], module))
                 if probe.name in self._exact:
                     self._weights[index] = probe.module.get_parameter("weight").detach().clone()
 
@@ -218,41 +221,54 @@ class ActivationCollector:
     def _output_hook(self, index: int) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.active:
-                self._features.setdefault(index, []).append(reduce_positions(output, module))
+                self._gather(index, reduce_positions(output, module))
 
         return gather
 
-    def _check_rows(self, index: int, rows: int) -> None:
-        for features in self._features[index]:
-            if len(features) != rows:
-                raise ValueError(
-                    f"layer {self._probes[index].name!r} ran on {len(features)} instances, but the batch has {rows} "
-                    f"labels; leave the layer out with exclude={self._probes[index].name!r}, or pass labels= a "
-                    "function that returns one label per instance"
-                )
+    def _gather(self, index: int, values: Tensor) -> None:
+        """Copy a layer's activations (N, features) to its place; whatever happens to them later does not matter."""
+        if not self._runs and (self._buffer is None or len(self._buffer) != len(values)):
+            self._buffer = self._sums.squares.new_empty(len(values), len(self._sums.squares))
+        assert self._buffer is not None
+        if len(values) != len(self._buffer):
+            self._uneven[index] = len(values)
+            return
+        place = self._buffer[:, self._columns[index]]
+        if index in self._runs:
+            place += values
+        else:
+            place.copy_(values)
+        self._runs[index] = self._runs.get(index, 0) + 1
 
-    @staticmethod
-    def _mean_of_runs(runs: list[Tensor]) -> Tensor:
-        return runs[0] if len(runs) == 1 else torch.stack(runs).mean(0)
+    def _check_rows(self, rows: int, num_labels: int) -> None:
+        wrong = self._uneven if rows == num_labels else dict.fromkeys(sorted(self._runs), rows)
+        for index, found in wrong.items():
+            name = self._probes[index].name
+            raise ValueError(
+                f"layer {name!r} ran on {found} instances, but the batch has {num_labels} labels; leave the layer out "
+                f"with exclude={name!r}, or pass labels= a function that returns one label per instance"
+            )
 
     def _add(self, ran: list[int], features: Tensor, labels: Tensor) -> None:
+        """Add activations (N, features), which are overwritten."""
         columns: slice | Tensor = slice(None)
+        for index in ran:
+            if self._runs[index] > 1:
+                features[:, self._columns[index]] /= self._runs[index]
         if len(ran) < len(self._probes):
-            columns = torch.cat([torch.arange(self._starts[i], self._starts[i] + self._sizes[i]) for i in ran])
+            columns = torch.cat([torch.arange(self._sums.squares.numel())[self._columns[index]] for index in ran])
+            features = features[:, columns]
         shift, counts, sums, squares = self._sums
         if not all(self._seen[index] for index in ran):
-            new = torch.tensor([not self._seen[index] for index in ran]).repeat_interleave(
-                torch.tensor([self._sizes[index] for index in ran])
-            )
-            shift[columns] = torch.where(new.to(shift.device), features[0].to(shift), shift[columns])
             for index in ran:
-                self._seen[index] = True
-        batch = sum_by_class(features, labels, self.num_classes, shift[columns])
+                if not self._seen[index]:
+                    position = sum(self._sizes[other] for other in ran if other < index)
+                    shift[self._columns[index]] = features[0, position : position + self._sizes[index]]
+                    self._seen[index] = True
+        batch = sum_by_class(features.sub_(shift[columns]), labels, self.num_classes, shift[columns])
         counts[:, columns] += batch.counts.unsqueeze(1)
         sums[:, columns] += batch.sums
         squares[columns] += batch.squares
-        # Sums that have met a NaN or inf stay so: the count of finite batches is the number of the first bad one.
-        self._finite_batches += torch.isfinite(squares.sum())
         if self._exact:
             self._add_connections(ran, batch)
 

@@ -83,16 +83,17 @@ def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: 
     ^ divides by the mean over the candidates that are left, in all layers: F and magnitudes have different units, and
     the paper does not say how it scales them. An infinite F counts as the largest finite one.
     """
-    magnitudes = _normalised({name: layer.weight.abs() for name, layer in layers.items()}, layers)
+    dtypes = {name: torch.promote_types(layer.weight.dtype, torch.float32) for name, layer in layers.items()}
+    magnitudes = _normalised({name: layer.weight.abs().to(dtypes[name]) for name, layer in layers.items()}, layers)
     if screening_weight == 0:
         return magnitudes
     f = {}
     for name, layer in layers.items():
         if layer.f is None:
             raise ValueError(f"criterion 'screening' needs the F-statistics of layer {name!r}, none were collected")
-        f[name] = layer.f.to(layer.weight)
+        f[name] = layer.f.to(layer.weight.device, dtypes[name])
     finite = [values[torch.isfinite(values)] for values in f.values()]
-    largest = max((float(values.max()) for values in finite if len(values)), default=1.0)
+    largest = max((float(values.max()) for values in finite if len(values)), default=0.0) or 1.0
     f = _normalised({name: values.clamp(max=largest) for name, values in f.items()}, layers)
     return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Within-class sums of squares smaller than this fraction of the total are rounding, not variance.
-_ROUNDING = 64 * torch.finfo(torch.float64).eps
+_EPS = torch.finfo(torch.float64).eps
 
 
 class ClassSums(NamedTuple):
@@ -109,12 +108,18 @@ def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift
     check_labels(labels, num_classes)
     if shift is None:
         shift = features[0].double() if len(features) else torch.zeros_like(features[:0].sum(0), dtype=torch.float64)
-    return sum_by_class(features, labels, num_classes, shift)
+    return sum_by_class(features - shift, labels, num_classes, shift)  # float64, whatever the features are
 
 
-def sum_by_class(features: Tensor, labels: Tensor, num_classes: int, shift: Tensor) -> ClassSums:
-    """`f_statistic_update` without its checks, for the training step."""
-    offsets = features - shift  # float64, whatever the features are
+def sum_by_class(offsets: Tensor, labels: Tensor, num_classes: int, shift: Tensor) -> ClassSums:
+    """`f_statistic_update` without its checks, for the training step.
+
+    Args:
+        offsets: (N, p) float64, features − shift; overwritten.
+        labels: (N,) or (N, C).
+        num_classes: C.
+        shift: (p,).
+    """
     if labels.is_floating_point():
         weights = labels.to(torch.float64)
         squares = weights.sum(1) @ offsets.square()
@@ -171,11 +176,13 @@ def f_statistic_compute(sums: ClassSums) -> Tensor:
     mean = sums.sums.sum(0) / total
     between = (counts * (class_means - mean) ** 2).sum(0)
     within = sums.squares - (counts * class_means**2).sum(0)
-    within = torch.where(within <= _ROUNDING * sums.squares, 0.0, within)
+    rounding = (64 + total) * _EPS * sums.squares  # of a sum over that many instances; what is below is no variance
+    within = torch.where(within <= rounding, 0.0, within)
     degrees_within = total - num_classes
     f = (between / (num_classes - 1)) / (within / degrees_within)
     f = torch.where((within == 0) | (degrees_within <= 0), torch.inf, f)
-    return torch.where(between <= _ROUNDING * sums.squares, torch.where(torch.isinf(f), 0.0, f), f)
+    f = torch.where((between <= rounding) & torch.isinf(f), 0.0, f)
+    return torch.where(torch.isnan(between), torch.nan, f)
 
 
 def _per_feature(counts: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ def find_labels(batch: Any) -> Tensor:
     found: Any = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in _KEYS if key in batch), None)
+    elif named := next((key for key in _KEYS if key in getattr(batch, "_fields", ())), None):
+        found = getattr(batch, named)
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         found = batch[1] if len(batch) > 1 else None
     elif not isinstance(batch, Tensor):
@@ -57,7 +59,9 @@ def infer_num_classes(*sources: Any, labels: Tensor | None = None) -> int | None
     if labels is not None and labels.is_floating_point() and labels.ndim == 2:
         return labels.shape[1]
     for source in sources:
-        candidates = [getattr(source, "num_classes", None), (getattr(source, "hparams", None) or {}).get("num_classes")]
+        hparams = getattr(source, "hparams", None)
+        candidates = [getattr(source, "num_classes", None), getattr(hparams, "num_classes", None)]
+        candidates += [hparams.get("num_classes")] if isinstance(hparams, Mapping) else []
         if isinstance(source, nn.Module):
             metrics = (module for module in source.modules() if isinstance(module, Metric))
             candidates += [getattr(metric, "num_classes", None) for metric in metrics]

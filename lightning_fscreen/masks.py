@@ -52,7 +52,7 @@ class Masks:
             if name not in kept or kept[name].shape != parameter.shape:
                 found = f"shape {tuple(kept[name].shape)}" if name in kept else "no mask"
                 raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
-        self.kept = {name: kept[name].to(p.device, torch.bool) for name, p in self._parameters.items()}
+        self.kept = {name: kept[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()}
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
         self._factors = [self.kept[name].to(p.dtype) for name, p in self._parameters.items()]
         self.apply()

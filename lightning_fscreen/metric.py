@@ -105,12 +105,24 @@ class FStatistic(Metric):
         return figure, ax
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another `FStatistic`, or its state, has seen."""
+        """Add what another `FStatistic`, or its state, has seen.
+
+        Raises:
+            ValueError: it is of another kind or size.
+        """
         if isinstance(incoming_state, FStatistic):
             incoming_state = incoming_state.metric_state
         elif isinstance(incoming_state, Metric):
             raise ValueError(f"an FStatistic can only merge with an FStatistic, got {type(incoming_state).__name__}")
+        classes, features = _state(incoming_state).sums.shape[-2:]
+        if (classes, features) != (self.num_classes, self.num_features):
+            raise ValueError(
+                f"an FStatistic of {self.num_classes} classes and {self.num_features} features cannot merge with one "
+                f"of {classes} and {features}"
+            )
         self._reduce_states(incoming_state)
+        self._update_count += 1
+        self._computed = None
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         self._set(f_statistic_merge(_merge_processes(_state(incoming_state)), self._merged()))

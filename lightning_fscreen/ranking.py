@@ -42,7 +42,7 @@ def rank_and_prune(
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}; choose one of {list(SCOPES)}")
     for name, score in scores.items():
-        if bool(torch.isnan(score).any()):
+        if bool(torch.isnan(score[kept[name]]).any()):
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     totals = {name: mask.numel() for name, mask in kept.items()}
     left = {name: int(mask.sum()) for name, mask in kept.items()}
@@ -54,7 +54,7 @@ def rank_and_prune(
             f"each of {len(totals)} layers makes {sum(floors.values())}; lower amount or the floor"
         )
     if scope == "layer":
-        keep = _shares(totals, floors, budget)
+        keep = _shares(totals, floors, left, budget)
         return {name: _drop_lowest(scores[name], mask, left[name] - keep[name]) for name, mask in kept.items()}
     drop = sum(left.values()) - budget
     if drop <= 0:
@@ -83,8 +83,10 @@ def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     return lower | (tied & (tied.cumsum(0) <= count - lower.sum()))
 
 
-def _shares(totals: Mapping[str, int], floors: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Split `budget` in proportion to `totals`, no share below its floor.
+def _shares(
+    totals: Mapping[str, int], floors: Mapping[str, int], caps: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Split `budget` in proportion to `totals`, no share below its floor or above its cap.
 
     What floors add is taken from the other layers. Fractions go to the layers with the largest remainders (ties: the
     first), so that the shares add up to the budget.
@@ -98,7 +100,11 @@ def _shares(totals: Mapping[str, int], floors: Mapping[str, int], budget: int) -
             break
         fixed |= low
     exact = {name: rate * total for name, total in free.items()}
-    whole = {name: math.floor(share) for name, share in exact.items()}
-    missing = budget - sum(fixed.values()) - sum(whole.values())
-    first = sorted(free, key=lambda name: whole[name] - exact[name])[:missing]  # stable
-    return fixed | {name: whole[name] + (name in first) for name in free}
+    shares = fixed | {name: min(math.floor(share), caps[name]) for name, share in exact.items()}
+    by_remainder = sorted(free, key=lambda name: math.floor(exact[name]) - exact[name])  # stable
+    missing = budget - sum(shares.values())
+    while missing > 0 and (room := [name for name in by_remainder if shares[name] < caps[name]]):
+        for name in room[:missing]:
+            shares[name] += 1
+        missing = budget - sum(shares.values())
+    return shares

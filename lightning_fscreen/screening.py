@@ -68,35 +68,41 @@ def screen(
     ]
     if not probes:
         raise ValueError(f"nothing to screen in {type(model).__name__}: no linear, convolution or batch-norm layer")
-    if num_classes is None:
-        num_classes = infer_num_classes(model)
-        if num_classes is None:
-            raise ValueError("the number of classes is unknown; pass num_classes=")
-    collector = ActivationCollector(probes, num_classes)
+    collector: ActivationCollector | None = None
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    collector.attach()
-    batches = 0
     try:
         with evaluating(model), torch.no_grad():
             for batch in tqdm(dataloader, desc="screening", unit="batch", disable=not progress):
                 batch = move_data_to_device(batch, device)
                 batch_labels = labels(batch)
+                if collector is None:
+                    collector = ActivationCollector(probes, num_classes or _infer(model, batch_labels))
+                    collector.attach()
                 collector.active = True
-                (forward or _call_with_inputs)(model, batch)
+                if forward is not None:
+                    forward(model, batch)
+                else:
+                    _call_with_inputs(model, batch, batch_labels)
                 collector.active = False
                 collector.update(batch_labels)
-                batches += 1
     finally:
-        collector.remove()
-    if not batches:
+        if collector is not None:
+            collector.remove()
+    if collector is None:
         raise ValueError("the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last")
     return {name: statistics.f for name, statistics in collector.statistics().items()}
 
 
-def _call_with_inputs(model: nn.Module, batch: Any) -> Any:
+def _infer(model: nn.Module, labels: Tensor) -> int:
+    num_classes = infer_num_classes(model, labels=labels)
+    if num_classes is None:
+        raise ValueError(f"the number of classes cannot be found in {type(model).__name__}; pass num_classes=")
+    return num_classes
+
+
+def _call_with_inputs(model: nn.Module, batch: Any, labels: Tensor) -> Any:
     if isinstance(batch, Mapping):
-        answer = find_labels(batch)
-        inputs = {key: value for key, value in batch.items() if value is not answer}
+        inputs = {key: value for key, value in batch.items() if value is not labels}
         return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
     if isinstance(batch, Sequence):
         return model(batch[0])

@@ -1,16 +1,24 @@
 """Small real classifiers and data, shared by the tests."""
 
+import os
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import settings
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 warnings.filterwarnings("ignore", module="lightning")
+
+
+# The same examples in every run of CI; other ones, and more of them, at a developer's.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 class Classifier(pl.LightningModule):

@@ -99,7 +99,7 @@ def plan_dead(network: nn.Module, slots: SlotGraph) -> tuple[SlimmingPlan, dict[
             removed[name] = len(labels) - groups[name]
     shapes = {name: tuple(tensors[name].shape) for name in cuts}
     removed = {name: removed[name] for name in modules if name in removed}  # in the network's order
-    return SlimmingPlan(shapes, cuts, groups, tuple(biases), removed, dict(slots.pinned)), folded
+    return SlimmingPlan(shapes, cuts, groups, tuple(biases), dict(slots.pinned), removed), folded
 
 
 def _foldable(network: nn.Module, slots: SlotGraph) -> set[str]:

@@ -31,16 +31,16 @@ class SlimmingPlan:
         cuts: tensor name → {dim: indices kept, ascending}.
         groups: convolution name → its number of groups afterwards (depthwise ones).
         biases: layers that got a bias, to carry constants.
-        removed: units or channels removed, by layer.
         pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
+        removed: units or channels removed, by layer; likewise.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     cuts: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
-    removed: dict[str, int] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
@@ -53,8 +53,8 @@ class SlimmingPlan:
             {join(prefix, name): cut for name, cut in self.cuts.items()},
             {join(prefix, name): groups for name, groups in self.groups.items()},
             tuple(join(prefix, name) for name in self.biases),
-            {join(prefix, name): count for name, count in self.removed.items()},
             dict(self.pinned),
+            {join(prefix, name): count for name, count in self.removed.items()},
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:
@@ -74,8 +74,8 @@ class SlimmingPlan:
             cuts,
             {**self.groups, **second.groups},
             (*self.biases, *second.biases),
-            {**self.removed, **removed},
             {**self.pinned, **second.pinned},
+            {**self.removed, **removed},
         )
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ class SlimmingPlan:
                 "cuts": {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.cuts.items()},
                 "groups": self.groups,
                 "biases": self.biases,
-                "removed": self.removed,
                 "pinned": self.pinned,
+                "removed": self.removed,
             }
         )
 
@@ -158,8 +158,8 @@ class SlimmingPlan:
                 },
                 {str(name): _integer(groups) for name, groups in data["groups"].items()},
                 tuple(map(str, data["biases"])),
-                {str(name): _integer(count) for name, count in data["removed"].items()},
                 {str(name): str(reason) for name, reason in data["pinned"].items()},
+                {str(name): _integer(count) for name, count in data["removed"].items()},
             )
         except PlanError:
             raise
@@ -200,7 +200,7 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             {name.rpartition(".")[2]: plan.cuts[name] for name in names},
             {"": plan.groups[owner]} if owner in plan.groups else {},
             ("",) if owner in plan.biases else (),
-            {"": plan.removed[owner]} if owner in plan.removed else {},
+            removed={"": plan.removed[owner]} if owner in plan.removed else {},
         )
     return parts
 

@@ -25,7 +25,7 @@ class VerificationError(RuntimeError):
 class Verification:
     """Outputs of a network before it is changed, in eval mode, on an example and on random inputs.
 
-    They are computed in float64; a network that insists on another dtype (`x.float()` in its forward) is run in its own.
+    They are computed in float64; a network that insists on another dtype (`x.float()` in forward) is run in its own.
 
     Args:
         network: the network, not yet changed.

@@ -360,8 +360,12 @@ def gradients(network: nn.Module, x: Tensor) -> set[str]:
     """Names of the parameters that a training step reaches."""
     network = copy.deepcopy(network).train()
     leaves = [leaf for leaf in pytree.tree_leaves(network(x)) if leaf.requires_grad]
-    if leaves:
-        sum(leaf.sum() for leaf in leaves).backward()
+    try:
+        if leaves:
+            sum(leaf.sum() for leaf in leaves).backward()
+    except RuntimeError as error:  # two in-place activations in a row cannot be trained, slim or not
+        assert "inplace" in str(error)
+        return {"cannot be trained"}
     return {name for name, parameter in network.named_parameters() if parameter.grad is not None}
 
 
