@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from lightning_fscreen.cli import fit_to_data, run
 
-ROUNDS, EPOCHS = 7, 9
-WARM_UP, WINDOW = 1, 8  # epochs; with end_epoch at WINDOW every epoch compared collects and prunes
+ROUNDS, EPOCHS = 7, 7
+WARM_UP, WINDOW = 1, 6  # epochs; with end_epoch at WINDOW every epoch compared collects and prunes
 VARIANTS = {"callback": [], "without": ["~callbacks.fscreen"], "bare": []}
 
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
-from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute, sum_by_class
+from lightning_fscreen.functional import ClassSums, accumulate_offsets_, check_labels, f_statistic_compute
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,16 @@ class ActivationCollector:
                     position = sum(self._sizes[other] for other in ran if other < index)
                     shift[self._columns[index]] = features[0, position : position + self._sizes[index]]
                     self._seen[index] = True
-        batch = sum_by_class(features.sub_(shift[columns]), labels, self.num_classes, shift[columns])
+        if len(ran) == len(self._probes) and not self._exact:
+            accumulate_offsets_(self._sums, features.sub_(shift), labels)
+            return
+        zeros = torch.zeros(self.num_classes + 1, features.shape[1], dtype=torch.float64, device=shift.device)
+        batch = ClassSums(shift[columns], zeros.new_zeros(self.num_classes), zeros[1:], zeros[0])
+        accumulate_offsets_(batch, features.sub_(batch.shift), labels)
         counts[:, columns] += batch.counts.unsqueeze(1)
         sums[:, columns] += batch.sums
         squares[columns] += batch.squares
-        if self._exact:
-            self._add_connections(ran, batch)
+        self._add_connections(ran, batch)
 
     def _add_connections(self, ran: list[int], batch: ClassSums) -> None:
         sizes = [self._sizes[index] for index in ran]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
+# Instances summed at a time, so that the memory for their offsets stays small.
+_CHUNK = 2048
 
 
 class ClassSums(NamedTuple):
@@ -108,28 +110,41 @@ def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift
     check_labels(labels, num_classes)
     if shift is None:
         shift = features[0].double() if len(features) else torch.zeros_like(features[:0].sum(0), dtype=torch.float64)
-    return sum_by_class(features - shift, labels, num_classes, shift)  # float64, whatever the features are
+    zeros = torch.zeros(num_classes + 1, features.shape[1], dtype=torch.float64, device=features.device)
+    sums = ClassSums(shift, zeros.new_zeros(num_classes), zeros[1:], zeros[0])
+    accumulate_(sums, features, labels)
+    return sums
 
 
-def sum_by_class(offsets: Tensor, labels: Tensor, num_classes: int, shift: Tensor) -> ClassSums:
-    """`f_statistic_update` without its checks, for the training step.
+def accumulate_(sums: ClassSums, features: Tensor, labels: Tensor) -> None:
+    """Add a batch, measured from `sums.shift`, to the sums in place; without the checks of `f_statistic_update`."""
+    scratch = torch.empty((min(_CHUNK, len(features)), features.shape[1]), dtype=torch.float64, device=features.device)
+    for start in range(0, len(features), _CHUNK):
+        rows = features[start : start + _CHUNK]
+        # Converting first is several times faster than a subtraction that promotes.
+        accumulate_offsets_(sums, scratch[: len(rows)].copy_(rows).sub_(sums.shift), labels[start : start + _CHUNK])
 
-    Args:
-        offsets: (N, p) float64, features − shift; overwritten.
-        labels: (N,) or (N, C).
-        num_classes: C.
-        shift: (p,).
-    """
+
+def accumulate_offsets_(sums: ClassSums, offsets: Tensor, labels: Tensor) -> None:
+    """Add offsets = features − shift, (N, p) float64, to the sums in place; the offsets are overwritten."""
+    num_classes = len(sums.sums)
     if labels.is_floating_point():
         weights = labels.to(torch.float64)
-        squares = weights.sum(1) @ offsets.square()
-        return ClassSums(shift, weights.sum(0), weights.T @ offsets, squares)
-    one_hot = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(torch.float64)
-    if labels.device.type == "cpu":  # twice as fast as the product, but the order of additions is fixed on CPUs only
-        sums = offsets.new_zeros(num_classes, offsets.shape[1]).index_add_(0, labels.long(), offsets)
+        counts = weights.sum(0)
+        sums.sums.addmm_(weights.T, offsets)
+        squares = weights.sum(1) @ offsets.square_()
     else:
-        sums = one_hot.T @ offsets
-    return ClassSums(shift, one_hot.sum(0), sums, offsets.square_().sum(0))
+        if labels.device.type == "cpu":  # faster than the product, but only on CPUs is the order of additions fixed
+            labels = labels.long()
+            counts = torch.bincount(labels, minlength=num_classes)
+            sums.sums.index_add_(0, labels, offsets)
+        else:
+            one_hot = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(torch.float64)
+            counts = one_hot.sum(0)
+            sums.sums.addmm_(one_hot.T, offsets)
+        squares = offsets.square_().sum(0)
+    sums.squares.add_(squares)
+    sums.counts.add_(counts if sums.counts.ndim == 1 else counts.unsqueeze(1))
 
 
 def f_statistic_merge(first: ClassSums, second: ClassSums) -> ClassSums:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_fscreen.functional import ClassSums, f_statistic_compute, f_statistic_merge, f_statistic_update
+from lightning_fscreen.functional import (
+    ClassSums,
+    accumulate_,
+    check_labels,
+    f_statistic_compute,
+    f_statistic_merge,
+)
 
 
 class FStatistic(Metric):
@@ -76,10 +82,14 @@ class FStatistic(Metric):
             raise ValueError(f"features must have shape (N, {self.num_features}), got {tuple(features.shape)}")
         if len(features) == 0:
             return
-        sums = self._merged()
-        # Before any batch, the first instance of this one is the origin; decided without waiting for an accelerator.
-        shift = torch.where(sums.counts.sum() == 0, features[0].to(torch.float64), sums.shift)
-        self._set(f_statistic_merge(sums, f_statistic_update(features, labels, self.num_classes, shift)))
+        check_labels(labels, self.num_classes)
+        if len(features) != len(labels):
+            raise ValueError(f"features and labels differ in length: {len(features)} and {len(labels)}")
+        if self.counts.ndim > 1:  # synchronised before
+            self._set(self._merged())
+        if not bool(self.counts.any()):
+            self.shift.copy_(features[0])
+        accumulate_(ClassSums(self.shift, self.counts, self.sums, self.squares), features, labels)
 
     def compute(self) -> Tensor:
         """(num_features,) float64; see `functional.f_statistic` for constant features and the errors raised."""
