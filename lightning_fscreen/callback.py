@@ -119,6 +119,8 @@ class ScreeningPruningCallback(Callback):
         self.slim = slim
         self.connections = connections
         self._criterion = resolve_criterion(criterion)
+        # Lightning asks for it around every hook.
+        self._key = self._generate_state_key(granularity=granularity, include=include, exclude=exclude)
 
         self.plan: SlimmingPlan | None = None
         """What was physically removed, after slimming; else None."""
@@ -133,6 +135,7 @@ class ScreeningPruningCallback(Callback):
         self._recorder: InputRecorder | None = None
         self._sizes: tuple[Size, Size] | None = None
         self._restored: dict[str, Any] = {}
+        self._due: tuple[int, bool] | None = None
 
     # ---- start of a fit
 
@@ -165,6 +168,7 @@ class ScreeningPruningCallback(Callback):
             self._collector = self._make_collector(state["num_classes"])
             self._collector.load_state_dict(state)
         self._masks.watch(trainer.optimizers)
+        self._due = None
         name, network = common_parent(pl_module, [candidate.name for candidate in self._candidates])
         self._recorder = InputRecorder(name, network)
         size = measure_size(network, None, 1)
@@ -302,10 +306,11 @@ class ScreeningPruningCallback(Callback):
         return scheduled_fraction(self.schedule, completed_epochs, *self._window)
 
     def _prunes_after(self, epoch: int) -> bool:
-        """Whether the budget asks for more at the end of this epoch than is pruned already."""
-        if self._masks is None or not self._window[0] <= epoch or not self.amount:
-            return False
-        return round(self.amount * self._fraction(epoch + 1) * self._total) > self._pruned
+        """Whether the budget asks for more at the end of this epoch than was pruned when it began."""
+        if self._due is None or self._due[0] != epoch:
+            budget = round(self.amount * self._fraction(epoch + 1) * self._total)
+            self._due = (epoch, budget > self._pruned)
+        return self._due[1]
 
     @property
     def _total(self) -> int:
@@ -377,7 +382,7 @@ class ScreeningPruningCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells several of these callbacks apart in a checkpoint."""
-        return self._generate_state_key(granularity=self.granularity, include=self.include, exclude=self.exclude)
+        return self._key
 
     @property
     def window(self) -> tuple[int, int]:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fscreen.buffer import ActivationBuffer
 from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
-from lightning_fscreen.functional import ClassSums, accumulate_offsets_, check_labels, f_statistic_compute
+from lightning_fscreen.functional import ClassSums, accumulate_, accumulate_offsets_, check_labels, f_statistic_compute
+
+_NONE = 2**62  # later than any batch
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,10 @@ class ActivationCollector:
         self.num_classes = num_classes
         self._probes = list(probes)
         self._sizes = [probe.num_features for probe in self._probes]
-        self._starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
         self._exact = {candidate.name: ConnectionSums(candidate, num_classes) for candidate in exact}
-        self._columns = [slice(start, start + size) for start, size in zip(self._starts, self._sizes, strict=True)]
-        self._buffer: Tensor | None = None  # (N, features) float64, this step's activations; kept from step to step
-        self._runs: dict[int, int] = {}  # probe → times its layer ran in this step
-        self._uneven: dict[int, int] = {}  # probe → number of instances, where it differs from the others'
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._scratch: Tensor | None = None
         self.reset()
 
     def attach(self) -> None:
@@ -117,17 +116,17 @@ class ActivationCollector:
         total = sum(self._sizes)
         zeros = torch.zeros(self.num_classes + 2, total, dtype=torch.float64, device=device)
         self._sums = ClassSums(zeros[0], torch.zeros_like(zeros[2:]), zeros[2:], zeros[1])
+        self._buffer = ActivationBuffer(self._sizes, device)
         self._seen = [False] * len(self._probes)
-        self._batches = 0
-        self._finite_batches = torch.zeros((), dtype=torch.int64, device=device)
+        self._batches = 0  # that have been added
+        self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
         for sums in self._exact.values():
             sums.reset()
-        self.discard()
+        self._weights.clear()
 
     def discard(self) -> None:
         """Forget the activations gathered since the last update."""
-        self._runs.clear()
-        self._uneven.clear()
+        self._buffer.discard()
         self._weights.clear()
 
     def update(self, labels: Tensor) -> None:
@@ -139,16 +138,19 @@ class ActivationCollector:
         Raises:
             ValueError: bad labels, or a layer that ran with another number of instances; nothing is added then.
         """
-        if self._buffer is None or not self._runs:
+        buffer = self._buffer
+        if not buffer.runs:
             return
         try:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
-            self._check_rows(len(self._buffer), len(labels))
-            if len(labels):
-                self._add(sorted(self._runs), self._buffer, labels)
-            # Sums that have met a NaN or inf stay so: the count of finite batches is the number of the first bad one.
-            self._finite_batches += torch.isfinite(self._sums.squares.sum())
+            self._check_rows(len(labels))
+            buffer.average_runs()
+            if len(buffer.runs) == len(self._probes) and not self._exact:
+                buffer.keep(labels)
+            elif len(labels):
+                self._add(sorted(buffer.runs), buffer.running(), [labels], self._batches)
+                self._flush()
             self._batches += 1
         finally:
             self.discard()
@@ -163,10 +165,11 @@ class ActivationCollector:
             ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, labels outside
                 the classes, fewer than two classes.
         """
+        self._flush()
         merged = merge(self._sums)
         self._check_finite(merged.squares)
-        for probe, start in zip(self._probes, self._starts, strict=True):
-            if not bool(merged.counts[:, start].any()):
+        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
+            if not bool(merged.counts[:, columns.start].any()):
                 raise ValueError(
                     f"layer {probe.name!r} never ran, so there is no F-statistic for it; leave it out with "
                     f"exclude={probe.name!r}"
@@ -177,24 +180,24 @@ class ActivationCollector:
         mean = merged.shift + offset
         mean_square = merged.squares / counts + 2 * merged.shift * offset + merged.shift**2
         statistics = {}
-        for probe, start, size in zip(self._probes, self._starts, self._sizes, strict=True):
-            part = slice(start, start + size)
-            probe_f = f[part]
+        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
+            probe_f = f[columns]
             if probe.name in self._exact:
                 connections = self._exact[probe.name]
                 probe_f = f_statistic_compute(merge(connections.class_sums())).view(connections.shift.shape)
-            statistics[probe.name] = FeatureStatistics(probe_f, mean[part], mean_square[part])
+            statistics[probe.name] = FeatureStatistics(probe_f, mean[columns], mean_square[columns])
         return statistics
 
     def state_dict(self) -> dict[str, Any]:
-        """All sums, as tensors and primitives."""
+        """All sums, and what waits to be added to them, as tensors and primitives; nothing is changed by asking."""
         return {
             "num_classes": self.num_classes,
             "sums": self._sums._asdict(),
             "exact": {name: sums.class_sums()._asdict() for name, sums in self._exact.items()},
             "seen": list(self._seen),
             "batches": self._batches,
-            "finite_batches": self._finite_batches,
+            "first_bad": self._first_bad,
+            "waiting": self._buffer.waiting(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,7 +208,8 @@ class ActivationCollector:
             sums.load(ClassSums(**state["exact"][name]))
         self._seen = list(state["seen"])
         self._batches = state["batches"]
-        self._finite_batches.copy_(state["finite_batches"])
+        self._first_bad.copy_(state["first_bad"])
+        self._buffer.restore(*state["waiting"])
 
     def _input_hook(self, index: int) -> Callable[..., None]:
         probe = self._probes[index]
@@ -226,22 +230,13 @@ class ActivationCollector:
         return gather
 
     def _gather(self, index: int, values: Tensor) -> None:
-        """Copy a layer's activations (N, features) to its place; whatever happens to them later does not matter."""
-        if not self._runs and (self._buffer is None or len(self._buffer) != len(values)):
-            self._buffer = self._sums.squares.new_empty(len(values), len(self._sums.squares))
-        assert self._buffer is not None
-        if len(values) != len(self._buffer):
-            self._uneven[index] = len(values)
-            return
-        place = self._buffer[:, self._columns[index]]
-        if index in self._runs:
-            place += values
-        else:
-            place.copy_(values)
-        self._runs[index] = self._runs.get(index, 0) + 1
+        if not self._buffer.runs and not self._buffer.has_room(len(values)):
+            self._flush()
+        self._buffer.put(index, values)
 
-    def _check_rows(self, rows: int, num_labels: int) -> None:
-        wrong = self._uneven if rows == num_labels else dict.fromkeys(sorted(self._runs), rows)
+    def _check_rows(self, num_labels: int) -> None:
+        buffer = self._buffer
+        wrong = buffer.uneven if buffer.rows == num_labels else dict.fromkeys(sorted(buffer.runs), buffer.rows)
         for index, found in wrong.items():
             name = self._probes[index].name
             raise ValueError(
@@ -249,32 +244,55 @@ class ActivationCollector:
                 f"with exclude={name!r}, or pass labels= a function that returns one label per instance"
             )
 
-    def _add(self, ran: list[int], features: Tensor, labels: Tensor) -> None:
-        """Add activations (N, features), which are overwritten."""
+    def _flush(self) -> None:
+        """Add the steps that wait to the sums."""
+        features, labels = self._buffer.take()
+        if len(features):
+            self._add(list(range(len(self._probes))), features, labels, self._batches - len(labels))
+
+    def _add(self, ran: list[int], features: Tensor, labels: list[Tensor], first: int) -> None:
+        """Add activations (N, all features), which may be overwritten, of the probes that ran from batch `first` on."""
         columns: slice | Tensor = slice(None)
-        for index in ran:
-            if self._runs[index] > 1:
-                features[:, self._columns[index]] /= self._runs[index]
-        if len(ran) < len(self._probes):
-            columns = torch.cat([torch.arange(self._sums.squares.numel())[self._columns[index]] for index in ran])
-            features = features[:, columns]
         shift, counts, sums, squares = self._sums
-        if not all(self._seen[index] for index in ran):
-            for index in ran:
-                if not self._seen[index]:
-                    position = sum(self._sizes[other] for other in ran if other < index)
-                    shift[self._columns[index]] = features[0, position : position + self._sizes[index]]
-                    self._seen[index] = True
+        for index in ran:
+            if not self._seen[index]:
+                part = self._buffer.columns[index]
+                shift[part] = features[0, part]
+                self._seen[index] = True
+        if len(ran) < len(self._probes):
+            columns = torch.cat([torch.arange(len(shift))[self._buffer.columns[index]] for index in ran])
+            features = features[:, columns]
         if len(ran) == len(self._probes) and not self._exact:
-            accumulate_offsets_(self._sums, features.sub_(shift), labels)
-            return
-        zeros = torch.zeros(self.num_classes + 1, features.shape[1], dtype=torch.float64, device=shift.device)
-        batch = ClassSums(shift[columns], zeros.new_zeros(self.num_classes), zeros[1:], zeros[0])
-        accumulate_offsets_(batch, features.sub_(batch.shift), labels)
-        counts[:, columns] += batch.counts.unsqueeze(1)
-        sums[:, columns] += batch.sums
-        squares[columns] += batch.squares
-        self._add_connections(ran, batch)
+            self._add_all(features, torch.cat(labels))
+        else:
+            zeros = torch.zeros(self.num_classes + 1, features.shape[1], dtype=torch.float64, device=shift.device)
+            batch = ClassSums(shift[columns], zeros.new_zeros(self.num_classes), zeros[1:], zeros[0])
+            accumulate_(batch, features, torch.cat(labels))
+            counts[:, columns] += batch.counts.unsqueeze(1)
+            sums[:, columns] += batch.sums
+            squares[columns] += batch.squares
+            self._add_connections(ran, batch)
+        # An accelerator is not waited for: there all rows are looked at.
+        if squares.device.type != "cpu" or not bool(torch.isfinite(squares.sum())):
+            self._note_bad_rows(features, labels, first)
+
+    def _add_all(self, features: Tensor, labels: Tensor) -> None:
+        """Add rows of all probes, which are overwritten.
+
+        On CPUs, float32 activations are summed in float32 before they join the float64 totals: the sums of so few rows
+        are as exact as the activations, and take half the time. Accelerators might round products to fewer digits.
+        """
+        if features.dtype == torch.float32 and features.device.type == "cpu":
+            accumulate_offsets_(self._sums, features.sub_(self._sums.shift.float()), labels)
+        else:
+            self._scratch = accumulate_(self._sums, features, labels, self._scratch)
+
+    def _note_bad_rows(self, features: Tensor, labels: list[Tensor], first: int) -> None:
+        """Remember the first batch with a NaN or inf."""
+        lengths = torch.tensor([len(batch) for batch in labels])
+        batches = torch.arange(first, first + len(labels)).repeat_interleave(lengths).to(features.device)
+        bad = torch.where(torch.isfinite(features).all(1), _NONE, batches)
+        self._first_bad = torch.minimum(self._first_bad, bad.amin())
 
     def _add_connections(self, ran: list[int], batch: ClassSums) -> None:
         sizes = [self._sizes[index] for index in ran]
@@ -285,12 +303,10 @@ class ActivationCollector:
                 connections.update(ClassSums(shift, batch.counts, sums, squares), self._weights[index])
 
     def _check_finite(self, squares: Tensor) -> None:
-        for probe, start, size in zip(self._probes, self._starts, self._sizes, strict=True):
-            if not bool(torch.isfinite(squares[start : start + size]).all()):
-                first_bad = int(self._finite_batches)
-                where = (
-                    f"first in batch {first_bad} of the epoch" if first_bad < self._batches else "on another process"
-                )
+        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
+            if not bool(torch.isfinite(squares[columns]).all()):
+                first_bad = int(self._first_bad)
+                where = f"first in batch {first_bad} of the epoch" if first_bad < _NONE else "on another process"
                 raise ValueError(
                     f"NaN or inf in the activations at the {probe.side} of layer {probe.name!r}, {where}; nothing was "
                     "pruned. Check the data for NaN, lower the learning rate or clip gradients"

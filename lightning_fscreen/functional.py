@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 _EPS = torch.finfo(torch.float64).eps
-# Instances summed at a time, so that the memory for their offsets stays small.
-_CHUNK = 2048
+# Values converted to float64 at a time, so that their memory stays small.
+_CHUNK = 2**20
 
 
 class ClassSums(NamedTuple):
@@ -116,33 +116,53 @@ def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift
     return sums
 
 
-def accumulate_(sums: ClassSums, features: Tensor, labels: Tensor) -> None:
-    """Add a batch, measured from `sums.shift`, to the sums in place; without the checks of `f_statistic_update`."""
-    scratch = torch.empty((min(_CHUNK, len(features)), features.shape[1]), dtype=torch.float64, device=features.device)
-    for start in range(0, len(features), _CHUNK):
-        rows = features[start : start + _CHUNK]
+def accumulate_(sums: ClassSums, features: Tensor, labels: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Add a batch, measured from `sums.shift`, to the sums in place; without the checks of `f_statistic_update`.
+
+    Args:
+        sums: the sums.
+        features: (N, p).
+        labels: (N,) class indices or (N, C) class weights.
+        scratch: what an earlier call returned, to spare its allocation.
+
+    Returns:
+        Memory that the next call can use.
+    """
+    chunk = max(min(_CHUNK // max(features.shape[1], 1), len(features)), 1)
+    if scratch is None or len(scratch) < chunk:
+        scratch = torch.empty((chunk, features.shape[1]), dtype=torch.float64, device=features.device)
+    for start in range(0, len(features), len(scratch)):
+        rows = features[start : start + len(scratch)]
         # Converting first is several times faster than a subtraction that promotes.
-        accumulate_offsets_(sums, scratch[: len(rows)].copy_(rows).sub_(sums.shift), labels[start : start + _CHUNK])
+        offsets = scratch[: len(rows)].copy_(rows).sub_(sums.shift)
+        accumulate_offsets_(sums, offsets, labels[start : start + len(scratch)])
+    return scratch
 
 
 def accumulate_offsets_(sums: ClassSums, offsets: Tensor, labels: Tensor) -> None:
-    """Add offsets = features − shift, (N, p) float64, to the sums in place; the offsets are overwritten."""
+    """Add offsets = features − shift, (N, p), to the sums in place; the offsets are overwritten.
+
+    They are summed in their own dtype, float64 or, for batches where that is good enough, float32.
+    """
     num_classes = len(sums.sums)
+    totals = sums.sums if offsets.dtype == sums.sums.dtype else torch.zeros_like(sums.sums, dtype=offsets.dtype)
     if labels.is_floating_point():
-        weights = labels.to(torch.float64)
+        weights = labels.to(offsets.dtype)
         counts = weights.sum(0)
-        sums.sums.addmm_(weights.T, offsets)
+        totals.addmm_(weights.T, offsets)
         squares = weights.sum(1) @ offsets.square_()
     else:
         if labels.device.type == "cpu":  # faster than the product, but only on CPUs is the order of additions fixed
             labels = labels.long()
             counts = torch.bincount(labels, minlength=num_classes)
-            sums.sums.index_add_(0, labels, offsets)
+            totals.index_add_(0, labels, offsets)
         else:
-            one_hot = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(torch.float64)
+            one_hot = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(offsets.dtype)
             counts = one_hot.sum(0)
-            sums.sums.addmm_(one_hot.T, offsets)
+            totals.addmm_(one_hot.T, offsets)
         squares = offsets.square_().sum(0)
+    if totals is not sums.sums:
+        sums.sums.add_(totals)
     sums.squares.add_(squares)
     sums.counts.add_(counts if sums.counts.ndim == 1 else counts.unsqueeze(1))
 

@@ -59,6 +59,7 @@ class FStatistic(Metric):
             raise ValueError(f"num_classes must be at least 2 (F compares classes), got {num_classes}")
         self.num_features = num_features
         self.num_classes = num_classes
+        self._scratch: Tensor | None = None
         # dist_reduce_fx=None: processes measure from different shifts, so their states are stacked, and merged later.
         for name, shape in (
             ("shift", (num_features,)),
@@ -89,7 +90,8 @@ class FStatistic(Metric):
             self._set(self._merged())
         if not bool(self.counts.any()):
             self.shift.copy_(features[0])
-        accumulate_(ClassSums(self.shift, self.counts, self.sums, self.squares), features, labels)
+        sums = ClassSums(self.shift, self.counts, self.sums, self.squares)
+        self._scratch = accumulate_(sums, features, labels, self._scratch)
 
     def compute(self) -> Tensor:
         """(num_features,) float64; see `functional.f_statistic` for constant features and the errors raised."""
@@ -113,6 +115,9 @@ class FStatistic(Metric):
         ax.set_xlabel("feature")
         ax.set_ylabel("F-statistic")
         return figure, ax
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_scratch": None}
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another `FStatistic`, or its state, has seen.
@@ -155,6 +160,7 @@ class FStatistic(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FStatistic:
         # Follow the module to its device, not to its dtype: sums in half precision would be worthless.
+        self._scratch = None
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), *args, **kwargs)
         return self
 
