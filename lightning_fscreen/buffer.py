@@ -1,4 +1,4 @@
-"""A buffer of activations: hooks copy into it, and several steps are summed at once."""
+"""A buffer of activations: several steps are gathered, and summed at once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ _BYTES = 8 * 2**20
 
 
 class ActivationBuffer:
-    """Activations of the running step, behind those of the steps that wait to be summed.
+    """Activations of the running step, and rows of the steps that wait to be summed.
 
-    Columns are the features of all probes, one after another; rows are instances. What is copied in is safe from what
-    later layers do to their inputs in place.
+    Columns are the features of all probes, one after another; rows are instances.
 
     Args:
         sizes: number of features of every probe.
@@ -28,55 +27,52 @@ class ActivationBuffer:
         self._rows = torch.empty(0, ends[-1], dtype=torch.float32, device=device)  # float64 once such values come
         self._labels: list[Tensor] = []  # of the steps that wait
         self._waiting = 0  # rows of theirs
-        self.rows = 0  # of the running step
-        self.runs: dict[int, int] = {}  # probe → times its layer ran in the running step
-        self.uneven: dict[int, int] = {}  # probe → number of instances, where it differs from `rows`
-
-    def has_room(self, rows: int) -> bool:
-        """Whether a step of so many rows fits behind those that wait."""
-        return not self._waiting or self._waiting + rows <= len(self._rows)
+        self._running: dict[int, list[Tensor]] = {}  # probe → activations (N, features) of each run of its layer
 
     def put(self, index: int, values: Tensor) -> None:
-        """Take a probe's activations (N, features); those of a layer that runs several times are added up."""
-        if not self.runs:
-            self.rows = len(values)
-            self._reserve(self._waiting + self.rows)
-        if len(values) != self.rows:
-            self.uneven[index] = len(values)
-            return
-        if values.dtype == torch.float64 != self._rows.dtype:
-            self._rows = self._rows.double()
-        place = self.running()[:, self.columns[index]]
-        if index in self.runs:
-            place += values
-        else:
-            place.copy_(values)
-        self.runs[index] = self.runs.get(index, 0) + 1
+        """Take a probe's activations (N, features), which must not change until the step is kept or discarded."""
+        self._running.setdefault(index, []).append(values)
 
-    def running(self) -> Tensor:
-        """Rows of the running step."""
-        return self._rows[self._waiting : self._waiting + self.rows]
+    @property
+    def ran(self) -> list[int]:
+        """Probes whose layers ran in the running step."""
+        return sorted(self._running)
 
-    def average_runs(self) -> None:
-        """Turn the sums over several runs of a layer into means."""
-        for index, runs in self.runs.items():
-            if runs > 1:
-                self.running()[:, self.columns[index]] /= runs
+    def wrong_rows(self, rows: int) -> tuple[int, int] | None:
+        """The first probe with another number of instances, and that number."""
+        for index, runs in sorted(self._running.items()):
+            for values in runs:
+                if len(values) != rows:
+                    return index, len(values)
+        return None
+
+    def features(self) -> Tensor:
+        """Activations of the running step (N, features of the probes that ran); means over several runs of a layer."""
+        return torch.cat(self._means(), dim=1)
 
     def discard(self) -> None:
         """Forget the running step."""
-        self.runs.clear()
-        self.uneven.clear()
-        self.rows = 0
+        self._running.clear()
+
+    def has_room(self, rows: int) -> bool:
+        """Whether so many rows fit behind those that wait."""
+        return not self._waiting or self._waiting + rows <= len(self._rows)
 
     def keep(self, labels: Tensor) -> None:
-        """Let the running step wait; nothing is running then."""
+        """Let the running step, in which all layers ran, wait; nothing is running then."""
+        means = self._means()
+        dtype = torch.float64 if any(values.dtype == torch.float64 for values in means) else torch.float32
+        if dtype == torch.float64 and self._rows.dtype != dtype:
+            self._rows = self._rows.double()
+        end = self._waiting + len(labels)
+        self._reserve(end)
+        torch.cat([values.to(self._rows) for values in means], dim=1, out=self._rows[self._waiting : end])
         self._labels.append(labels.detach().clone())
-        self._waiting += self.rows
+        self._waiting = end
         self.discard()
 
     def take(self) -> tuple[Tensor, list[Tensor]]:
-        """All rows that wait, valid until the next `put`, and their labels by step; none wait then."""
+        """All rows that wait, valid until the next `keep`, and their labels by step; none wait then."""
         rows, labels = self._rows[: self._waiting], self._labels
         self._waiting, self._labels = 0, []
         return rows, labels
@@ -92,7 +88,14 @@ class ActivationBuffer:
         self._rows[: len(rows)] = rows
         self._waiting, self._labels = len(rows), [batch.to(self._rows.device) for batch in labels]
 
+    def _means(self) -> list[Tensor]:
+        ordered = [runs for _, runs in sorted(self._running.items())]
+        return [runs[0] if len(runs) == 1 else torch.stack(runs).mean(0) for runs in ordered]
+
     def _reserve(self, rows: int) -> None:
+        """Make room for so many rows; those that wait stay."""
         if rows > len(self._rows):
             width = self._rows.shape[1]
-            self._rows = self._rows.new_empty(max(rows, _BYTES // (self._rows.itemsize * width)), width)
+            larger = self._rows.new_empty(max(rows, _BYTES // (self._rows.itemsize * width)), width)
+            larger[: self._waiting] = self._rows[: self._waiting]
+            self._rows = larger

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 GRANULARITIES = ("weight",)
 CONNECTIONS = ("factored", "exact")
-# Without an end_epoch, the last quarter of the training fine-tunes what is left.
-_DEFAULT_WINDOW = 0.75
+# Without an end_epoch, the second half of the training fine-tunes what is left.
+_DEFAULT_WINDOW = 0.5
 
 
 class ScreeningPruningCallback(Callback):
@@ -46,8 +46,8 @@ class ScreeningPruningCallback(Callback):
         screening_weight: λ of Eq. 5: 0 ranks by magnitude alone, 1 by the F-statistic alone.
         schedule: "logistic", "one_shot", "linear", "cubic", or a callable progress ∈ [0, 1] → fraction of the amount.
         start_epoch: first epoch of the annealing window.
-        end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for three quarters
-            of the training.
+        end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
+            training.
         scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer.
         criterion: ranking metric: "screening", "magnitude", "random", or one registered by `register_criterion`.
         min_channels: candidates that every layer keeps at least; the others still meet the budget.

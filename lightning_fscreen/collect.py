@@ -139,18 +139,21 @@ class ActivationCollector:
             ValueError: bad labels, or a layer that ran with another number of instances; nothing is added then.
         """
         buffer = self._buffer
-        if not buffer.runs:
+        ran = buffer.ran
+        if not ran:
             return
         try:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
             self._check_rows(len(labels))
-            buffer.average_runs()
-            if len(buffer.runs) == len(self._probes) and not self._exact:
+            if len(ran) == len(self._probes) and not self._exact:
+                if not buffer.has_room(len(labels)):
+                    self._flush()
                 buffer.keep(labels)
-            elif len(labels):
-                self._add(sorted(buffer.runs), buffer.running(), [labels], self._batches)
+            else:
                 self._flush()
+                if len(labels):
+                    self._add(ran, buffer.features(), [labels], self._batches)
             self._batches += 1
         finally:
             self.discard()
@@ -216,7 +219,7 @@ class ActivationCollector:
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.active:
-                self._gather(index, reduce_positions(args[0] if args else kwargs["input"], module))
+                self._gather(index, args[0] if args else kwargs["input"], module)
                 if probe.name in self._exact:
                     self._weights[index] = probe.module.get_parameter("weight").detach().clone()
 
@@ -225,23 +228,33 @@ class ActivationCollector:
     def _output_hook(self, index: int) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.active:
-                self._gather(index, reduce_positions(output, module))
+                self._gather(index, output, module)
 
         return gather
 
-    def _gather(self, index: int, values: Tensor) -> None:
-        if not self._buffer.runs and not self._buffer.has_room(len(values)):
-            self._flush()
+    def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
+        values = reduce_positions(activation, module)
+        # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
+        if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, activation, module):
+            values = values.clone()
         self._buffer.put(index, values)
 
+    def _is_saved(self, index: int, activation: Tensor, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return (
+            self._probes[index].side == "input"
+            and torch.is_grad_enabled()
+            and weight is not None
+            and weight.requires_grad
+        )
+
     def _check_rows(self, num_labels: int) -> None:
-        buffer = self._buffer
-        wrong = buffer.uneven if buffer.rows == num_labels else dict.fromkeys(sorted(buffer.runs), buffer.rows)
-        for index, found in wrong.items():
-            name = self._probes[index].name
+        wrong = self._buffer.wrong_rows(num_labels)
+        if wrong is not None:
+            name = self._probes[wrong[0]].name
             raise ValueError(
-                f"layer {name!r} ran on {found} instances, but the batch has {num_labels} labels; leave the layer out "
-                f"with exclude={name!r}, or pass labels= a function that returns one label per instance"
+                f"layer {name!r} ran on {wrong[1]} instances, but the batch has {num_labels} labels; leave the layer "
+                f"out with exclude={name!r}, or pass labels= a function that returns one label per instance"
             )
 
     def _flush(self) -> None:
@@ -251,18 +264,20 @@ class ActivationCollector:
             self._add(list(range(len(self._probes))), features, labels, self._batches - len(labels))
 
     def _add(self, ran: list[int], features: Tensor, labels: list[Tensor], first: int) -> None:
-        """Add activations (N, all features), which may be overwritten, of the probes that ran from batch `first` on."""
-        columns: slice | Tensor = slice(None)
+        """Add activations of the probes that ran, which may be overwritten, from batch `first` on."""
         shift, counts, sums, squares = self._sums
-        for index in ran:
-            if not self._seen[index]:
-                part = self._buffer.columns[index]
-                shift[part] = features[0, part]
-                self._seen[index] = True
-        if len(ran) < len(self._probes):
+        everything = len(ran) == len(self._probes)
+        columns: slice | Tensor = slice(None)
+        if not everything:
             columns = torch.cat([torch.arange(len(shift))[self._buffer.columns[index]] for index in ran])
-            features = features[:, columns]
-        if len(ran) == len(self._probes) and not self._exact:
+        unseen = [index for index in ran if not self._seen[index]]
+        if unseen:
+            first_row = shift.clone()
+            first_row[columns] = features[0].to(shift)
+            for index in unseen:
+                shift[self._buffer.columns[index]] = first_row[self._buffer.columns[index]]
+                self._seen[index] = True
+        if everything and not self._exact:
             self._add_all(features, torch.cat(labels))
         else:
             zeros = torch.zeros(self.num_classes + 1, features.shape[1], dtype=torch.float64, device=shift.device)
