@@ -1,6 +1,6 @@
 """Seconds per epoch of lenet300_mnist: with the callback, without it, and in a bare hand-written PyTorch loop.
 
-    python benchmarks/epoch.py [data.root=FOLDER]
+    python tests/benchmarks/epoch.py [data.root=FOLDER]
 
 Every variant trains in a process of its own, and the processes take turns; an epoch is training on 50,000 images,
 validation on 10,000, logging and the checkpoint (the bare loop: training and validation alone). The epochs compared are

@@ -1,6 +1,6 @@
 """FStatistic.update over 60,000 × 784 in batches against one call of scikit-learn's f_classif.
 
-    python benchmarks/statistic.py
+    python tests/benchmarks/statistic.py
 
 Interleaved pairs in one process; prints each side's median, the median ratio with its range, and the metric's memory.
 """
