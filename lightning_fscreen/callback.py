@@ -160,7 +160,10 @@ class ScreeningPruningCallback(Callback):
         self._candidates, self._not_pruned = find_weights(pl_module, self.include, self.exclude)
         for name, reason in self._not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
-        self._masks = Masks({candidate.name: candidate.weight for candidate in self._candidates})
+        parameters = {candidate.name: candidate.weight for candidate in self._candidates}
+        if self._masks is not None and self._masks.covers(parameters):  # another fit of the same model goes on
+            self._restored.setdefault("kept", self._masks.kept)
+        self._masks = Masks(parameters)
         if "kept" in self._restored:
             self._masks.set(self._restored.pop("kept"), trainer.optimizers)
         if "collector" in self._restored:  # resumed within an epoch, or between its last batch and its end

@@ -31,6 +31,11 @@ class Masks:
         self._factors: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
 
+    def covers(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether these are the very parameters masked here."""
+        own = self._parameters
+        return own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
+
     @property
     def total(self) -> int:
         """Number of candidates."""

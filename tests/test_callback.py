@@ -253,6 +253,17 @@ def test_two_fits_and_two_callbacks_in_one_process():
     assert float((model.net[3].weight == 0).float().mean()) == pytest.approx(0.25, abs=1e-3)
 
 
+def test_another_fit_of_the_same_model_keeps_what_is_pruned():
+    callback = ScreeningPruningCallback(amount=0.5, slim=False)
+    model = Classifier(mlp())
+    trainer([callback]).fit(model, loader())
+    first = callback.masks
+    callback.amount = 0.7
+    trainer([callback], max_epochs=2).fit(model, loader())
+    assert callback.report().pruned_fraction == pytest.approx(0.7, abs=1e-3)
+    assert not any(bool((callback.masks[name] & ~kept).any()) for name, kept in first.items())
+
+
 def test_soft_labels_and_dict_batches():
     class Mixed(Classifier):
         def on_after_batch_transfer(self, batch, dataloader_idx):
