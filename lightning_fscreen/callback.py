@@ -57,6 +57,8 @@ class ScreeningPruningCallback(Callback):
         labels: callable batch → class indices (N,) or class weights (N, C); by default found in (x, y), in dicts with
             label/labels/target/targets/y, ….
         slim: physically remove what is dead when the fit ends.
+        collect_every: gather statistics in every so many-th training batch: an F-statistic needs thousands of
+            instances, not all of a large data set, and small networks notice the work.
         connections: "factored" keeps F per input of a layer, C × inputs numbers; "exact" per connection, C × weights,
             which differs by the weights' movement within an epoch.
 
@@ -85,6 +87,7 @@ class ScreeningPruningCallback(Callback):
         num_classes: int | None = None,
         labels: Callable[[Any], Tensor] | None = None,
         slim: bool = True,
+        collect_every: int = 1,
         connections: str = "factored",
     ) -> None:
         super().__init__()
@@ -97,6 +100,8 @@ class ScreeningPruningCallback(Callback):
             raise ValueError(f"screening_weight (λ) must lie in [0, 1], got {screening_weight}")
         if min_channels < 0:
             raise ValueError(f"min_channels must not be negative, got {min_channels}")
+        if collect_every < 1:
+            raise ValueError(f"collect_every must be at least 1 (every batch), got {collect_every}")
         if start_epoch < 0:
             raise ValueError(f"start_epoch must not be negative, got {start_epoch}")
         if end_epoch is not None and end_epoch <= start_epoch:
@@ -117,6 +122,7 @@ class ScreeningPruningCallback(Callback):
         self.num_classes = num_classes
         self.labels = labels or find_labels
         self.slim = slim
+        self.collect_every = collect_every
         self.connections = connections
         self._criterion = resolve_criterion(criterion)
         # Lightning asks for it around every hook.
@@ -204,7 +210,7 @@ class ScreeningPruningCallback(Callback):
         """Open the hooks for the forward pass, in epochs that end with pruning."""
         if self._recorder is not None and self._recorder.inputs is None:
             self._recorder.start()
-        if self._prunes_after(trainer.current_epoch) and self._criterion.needs_statistics(self.screening_weight):
+        if self._collects_in(trainer.current_epoch, batch_idx):
             if self._collector is None:
                 labels = self._labels_of(batch, batch_idx, trainer)
                 self._collector = self._make_collector(self._find_num_classes(trainer, pl_module, labels))
@@ -230,10 +236,14 @@ class ScreeningPruningCallback(Callback):
         self._close()
         if self._recorder is not None:
             self._recorder.stop()
-        if self._collector is not None and self._prunes_after(trainer.current_epoch):
+        if self._collector is not None and self._collects_in(trainer.current_epoch, batch_idx):
             labels = self._labels_of(batch, batch_idx, trainer)
             with _naming_batch(batch_idx, trainer):
                 self._collector.update(labels)
+
+    def _collects_in(self, epoch: int, batch_idx: int) -> bool:
+        wanted = self._criterion.needs_statistics(self.screening_weight)
+        return wanted and batch_idx % self.collect_every == 0 and self._prunes_after(epoch)
 
     def _labels_of(self, batch: Any, batch_idx: int, trainer: Trainer) -> Tensor:
         with _naming_batch(batch_idx, trainer):

@@ -107,8 +107,9 @@ def test_several_optimizers_under_manual_optimization():
     assert callback.report().pruned_fraction == pytest.approx(0.7, abs=1e-3)
 
 
+@pytest.mark.parametrize("collect_every", [1, 2])
 @pytest.mark.parametrize("connections", ["factored", "exact"])
-def test_decision_follows_the_f_statistics_of_the_activations_seen(connections):
+def test_decision_follows_the_f_statistics_of_the_activations_seen(connections, collect_every):
     """λ = 1, one layer, one epoch, weights that do not move: the lowest F goes, as scikit-learn computes it."""
 
     def frozen(parameters):
@@ -117,10 +118,16 @@ def test_decision_follows_the_f_statistics_of_the_activations_seen(connections):
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), frozen)
     weight = model.net[1].weight.detach().clone()
     callback = ScreeningPruningCallback(
-        amount=0.5, screening_weight=1.0, schedule="one_shot", end_epoch=1, slim=False, connections=connections
+        amount=0.5,
+        screening_weight=1.0,
+        schedule="one_shot",
+        end_epoch=1,
+        slim=False,
+        connections=connections,
+        collect_every=collect_every,
     )
     trainer([callback], max_epochs=1).fit(model, loader())
-    images, labels = digits()
+    images, labels = (torch.cat(part.split(64)[::collect_every]) for part in digits())
     contributions = (weight.unsqueeze(0) * images.flatten(1).unsqueeze(1)).flatten(1).double().numpy()
     varies = contributions.std(0) > 0
     f = np.zeros(contributions.shape[1])
@@ -335,6 +342,7 @@ BAD_ARGUMENTS = [
     ({"start_epoch": -1}, "start_epoch .*-1"),
     ({"start_epoch": 3, "end_epoch": 3}, "end_epoch must lie after start_epoch=3, got 3"),
     ({"num_classes": 1}, "num_classes must be at least 2"),
+    ({"collect_every": 0}, "collect_every must be at least 1"),
 ]
 
 
