@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from lightning_fscreen.cli import fit_to_data, run
 
-ROUNDS, EPOCHS = 7, 7
+ROUNDS, EPOCHS = 5, 7
 WARM_UP, WINDOW = 1, 6  # epochs; with end_epoch at WINDOW every epoch compared collects and prunes
 VARIANTS = {"callback": [], "without": ["~callbacks.fscreen"], "bare": []}
 
