@@ -235,11 +235,11 @@ class ActivationCollector:
     def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
         values = reduce_positions(activation, module)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
-        if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, activation, module):
+        if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
             values = values.clone()
         self._buffer.put(index, values)
 
-    def _is_saved(self, index: int, activation: Tensor, module: nn.Module) -> bool:
+    def _is_saved(self, index: int, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")
         return (
             self._probes[index].side == "input"
