@@ -7,7 +7,7 @@ from lightning_fscreen.criteria import register_criterion
 from lightning_fscreen.metric import FStatistic
 from lightning_fscreen.report import PruningReport
 from lightning_fscreen.screening import screen
-from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming import SlimmingPlan, find_gates, slim
 
 __version__ = "0.1.0"
 
@@ -16,10 +16,12 @@ __all__ = [
     "PruningReport",
     "ScreeningPruningCallback",
     "SlimmingPlan",
+    "find_gates",
     "functional",
     "load_slimmed",
     "models",
     "register_criterion",
     "save_slimmed",
     "screen",
+    "slim",
 ]

@@ -13,37 +13,39 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fscreen.candidates import PrunableWeight, find_weights
-from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
-from lightning_fscreen.criteria import Ranked, resolve_criterion
+from lightning_fscreen.collect import ActivationCollector, FeatureStatistics
+from lightning_fscreen.criteria import resolve_criterion
 from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, merge_processes
+from lightning_fscreen.granularity import Channels, Granularity, Weights
 from lightning_fscreen.labels import find_labels, infer_num_classes
 from lightning_fscreen.masks import Masks
-from lightning_fscreen.network import InputRecorder, common_parent
-from lightning_fscreen.ranking import SCOPES, rank_and_prune
+from lightning_fscreen.network import InputRecorder, common_parent, enclosing
+from lightning_fscreen.ranking import SCOPES
 from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
-from lightning_fscreen.schedule import Schedule, resolve_schedule, scheduled_fraction
+from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window, scheduled_fraction
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError, remove_dead_units
+from lightning_fscreen.surgery import LearningRates, slim_in_fit
 
 log = logging.getLogger(__name__)
 
-GRANULARITIES = ("weight",)
+GRANULARITIES = ("channel", "weight")
 CONNECTIONS = ("factored", "exact")
-# Without an end_epoch, the second half of the training fine-tunes what is left.
-_DEFAULT_WINDOW = 0.5
+BIASES = ("zero", "fold", "mean")
 
 
 class ScreeningPruningCallback(Callback):
     """Prune a classifier while it trains, by what its activations say about the classes (F-statistic) and by magnitude.
 
-    At the end of every epoch of the window the lowest-ranked connections go, down to the budget of the schedule; they
-    are exactly zero from then on. When the fit ends, hidden units and channels left without incoming or outgoing
-    weights are physically removed, and the network computes the same function (WLS, arXiv 2502.07189).
+    At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
+    are exactly zero from then on (arXiv 2502.07189). With granularity "channel" (CLS) the network is made physically
+    smaller as soon as the whole amount is pruned, and the rest of the fit trains the smaller network. With "weight"
+    (WLS) hidden units and channels left without incoming or outgoing weights are removed when the fit ends. Either way
+    the network computes the same function afterwards.
 
     Args:
-        granularity: "weight": connections of linear and convolution layers.
+        granularity: "channel": channels of batch norms; "weight": connections of linear and convolution layers.
         amount: fraction of the candidates pruned in the end, 0 ≤ amount < 1; met exactly (±1 candidate).
-        screening_weight: λ of Eq. 5: 0 ranks by magnitude alone, 1 by the F-statistic alone.
+        screening_weight: λ of Eq. 5/6: 0 ranks by magnitude alone, 1 by the F-statistic alone.
         schedule: "logistic", "one_shot", "linear", "cubic", or a callable progress ∈ [0, 1] → fraction of the amount.
         start_epoch: first epoch of the annealing window.
         end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
@@ -56,24 +58,28 @@ class ScreeningPruningCallback(Callback):
         num_classes: number of classes; None to find it in the datamodule, the module or its last linear layer.
         labels: callable batch → class indices (N,) or class weights (N, C); by default found in (x, y), in dicts with
             label/labels/target/targets/y, ….
-        slim: physically remove what is dead when the fit ends.
+        slim: make the network physically smaller.
         collect_every: gather statistics in every so many-th training batch: an F-statistic needs thousands of
             instances, not all of a large data set, and small networks notice the work.
+        collect_epochs: epochs before each pruning over which statistics are gathered; none in the others.
         connections: "factored" keeps F per input of a layer, C × inputs numbers; "exact" per connection, C × weights,
-            which differs by the weights' movement within an epoch.
+            which differs by the weights' movement within an epoch. For weights only.
+        bias: what pruned channels put out until training makes up for them: "zero" nothing (γ = β = 0); "fold" their
+            shift β, carried into the layers that read them; "mean" their mean activation, likewise. For channels only.
+        rewind_lr: start the learning-rate schedules again when fine-tuning begins.
 
     Raises:
         ValueError: an argument outside its range; the message names the allowed values.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> callback = ScreeningPruningCallback(granularity="weight", amount=0.95)
-        >>> trainer = Trainer(max_epochs=60, callbacks=[callback])
+        >>> callback = ScreeningPruningCallback(amount=0.6)
+        >>> trainer = Trainer(max_epochs=160, callbacks=[callback])
     """
 
     def __init__(
         self,
-        granularity: str = "weight",
+        granularity: str = "channel",
         amount: float = 0.6,
         screening_weight: float = 0.25,
         schedule: str | Schedule = "logistic",
@@ -88,12 +94,16 @@ class ScreeningPruningCallback(Callback):
         labels: Callable[[Any], Tensor] | None = None,
         slim: bool = True,
         collect_every: int = 1,
+        collect_epochs: int = 1,
         connections: str = "factored",
+        bias: str = "zero",
+        rewind_lr: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("granularity", granularity, GRANULARITIES)
         _check_choice("scope", scope, SCOPES)
         _check_choice("connections", connections, CONNECTIONS)
+        _check_choice("bias", bias, BIASES)
         if not 0 <= amount < 1:
             raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {amount}")
         if not 0 <= screening_weight <= 1:
@@ -102,6 +112,14 @@ class ScreeningPruningCallback(Callback):
             raise ValueError(f"min_channels must not be negative, got {min_channels}")
         if collect_every < 1:
             raise ValueError(f"collect_every must be at least 1 (every batch), got {collect_every}")
+        if collect_epochs < 1:
+            raise ValueError(f"collect_epochs must be at least 1 (the epoch before a pruning), got {collect_epochs}")
+        if granularity == "channel" and connections == "exact":
+            raise ValueError(
+                'connections="exact" is for granularity="weight"; channels have no connections of their own'
+            )
+        if granularity == "weight" and bias != "zero":
+            raise ValueError(f'bias={bias!r} is for granularity="channel"; pruned weights are zero')
         if start_epoch < 0:
             raise ValueError(f"start_epoch must not be negative, got {start_epoch}")
         if end_epoch is not None and end_epoch <= start_epoch:
@@ -123,25 +141,32 @@ class ScreeningPruningCallback(Callback):
         self.labels = labels or find_labels
         self.slim = slim
         self.collect_every = collect_every
+        self.collect_epochs = collect_epochs
         self.connections = connections
+        self.bias = bias
+        self.rewind_lr = rewind_lr
         self._criterion = resolve_criterion(criterion)
         # Lightning asks for it around every hook.
         self._key = self._generate_state_key(granularity=granularity, include=include, exclude=exclude)
 
         self.plan: SlimmingPlan | None = None
-        """What was physically removed, after slimming; else None."""
+        """What was physically removed, after slimming; else None. For channels with names as in the module."""
         self.history: list[dict[str, float]] = []
         """Per epoch ended: epoch, scheduled and applied pruned fraction."""
         self._window = (start_epoch, end_epoch or start_epoch + 1)
-        self._candidates: list[PrunableWeight] = []
-        self._not_pruned: dict[str, str] = {}
+        self._granularity: Granularity | None = None
         self._not_removed: str | None = None
         self._masks: Masks | None = None
+        self._kept: dict[str, Tensor] = {}  # at full size, also after slimming
+        self._num_kept: dict[str, int] = {}
         self._collector: ActivationCollector | None = None
+        self._num_classes: int | None = None
         self._recorder: InputRecorder | None = None
+        self._rates: LearningRates | None = None
+        self._tuning = False  # fine-tuning has begun
         self._sizes: tuple[Size, Size] | None = None
         self._restored: dict[str, Any] = {}
-        self._due: tuple[int, bool] | None = None
+        self._due: dict[int, bool] = {}
 
     # ---- start of a fit
 
@@ -154,67 +179,125 @@ class ScreeningPruningCallback(Callback):
         """
         if stage == "fit":
             check_strategy(trainer)
-            self._window = (self.start_epoch, self._resolve_end(trainer))
+            fast = bool(getattr(trainer, "fast_dev_run", False))  # one epoch that goes through everything
+            self._window = resolve_window(self.start_epoch, self.end_epoch, None if fast else trainer.max_epochs, fast)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the candidates and register the hooks.
+        """Find the candidates.
 
         Raises:
             ValueError: nothing to prune, patterns that match nothing.
         """
         self._remove_hooks()
-        self._candidates, self._not_pruned = find_weights(pl_module, self.include, self.exclude)
-        for name, reason in self._not_pruned.items():
+        self._due, self._tuning, self._not_removed = {}, False, None
+        self._rates = LearningRates(trainer)
+        if self._slimmed_already(pl_module):  # another fit of the same model goes on
+            self._start_masks(trainer)
+            return
+        if self.granularity == "channel":
+            self._granularity = Channels(pl_module, self.include, self.exclude, self.bias)
+        else:
+            self._granularity = Weights(pl_module, self.include, self.exclude, self.connections == "exact")
+        for name, reason in self._granularity.not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
-        parameters = {candidate.name: candidate.weight for candidate in self._candidates}
-        if self._masks is not None and self._masks.covers(parameters):  # another fit of the same model goes on
-            self._restored.setdefault("kept", self._masks.kept)
-        self._masks = Masks(parameters)
-        if "kept" in self._restored:
-            self._masks.set(self._restored.pop("kept"), trainer.optimizers)
-        if "collector" in self._restored:  # resumed within an epoch, or between its last batch and its end
-            state = self._restored.pop("collector")
-            self._collector = self._make_collector(state["num_classes"])
-            self._collector.load_state_dict(state)
-        self._masks.watch(trainer.optimizers)
-        self._due = None
-        name, network = common_parent(pl_module, [candidate.name for candidate in self._candidates])
-        self._recorder = InputRecorder(name, network)
+        name, network = common_parent(pl_module, self._granularity.names)
         size = measure_size(network, None, 1)
         self._sizes = (size, size)
+        if self.granularity == "weight":
+            self._recorder = InputRecorder([(name, network)])
+        else:  # what reads the last channels must be part of the network
+            self._recorder = InputRecorder(enclosing(pl_module, name), on_inputs=lambda: self._meet(trainer))
+            if self._restored.get("inputs") is not None:
+                self._recorder.name = self._restored["network"]
+                self._recorder.network = pl_module.get_submodule(self._recorder.name)
+                self._recorder.inputs = self._restored.pop("inputs")
+                self._meet_network()
+        self._use_masks(self._granularity.masks(), trainer)
+        if "collector" in self._restored:  # resumed within an epoch, or between its last batch and its end
+            self._make_collector(self._restored["num_classes"])
 
-    def _resolve_end(self, trainer: Trainer) -> int:
-        last = trainer.max_epochs
-        if last is None or last < 0:
-            if self.end_epoch is None:
-                raise ValueError("this training has no max_epochs, so end_epoch= (when pruning is done) must be given")
-            return self.end_epoch
-        if getattr(trainer, "fast_dev_run", False):  # one epoch that goes through everything
-            return self.start_epoch + 1
-        end = max(round(_DEFAULT_WINDOW * last), self.start_epoch + 1) if self.end_epoch is None else self.end_epoch
-        if end > last:
-            raise ValueError(
-                f"pruning would end with epoch {end} (end_epoch={self.end_epoch}, start_epoch={self.start_epoch}), but "
-                f"the training has max_epochs={last}; lower end_epoch or train longer"
-            )
-        return end
+    def _slimmed_already(self, pl_module: LightningModule) -> bool:
+        if self.granularity != "channel" or self.plan is None or self._recorder is None:
+            return False
+        return any(module is self._recorder.network for module in pl_module.modules())
+
+    def _use_masks(self, masks: Masks, trainer: Trainer) -> None:
+        """Work with fresh masks from now on, taking over what is pruned already."""
+        if self._masks is not None and self._masks.covers(masks):  # another fit of the same model goes on
+            self._restored.setdefault("kept", self._masks.kept)
+        if self._masks is not None:
+            self._masks.unwatch()
+        self._masks = masks
+        if "kept" in self._restored and self._restored["kept"].keys() == masks.kept.keys():
+            masks.set(self._restored.pop("kept"), trainer.optimizers)
+        self._kept, self._num_kept = dict(masks.kept), dict(masks.num_kept)
+        self._start_masks(trainer)
+
+    def _start_masks(self, trainer: Trainer) -> None:
+        assert self._masks is not None
+        self._masks.unwatch()
+        self._masks.watch(trainer.optimizers)
+
+    def _meet(self, trainer: Trainer) -> None:
+        """The network is being called for the first time: go on with what it turns out to be."""
+        names = self._granularity.names if self._granularity is not None else []
+        self._meet_network()
+        assert self._granularity is not None
+        if self._granularity.names != names:
+            self._use_masks(self._granularity.masks(), trainer)
+            self._due = {}
+        self._open(trainer)
+
+    def _meet_network(self) -> None:
+        assert self._granularity is not None and self._recorder is not None
+        known = set(self._granularity.not_pruned)
+        self._granularity.meet(self._recorder)
+        for name, reason in self._granularity.not_pruned.items():
+            if name not in known:
+                log.info("layer %r is not pruned: %s", name, reason)
+        size = measure_size(self._recorder.network, self._recorder.inputs_on_device(), self._recorder.instances)
+        self._sizes = (size, size)
 
     # ---- the training step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the sums afresh."""
-        if self._collector is not None:
-            self._collector.reset()
+        """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
+        if self._collector is not None and not self._collects(trainer.current_epoch):
+            self._collector.remove()
+            self._collector = None
+        if trainer.current_epoch >= self._window[1] and not self._tuning:
+            self._tuning = True
+            if self.granularity == "channel" and self._recorder is not None and self._recorder.inputs is not None:
+                self._slim_channels(trainer, pl_module)
+            if self.rewind_lr and self._rates is not None and trainer.current_epoch == self._window[1]:
+                self._rates.rewind(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the hooks for the forward pass, in epochs that end with pruning."""
-        if self._recorder is not None and self._recorder.inputs is None:
+        if self._collects_in(trainer.current_epoch, batch_idx) and self._num_classes is None:
+            self._num_classes = self._find_num_classes(trainer, pl_module, self._labels_of(batch, batch_idx, trainer))
+        unknown = self._recorder is not None and self._recorder.inputs is None
+        if self._recorder is not None and unknown:
             self._recorder.start()
-        if self._collects_in(trainer.current_epoch, batch_idx):
-            if self._collector is None:
-                labels = self._labels_of(batch, batch_idx, trainer)
-                self._collector = self._make_collector(self._find_num_classes(trainer, pl_module, labels))
-            self._collector.active = True
+        if not unknown or self.granularity == "weight":
+            self._open(trainer, batch_idx)
+
+    def _open(self, trainer: Trainer, batch_idx: int = 0) -> None:
+        if not self._collects_in(trainer.current_epoch, batch_idx):
+            return
+        if self._collector is None:
+            assert self._num_classes is not None
+            self._make_collector(self._num_classes)
+        assert self._collector is not None
+        self._collector.active = True
+
+    def _make_collector(self, num_classes: int) -> None:
+        assert self._granularity is not None
+        self._num_classes = num_classes
+        self._collector = self._granularity.collector(num_classes)
+        self._collector.attach()
+        if "collector" in self._restored:
+            self._collector.load_state_dict(self._restored.pop("collector"))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close them: what runs from here on recomputes, or belongs to somebody else."""
@@ -236,14 +319,22 @@ class ScreeningPruningCallback(Callback):
         self._close()
         if self._recorder is not None:
             self._recorder.stop()
+            if self._recorder.inputs is None and self.granularity == "channel":
+                raise ValueError(
+                    f"{self._recorder.describe()} was not called in training_step, so it is not known how its batch "
+                    "norms are connected; call the module that holds them as a whole, self.net(x)"
+                )
         if self._collector is not None and self._collects_in(trainer.current_epoch, batch_idx):
             labels = self._labels_of(batch, batch_idx, trainer)
             with _naming_batch(batch_idx, trainer):
                 self._collector.update(labels)
 
     def _collects_in(self, epoch: int, batch_idx: int) -> bool:
-        wanted = self._criterion.needs_statistics(self.screening_weight)
-        return wanted and batch_idx % self.collect_every == 0 and self._prunes_after(epoch)
+        return batch_idx % self.collect_every == 0 and self._collects(epoch)
+
+    def _collects(self, epoch: int) -> bool:
+        wanted = self._criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+        return wanted and any(self._prunes_after(last) for last in range(epoch, epoch + self.collect_epochs))
 
     def _labels_of(self, batch: Any, batch_idx: int, trainer: Trainer) -> Tensor:
         with _naming_batch(batch_idx, trainer):
@@ -255,13 +346,6 @@ class ScreeningPruningCallback(Callback):
         if num_classes is None:
             raise ValueError(f"the number of classes cannot be found in {type(pl_module).__name__}; pass num_classes=")
         return num_classes
-
-    def _make_collector(self, num_classes: int) -> ActivationCollector:
-        probes = [Probe(candidate.name, candidate.module) for candidate in self._candidates]
-        exact = self._candidates if self.connections == "exact" else ()
-        collector = ActivationCollector(probes, num_classes, exact)
-        collector.attach()
-        return collector
 
     def _close(self) -> None:
         if self._collector is not None:
@@ -276,71 +360,94 @@ class ScreeningPruningCallback(Callback):
             ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that
                 the floors make impossible; nothing is pruned then.
         """
-        assert self._masks is not None
         if self._prunes_after(trainer.current_epoch):
-            kept = decide_once(trainer, self._decide(trainer))
+            assert self._masks is not None and self._granularity is not None
+            statistics = self._statistics(trainer)
+            before = self._masks.kept
+            kept = decide_once(trainer, lambda: self._decide(trainer, statistics))
             self._masks.set(kept, trainer.optimizers)
+            self._granularity.after_pruning(before, self._masks.kept, statistics)
+            self._kept, self._num_kept = dict(self._masks.kept), dict(self._masks.num_kept)
+            self._due = {}
+            if self._collector is not None:
+                self._collector.reset()
         self._record(trainer, pl_module)
 
-    def _decide(self, trainer: Trainer) -> Callable[[], dict[str, Tensor]]:
-        """What every process contributes to the decision happens here, the decision itself in what is returned."""
-        statistics: Mapping[str, FeatureStatistics] = {}
+    def _statistics(self, trainer: Trainer) -> Mapping[str, FeatureStatistics]:
+        """All processes contribute."""
         if self._collector is not None:
-            statistics = self._collector.statistics(merge_processes(trainer))
-        elif self._criterion.needs_statistics(self.screening_weight):
+            return self._collector.statistics(merge_processes(trainer))
+        if self._criterion.needs_statistics(self.screening_weight):
             raise ValueError(f"epoch {trainer.current_epoch} had no training batch, so there is nothing to rank by")
-        masks = self._masks
-        assert masks is not None
+        return {}
+
+    def _decide(self, trainer: Trainer, statistics: Mapping[str, FeatureStatistics]) -> dict[str, Tensor]:
+        assert self._masks is not None and self._granularity is not None
+        kept = self._masks.kept
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + trainer.current_epoch)
+        scores = self._criterion.score(self._granularity.ranked(kept, statistics), self.screening_weight, generator)
         amount = self.amount * self._fraction(trainer.current_epoch + 1)
-
-        def decide() -> dict[str, Tensor]:
-            layers = {
-                candidate.name: Ranked(
-                    candidate.weight.detach(),
-                    masks.kept[candidate.name],
-                    self._f_of(candidate, statistics.get(candidate.name)),
-                )
-                for candidate in self._candidates
-            }
-            generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + trainer.current_epoch)
-            scores = self._criterion.score(layers, self.screening_weight, generator)
-            return rank_and_prune(scores, masks.kept, amount, scope=self.scope, min_kept=self.min_channels)
-
-        return decide
-
-    @staticmethod
-    def _f_of(candidate: PrunableWeight, statistics: FeatureStatistics | None) -> Tensor | None:
-        if statistics is None:
-            return None
-        f = statistics.f
-        return f if f.shape == candidate.weight.shape else candidate.per_connection(f)
+        return self._granularity.prune(scores, kept, amount, self.scope, self.min_channels)
 
     def _fraction(self, completed_epochs: int) -> float:
         return scheduled_fraction(self.schedule, completed_epochs, *self._window)
 
     def _prunes_after(self, epoch: int) -> bool:
-        """Whether the budget asks for more at the end of this epoch than was pruned when it began."""
-        if self._due is None or self._due[0] != epoch:
+        """Whether the budget asks for more at the end of this epoch than is pruned now."""
+        if self.plan is not None and self.granularity == "channel":
+            return False
+        if epoch not in self._due:
             budget = round(self.amount * self._fraction(epoch + 1) * self._total)
-            self._due = (epoch, budget > self._pruned)
-        return self._due[1]
+            self._due[epoch] = budget > self._pruned
+        return self._due[epoch]
 
     @property
     def _total(self) -> int:
-        return self._masks.total if self._masks is not None else 0
+        return sum(mask.numel() for mask in self._kept.values())
 
     @property
     def _pruned(self) -> int:
-        return self._masks.total - self._masks.total_kept if self._masks is not None else 0
+        return self._total - sum(self._num_kept.values())
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._masks is not None
         sparsity = self._pruned / self._total
         scheduled = self.amount * self._fraction(trainer.current_epoch + 1)
         self.history.append({"epoch": trainer.current_epoch, "scheduled": scheduled, "applied": sparsity})
         pl_module.log("fscreen/sparsity", sparsity, prog_bar=True)
-        totals = {name: mask.numel() for name, mask in self._masks.kept.items()}
-        pl_module.log_dict({f"fscreen/kept/{name}": kept / totals[name] for name, kept in self._masks.num_kept.items()})
+        metrics = {f"fscreen/kept/{name}": kept / self._kept[name].numel() for name, kept in self._num_kept.items()}
+        if self.granularity == "channel" and self._sizes is not None:
+            size = self._sizes[1]
+            metrics |= {"fscreen/channels": sum(self._num_kept.values()), "fscreen/params": size.params}
+            metrics |= {} if size.macs is None else {"fscreen/macs": size.macs}
+        pl_module.log_dict({name: float(value) for name, value in metrics.items()})
+
+    # ---- slimming
+
+    def _slim_channels(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the network smaller in the middle of the fit; what stays switched off is masked on."""
+        recorder, channels = self._recorder, self._granularity
+        assert recorder is not None and isinstance(channels, Channels) and channels.captured is not None
+        if not self.slim:
+            return
+        bias = "zero" if self.bias == "zero" else "fold"
+        try:
+            self.plan = slim_in_fit(trainer, pl_module, recorder, channels.captured, self._kept, bias)
+        except VerificationError as error:  # a model in training must survive this
+            self._not_removed = str(error)
+            log.warning("nothing was physically removed, the masks stay: %s", error)
+            return
+        if self._masks is not None:
+            self._masks.unwatch()
+        self._masks = channels.masks()
+        plan = self.plan
+        self._masks.set(
+            {name: plan.cut(f"{name}.weight", mask) for name, mask in self._kept.items()}, trainer.optimizers
+        )
+        self._start_masks(trainer)
+        size = measure_size(recorder.network, recorder.inputs_on_device(), recorder.instances)
+        before = self._sizes[0] if self._sizes else size
+        self._sizes = (before, size)
+        log.info("slimmed: %s → %s parameters, %s → %s MACs", before.params, size.params, before.macs, size.macs)
 
     # ---- the end of a fit
 
@@ -361,6 +468,11 @@ class ScreeningPruningCallback(Callback):
             )
             if self.slim:
                 log.warning("nothing was physically removed: %s", self._not_removed)
+            return
+        if self.granularity == "channel":
+            if self.plan is None and self._pruned and self._not_removed is None:  # no epoch of fine-tuning came
+                self._slim_channels(trainer, pl_module)
+                self._remove_hooks()
             return
         network, inputs = recorder.network, recorder.inputs_on_device()
         before = measure_size(network, inputs, recorder.instances)
@@ -404,8 +516,8 @@ class ScreeningPruningCallback(Callback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Boolean masks of the weights by layer, at their size before slimming, True where kept."""
-        return dict(self._masks.kept) if self._masks is not None else {}
+        """Boolean masks of the candidates by layer, at their size before slimming, True where kept."""
+        return dict(self._kept)
 
     def report(self) -> PruningReport:
         """What pruning has done so far.
@@ -413,32 +525,33 @@ class ScreeningPruningCallback(Callback):
         Raises:
             RuntimeError: no fit has started yet.
         """
-        if self._masks is None or self._sizes is None:
+        if self._granularity is None or self._sizes is None:
             raise RuntimeError("there is nothing to report before Trainer.fit has started with this callback")
         return PruningReport(
             granularity=self.granularity,
-            layers=tuple(
-                LayerReport(name, self._masks.kept[name].numel(), kept) for name, kept in self._masks.num_kept.items()
-            ),
+            layers=tuple(LayerReport(name, mask.numel(), self._num_kept[name]) for name, mask in self._kept.items()),
             before=self._sizes[0],
             after=self._sizes[1],
             removed=self._removed(),
-            not_pruned=dict(self._not_pruned),
+            not_pruned=dict(self._granularity.not_pruned),
             not_removed=self._not_removed,
         )
 
     def _removed(self) -> dict[str, int]:
         if self.plan is None or self._recorder is None:
             return {}
-        return self.plan.under(self._recorder.name).removed
+        return dict(
+            self.plan.removed if self.granularity == "channel" else self.plan.under(self._recorder.name).removed
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, sums of the running epoch and history, as tensors and primitives (for `weights_only` loading)."""
-        state: dict[str, Any] = {"history": [dict(entry) for entry in self.history]}
-        if self._masks is not None:
-            state["kept"] = dict(self._masks.kept)
+        state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "kept": dict(self._kept)}
         if self._collector is not None:
             state["collector"] = self._collector.state_dict()
+            state["num_classes"] = self._num_classes
+        if self._recorder is not None and self.granularity == "channel":
+            state["network"], state["inputs"] = self._recorder.name, self._recorder.plain_inputs()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

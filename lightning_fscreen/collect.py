@@ -21,11 +21,19 @@ _NONE = 2**62  # later than any batch
 
 @dataclass(frozen=True)
 class Probe:
-    """One place where activations are read: the input or the output of a layer."""
+    """One place where activations are read.
+
+    Attributes:
+        name: name of the layer.
+        module: the layer.
+        side: its "input" or its "output".
+        activation: an element-wise function that is applied to what is read; None for none.
+    """
 
     name: str
     module: nn.Module
-    side: str = "input"  # or "output"
+    side: str = "input"
+    activation: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_features(self) -> int:
@@ -233,6 +241,8 @@ class ActivationCollector:
         return gather
 
     def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
+        if (function := self._probes[index].activation) is not None:
+            activation = function(activation.detach())
         values = reduce_positions(activation, module)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):

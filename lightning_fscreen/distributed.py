@@ -62,3 +62,12 @@ def broadcast_buffers(trainer: Trainer, model: nn.Module) -> None:
     if trainer.world_size > 1:
         for buffer in model.buffers():
             buffer.copy_(trainer.strategy.broadcast(buffer))
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let DistributedDataParallel see the parameters that the model has now."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+        strategy._pl_static_graph_delay_done = False

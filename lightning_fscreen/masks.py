@@ -20,10 +20,14 @@ class Masks:
 
     Args:
         parameters: name → parameter.
+        companions: name → a parameter of the same shape that is pruned with it, and not counted.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], companions: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
         self._parameters = dict(parameters)
+        self._companions = dict(companions or {})
         self.kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
         self.num_kept = {name: p.numel() for name, p in self._parameters.items()}
         """Candidates left, by layer."""
@@ -31,10 +35,14 @@ class Masks:
         self._factors: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
 
-    def covers(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether these are the very parameters masked here."""
-        own = self._parameters
-        return own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
+    @property
+    def _masked(self) -> list[tuple[str, nn.Parameter]]:
+        return [*self._parameters.items(), *self._companions.items()]
+
+    def covers(self, other: Masks) -> bool:
+        """Whether the other masks are over the very same parameters."""
+        own, others = self._parameters, other._parameters
+        return own.keys() == others.keys() and all(own[name] is parameter for name, parameter in others.items())
 
     @property
     def total(self) -> int:
@@ -59,9 +67,9 @@ class Masks:
                 raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
         self.kept = {name: kept[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()}
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
-        self._factors = [self.kept[name].to(p.dtype) for name, p in self._parameters.items()]
+        self._factors = [self.kept[name].to(parameter.dtype) for name, parameter in self._masked]
         self.apply()
-        by_parameter: dict[Tensor, Tensor] = {p: self.kept[name] for name, p in self._parameters.items()}
+        by_parameter: dict[Tensor, Tensor] = {parameter: self.kept[name] for name, parameter in self._masked}
         for optimizer in optimizers:
             for tensor, state in optimizer.state.items():
                 if tensor in by_parameter:
@@ -71,13 +79,13 @@ class Masks:
     def apply(self) -> None:
         """Zero the pruned weights."""
         if self._factors:
-            torch._foreach_mul_(list(self._parameters.values()), self._factors)
+            torch._foreach_mul_([parameter for _, parameter in self._masked], self._factors)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of the pruned weights."""
         if self._factors:
-            pairs = [(p.grad, f) for p, f in zip(self._parameters.values(), self._factors, strict=True)]
+            pairs = [(p.grad, factor) for (_, p), factor in zip(self._masked, self._factors, strict=True)]
             present = [(gradient, factor) for gradient, factor in pairs if gradient is not None]
             if present:
                 torch._foreach_mul_([gradient for gradient, _ in present], [factor for _, factor in present])

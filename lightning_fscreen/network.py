@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
+
+from lightning_fscreen.slimming.capture import CaptureError
+
+log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
@@ -30,31 +36,44 @@ def common_parent(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Modul
     return name, module
 
 
+def enclosing(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """A submodule and the modules around it, the outermost (`model` itself) first."""
+    parts = name.split(".") if name else []
+    names = [".".join(parts[:length]) for length in range(len(parts) + 1)]
+    return [(outer, model.get_submodule(outer)) for outer in names]
+
+
 class InputRecorder:
     """Remembers the first inputs that a network gets in training, cut to a few instances.
 
     Args:
-        name: the network's name, for messages.
-        network: the module to watch.
+        networks: names and modules that may be the network, from the outermost to the innermost; it is the first that
+            is called.
+        on_inputs: called once the inputs are known, before the network runs on them; if it raises a `CaptureError`, the
+            next inner module may be the network.
     """
 
-    def __init__(self, name: str, network: nn.Module) -> None:
-        self.name = name
-        self.network = network
+    def __init__(self, networks: Sequence[tuple[str, nn.Module]], on_inputs: Callable[[], None] | None = None) -> None:
+        self._networks = list(networks)
+        self._on_inputs = on_inputs
+        self.name, self.network = self._networks[-1]
         self.inputs: Inputs | None = None
         self.instances = _INSTANCES
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
         """Watch for the next call."""
-        if self._handle is None:
-            self._handle = self.network.register_forward_pre_hook(self._record, with_kwargs=True)
+        if not self._handles:
+            self._handles = [
+                network.register_forward_pre_hook(functools.partial(self._record, name), with_kwargs=True)
+                for name, network in self._networks
+            ]
 
     def stop(self) -> None:
         """Stop watching."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def inputs_on_device(self) -> Inputs:
         """The inputs, on the device where the network is now."""
@@ -62,12 +81,17 @@ class InputRecorder:
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self.inputs)
         return args, kwargs
 
+    def plain_inputs(self) -> Inputs | None:
+        """The inputs, if they are tensors and primitives in tuples, lists and dicts, so that a file may hold them."""
+        return self.inputs if _is_plain(self.inputs) else None
+
     def describe(self) -> str:
         """How to name the network in a message."""
         return f"module {self.name!r}" if self.name else f"{type(self.network).__name__}.forward"
 
-    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.inputs is not None:
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # Lightning lets DistributedDataParallel call training_step through a replaced forward.
+        if self.inputs is not None or "forward" in vars(module):
             return
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         batch_size = len(tensors[0]) if tensors else 0
@@ -77,4 +101,24 @@ class InputRecorder:
             first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
             return first.detach().clone()
 
+        self.name, self.network = name, module
         self.inputs = pytree.tree_map_only(torch.Tensor, cut, (tuple(args), dict(kwargs)))
+        if self._on_inputs is None:
+            return
+        try:
+            # What it looks at is the network as it was written.
+            with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+                self._on_inputs()
+        except CaptureError as error:
+            if module is self._networks[-1][1]:
+                raise
+            log.info("%s; trying the next module inside", error)
+            self.inputs = None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (Tensor, bool, int, float, str)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_fscreen.units import Units, coupled_layers
+
 SCOPES = ("global", "layer")
 
 
@@ -18,6 +20,7 @@ def rank_and_prune(
     *,
     scope: str = "global",
     min_kept: int = 1,
+    units: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Prune the lowest scores until the budget is met; what is pruned already stays pruned.
 
@@ -32,6 +35,9 @@ def rank_and_prune(
             already, they stay so.
         scope: "global" or "layer".
         min_kept: candidates that every layer keeps (all of them, in a layer with fewer).
+        units: layer → int64 of that shape, (n,): equal numbers, in one layer or in several, are pruned as one, and
+            negative ones stay. Coupled layers then count as one for scope "layer", and where units are larger than one
+            the budget is met as nearly as their sizes allow.
 
     Returns:
         layer → new boolean mask.
@@ -44,15 +50,13 @@ def rank_and_prune(
     for name, score in scores.items():
         if bool(torch.isnan(score[kept[name]]).any()):
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
+    if units is not None:
+        return _prune_units(scores, kept, amount, scope, min_kept, units)
     totals = {name: mask.numel() for name, mask in kept.items()}
     left = {name: int(mask.sum()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}
     budget = sum(totals.values()) - round(amount * sum(totals.values()))  # candidates to keep
-    if sum(floors.values()) > budget:
-        raise ValueError(
-            f"amount={amount:.6g} would keep {budget} of {sum(totals.values())} candidates, but at least {min_kept} in "
-            f"each of {len(totals)} layers makes {sum(floors.values())}; lower amount or the floor"
-        )
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(totals))
     if scope == "layer":
         keep = _shares(totals, floors, left, budget)
         return {name: _drop_lowest(scores[name], mask, left[name] - keep[name]) for name, mask in kept.items()}
@@ -63,6 +67,39 @@ def rank_and_prune(
     pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), removable, drop)
     parts = pruned.split(list(totals.values()))
     return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
+
+
+def _prune_units(
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    amount: float,
+    scope: str,
+    min_kept: int,
+    units: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    layers = [list(kept)] if scope == "global" else coupled_layers({name: units[name] for name in kept})
+    parts = {
+        str(place): Units(scores, {name: kept[name] for name in names}, units, min_kept)
+        for place, names in enumerate(layers)
+    }
+    totals = {str(place): sum(kept[name].numel() for name in names) for place, names in enumerate(layers)}
+    floors = {place: part.protected for place, part in parts.items()}
+    left = {place: part.left for place, part in parts.items()}
+    budget = sum(totals.values()) - round(amount * sum(totals.values()))
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(kept))
+    keep = _shares(totals, floors, left, budget)
+    masks: dict[str, Tensor] = {}
+    for place, part in parts.items():
+        masks |= part.drop(max(left[place] - keep[place], 0))
+    return {name: masks[name] for name in kept}
+
+
+def _check_floors(amount: float, budget: int, total: int, floor: int, min_kept: int, layers: int) -> None:
+    if floor > budget:
+        raise ValueError(
+            f"amount={amount:.6g} would keep {budget} of {total} candidates, but at least {min_kept} in "
+            f"each of {layers} layers makes {floor}; lower amount or the floor"
+        )
 
 
 def _removable(scores: Tensor, kept: Tensor, floor: int) -> Tensor:

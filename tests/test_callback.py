@@ -1,6 +1,7 @@
 """The callback in real trainings: what is pruned, what stays zero, what is left behind."""
 
 import copy
+import functools
 import inspect
 import logging
 import os
@@ -23,6 +24,8 @@ from torch.utils.data import DataLoader
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.schedule import SCHEDULES
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
+
+WeightPruning = functools.partial(ScreeningPruningCallback, granularity="weight")
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -57,7 +60,7 @@ def hooks_of(model):
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_budget_is_met_exactly_at_every_epoch(schedule, scope):
-    callback = ScreeningPruningCallback(amount=0.83, schedule=schedule, scope=scope, start_epoch=1, end_epoch=5)
+    callback = WeightPruning(amount=0.83, schedule=schedule, scope=scope, start_epoch=1, end_epoch=5)
     trainer([callback], max_epochs=6).fit(Classifier(mlp()), loader())
     total = callback.report().total
     for entry in callback.history:
@@ -73,7 +76,7 @@ def test_budget_is_met_exactly_at_every_epoch(schedule, scope):
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("net", [mlp, ConvNet])
 def test_pruned_weights_stay_exactly_zero_whatever_the_optimizer_does(optimizer, net):
-    callback = ScreeningPruningCallback(amount=0.7, slim=False, end_epoch=3)
+    callback = WeightPruning(amount=0.7, slim=False, end_epoch=3)
     watcher = ZeroWatcher(callback)
     model = Classifier(net(), OPTIMIZERS[optimizer])
     trainer([callback, watcher], gradient_clip_val=0.5).fit(model, loader())
@@ -99,7 +102,7 @@ def test_several_optimizers_under_manual_optimization():
             first, second = self.net[:3].parameters(), self.net[3:].parameters()
             return torch.optim.SGD(first, lr=0.1, momentum=0.9), torch.optim.AdamW(second, weight_decay=0.1)
 
-    callback = ScreeningPruningCallback(amount=0.7, slim=False, end_epoch=2)
+    callback = WeightPruning(amount=0.7, slim=False, end_epoch=2)
     model = Manual(mlp())
     trainer([callback]).fit(model, loader())
     modules = dict(model.named_modules())
@@ -117,7 +120,7 @@ def test_decision_follows_the_f_statistics_of_the_activations_seen(connections, 
 
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), frozen)
     weight = model.net[1].weight.detach().clone()
-    callback = ScreeningPruningCallback(
+    callback = WeightPruning(
         amount=0.5,
         screening_weight=1.0,
         schedule="one_shot",
@@ -140,8 +143,8 @@ def test_without_pruning_training_is_bit_equal_to_training_without_the_callback(
     results = []
     for callbacks in (
         [],
-        [ScreeningPruningCallback(amount=0.0)],
-        [ScreeningPruningCallback(amount=0.5, end_epoch=4, schedule="one_shot", slim=False)],
+        [WeightPruning(amount=0.0)],
+        [WeightPruning(amount=0.5, end_epoch=4, schedule="one_shot", slim=False)],
     ):
         torch.manual_seed(0)
         model = Classifier(ConvNet())
@@ -156,7 +159,7 @@ def test_criteria_that_need_no_statistics_collect_none_and_random_leaves_the_gen
     states = []
     for criterion in ("magnitude", "random"):
         torch.manual_seed(0)
-        callback = ScreeningPruningCallback(amount=0.5, criterion=criterion)
+        callback = WeightPruning(amount=0.5, criterion=criterion)
         trainer([callback]).fit(Classifier(mlp()), loader())
         states.append(torch.random.get_rng_state())
         assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
@@ -164,7 +167,7 @@ def test_criteria_that_need_no_statistics_collect_none_and_random_leaves_the_gen
 
 
 def test_logs_sparsity_and_kept_fractions_per_layer(tmp_path):
-    callback = ScreeningPruningCallback(amount=0.9)
+    callback = WeightPruning(amount=0.9)
     logger = CSVLogger(tmp_path, name="", version="")
     fit = trainer([callback], logger=logger)
     fit.fit(Classifier(mlp()), loader())
@@ -181,7 +184,7 @@ def test_slimming_removes_parameters_and_keeps_the_function(net):
     torch.manual_seed(0)
     dense = Classifier(net())
     slim = copy.deepcopy(dense)
-    masked, slimmed = (ScreeningPruningCallback(amount=0.93, slim=slim) for slim in (False, True))
+    masked, slimmed = (WeightPruning(amount=0.93, slim=slim) for slim in (False, True))
     trainer([masked]).fit(dense, loader())
     trainer([slimmed]).fit(slim, loader())
     images = digits()[0].double()
@@ -199,7 +202,7 @@ def test_slimming_removes_parameters_and_keeps_the_function(net):
 def test_leaves_no_hook_behind_after_a_fit_and_after_an_error():
     model = Classifier(mlp())
     before = hooks_of(model)
-    fit = trainer([ScreeningPruningCallback(amount=0.5)])
+    fit = trainer([WeightPruning(amount=0.5)])
     fit.fit(model, loader())
     assert hooks_of(model) == before
     assert not fit.optimizers[0]._optimizer_step_post_hooks
@@ -212,7 +215,7 @@ def test_leaves_no_hook_behind_after_a_fit_and_after_an_error():
 
     model = Failing(mlp())
     with pytest.raises(RuntimeError, match="on purpose"):
-        trainer([ScreeningPruningCallback(amount=0.5)]).fit(model, loader())
+        trainer([WeightPruning(amount=0.5)]).fit(model, loader())
     assert hooks_of(model) == before
 
 
@@ -220,7 +223,7 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path):
     def run(epochs, checkpoint=None):
         torch.manual_seed(0)
         model = Classifier(mlp())
-        callback = ScreeningPruningCallback(amount=0.9, end_epoch=5)
+        callback = WeightPruning(amount=0.9, end_epoch=5)
         saver = ModelCheckpoint(dirpath=tmp_path / f"{epochs}", save_last=True)
         fit = trainer([callback, saver], max_epochs=6, enable_checkpointing=True, limit_train_batches=4)
         if epochs < 6:
@@ -247,13 +250,13 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_two_fits_and_two_callbacks_in_one_process():
-    callback = ScreeningPruningCallback(amount=0.5, slim=False)
+    callback = WeightPruning(amount=0.5, slim=False)
     model = Classifier(mlp())
     trainer([callback]).fit(model, loader())
     trainer([callback]).fit(Classifier(mlp()), loader())
     assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
-    first = ScreeningPruningCallback(amount=0.5, include="net.1", slim=False)
-    second = ScreeningPruningCallback(amount=0.25, include="net.3", slim=False)
+    first = WeightPruning(amount=0.5, include="net.1", slim=False)
+    second = WeightPruning(amount=0.25, include="net.3", slim=False)
     model = Classifier(mlp())
     trainer([first, second]).fit(model, loader())
     assert float((model.net[1].weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
@@ -261,7 +264,7 @@ def test_two_fits_and_two_callbacks_in_one_process():
 
 
 def test_another_fit_of_the_same_model_keeps_what_is_pruned():
-    callback = ScreeningPruningCallback(amount=0.5, slim=False)
+    callback = WeightPruning(amount=0.5, slim=False)
     model = Classifier(mlp())
     trainer([callback]).fit(model, loader())
     first = callback.masks
@@ -279,7 +282,7 @@ def test_soft_labels_and_dict_batches():
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self(batch["image"]), batch["label"])
 
-    callback = ScreeningPruningCallback(amount=0.5)
+    callback = WeightPruning(amount=0.5)
     trainer([callback]).fit(Mixed(mlp()), loader())
     assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
 
@@ -292,7 +295,7 @@ def test_network_that_is_never_called_as_a_whole_is_pruned_but_not_slimmed(caplo
                 x = layer(x)
             return F.cross_entropy(x, batch[1])
 
-    callback = ScreeningPruningCallback(amount=0.9)
+    callback = WeightPruning(amount=0.9)
     with caplog.at_level(logging.WARNING):
         trainer([callback]).fit(Parts(mlp()), loader())
     assert callback.report().pruned_fraction == pytest.approx(0.9, abs=1e-3)
@@ -306,7 +309,7 @@ from lightning_fscreen import ScreeningPruningCallback
 from tests.conftest import Classifier, ConvNet, loader, trainer
 
 torch.manual_seed(0)
-model, callback = Classifier(ConvNet()), ScreeningPruningCallback(amount=0.8)
+model, callback = Classifier(ConvNet()), ScreeningPruningCallback(granularity="weight", amount=0.8)
 fit = trainer([callback], strategy="ddp", devices=2)
 fit.fit(model, loader(batch_size=24))
 torch.save({"weights": model.state_dict(), "masks": callback.masks}, f"{sys.argv[1]}/{fit.global_rank}.pt")
@@ -385,12 +388,12 @@ BAD_RUNS = [
 @pytest.mark.parametrize(("arguments", "change", "message"), BAD_RUNS)
 def test_bad_runs_say_what_is_wrong_and_what_to_do(arguments, change, message):
     with pytest.raises(ValueError, match=message):
-        trainer([ScreeningPruningCallback(**{"amount": 0.5, **arguments})]).fit(_Unlabelled(mlp()), _batches(change))
+        trainer([WeightPruning(**{"amount": 0.5, **arguments})]).fit(_Unlabelled(mlp()), _batches(change))
 
 
 def test_empty_loader_is_an_error_not_a_silent_skip():
     with pytest.raises(ValueError, match="training dataloader is empty"):
-        trainer([ScreeningPruningCallback(amount=0.5)]).fit(Classifier(mlp()), DataLoader([]))
+        trainer([WeightPruning(amount=0.5)]).fit(Classifier(mlp()), DataLoader([]))
 
 
 def test_nothing_to_prune_lists_why():
@@ -398,12 +401,12 @@ def test_nothing_to_prune_lists_why():
     model.net.requires_grad_(False)
     model.extra = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match=r"nothing to prune(.|\n)*net\.1: frozen"):
-        trainer([ScreeningPruningCallback(amount=0.5)]).fit(model, loader())
+        trainer([WeightPruning(amount=0.5)]).fit(model, loader())
 
 
 def test_training_without_an_end_needs_end_epoch():
     with pytest.raises(ValueError, match="end_epoch="):
-        trainer([ScreeningPruningCallback(amount=0.5)], max_epochs=-1, max_steps=8).fit(Classifier(mlp()), loader())
+        trainer([WeightPruning(amount=0.5)], max_epochs=-1, max_steps=8).fit(Classifier(mlp()), loader())
 
 
 def test_unsupported_strategies_are_refused_by_name():
@@ -411,7 +414,7 @@ def test_unsupported_strategies_are_refused_by_name():
         pass
 
     with pytest.raises(NotImplementedError, match="OtherStrategy.*ddp"):
-        trainer([ScreeningPruningCallback()], strategy=OtherStrategy(device="cpu"), accelerator="auto").fit(
+        trainer([WeightPruning()], strategy=OtherStrategy(device="cpu"), accelerator="auto").fit(
             Classifier(mlp()), loader()
         )
 
@@ -422,7 +425,7 @@ def test_report_before_a_fit_says_so():
 
 
 def test_state_survives_weights_only_loading(tmp_path):
-    callback = ScreeningPruningCallback(amount=0.5)
+    callback = WeightPruning(amount=0.5)
     trainer([callback]).fit(Classifier(mlp()), loader())
     torch.save(callback.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)

@@ -71,7 +71,7 @@ class Anything(nn.Module):
 
 
 def recorder(network: nn.Module | None = None) -> InputRecorder:
-    made = InputRecorder("net", network if network is not None else Anything())
+    made = InputRecorder([("net", network if network is not None else Anything())])
     made.start()
     return made
 
@@ -144,5 +144,5 @@ def test_inputs_follow_the_network_to_its_device() -> None:
 
 
 def test_description() -> None:
-    assert InputRecorder("net.body", Lit()).describe() == "module 'net.body'"
-    assert InputRecorder("", Lit()).describe() == "Lit.forward"
+    assert InputRecorder([("net.body", Lit())]).describe() == "module 'net.body'"
+    assert InputRecorder([("", Lit())]).describe() == "Lit.forward"

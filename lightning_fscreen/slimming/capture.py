@@ -22,20 +22,30 @@ class Capture:
     Attributes:
         graph: training IR of `torch.export`: conv2d, linear, batch_norm, add, cat, …, with shapes in node.meta["val"].
         tensors: placeholder name → name of the parameter or buffer of the network that it stands for.
+        training: whether it is the train mode.
     """
 
     graph: fx.Graph
     tensors: dict[str, str]
+    training: bool = False
 
 
-def capture(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Capture:
-    """Capture `network(*args, **kwargs)` in eval mode; modes are restored.
+def capture(
+    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, training: bool = False
+) -> Capture:
+    """Capture `network(*args, **kwargs)`; modes are restored.
+
+    Args:
+        network: any module.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        training: capture the train mode, where auxiliary heads are seen; eval mode is the default.
 
     Raises:
         CaptureError: torch.export cannot follow the network's forward; the message holds what it said.
     """
     try:
-        with evaluating(network), torch.no_grad():
+        with in_mode(network, training), torch.no_grad():
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
         raise CaptureError(
@@ -43,19 +53,24 @@ def capture(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             f"(usual causes: control flow that depends on values, .item(), unsupported operators): {error}"
         ) from error
     signature = program.graph_signature
-    return Capture(program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+    return Capture(program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}, training)
 
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode restored afterwards."""
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside, every submodule's own mode restored afterwards."""
     modes = {module: module.training for module in network.modules()}
-    network.eval()
+    network.train(training)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Eval mode inside, every submodule's own mode restored afterwards."""
+    return in_mode(network, training=False)
 
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_fscreen.slimming.capture import capture, named_tensors
-from lightning_fscreen.slimming.liveness import live_slots, removed_constants
-from lightning_fscreen.slimming.operators import SlotInterpreter
-from lightning_fscreen.slimming.plan import SlimmingPlan, attach_plan, join, parameters_by_name
-from lightning_fscreen.slimming.rewrite import install
-from lightning_fscreen.slimming.slots import Reader, SlotGraph
-from lightning_fscreen.slimming.verify import Verification
+from lightning_fscreen.slimming.apply import apply_change
+from lightning_fscreen.slimming.capture import capture
+from lightning_fscreen.slimming.plan import SlimmingPlan
+from lightning_fscreen.slimming.planning import find_slots, make_change
+from lightning_fscreen.slimming.verify import Verification, VerificationError
 
 
 def remove_dead_units(
@@ -41,84 +37,18 @@ def remove_dead_units(
         The network is untouched after an error.
     """
     kwargs = dict(kwargs or {})
-    slots = SlotInterpreter(network, capture(network, args, kwargs)).run()
-    plan, folded = plan_dead(network, slots)
-    if not plan:
-        return plan
+    captured = capture(network, args, kwargs)
+    slots = find_slots(network, captured)
+    change = make_change(network, slots)
+    if not change.plan:
+        return change.plan
     verification = Verification(network, args, kwargs)
-    exact = {name: tensor.detach() for name, tensor in named_tensors(network).items() if name in plan.cuts}
-    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
-    new = {name: plan.cut(name, tensor) for name, tensor in {**exact, **folded}.items()}
-    undo = install(network, plan, new)
     try:
-        verification.check(new)
-    except BaseException:
-        undo()
-        raise
-    attach_plan(network, plan)
-    return plan
-
-
-def plan_dead(network: nn.Module, slots: SlotGraph) -> tuple[SlimmingPlan, dict[str, Tensor]]:
-    """The plan that removes all dead slots, and the weights and biases that take over their constants (float64)."""
-    tensors, modules = named_tensors(network), dict(network.named_modules())
-    foldable = _foldable(network, slots)
-    live, kept = live_slots(slots, foldable)
-    cuts: dict[str, dict[int, tuple[int, ...]]] = {}
-    for (name, dim), labels in slots.dims.items():
-        if not bool(kept[labels].all()):
-            cuts.setdefault(name, {})[dim] = tuple(kept[labels].nonzero().flatten().tolist())
-    folded: dict[str, Tensor] = {}
-    biases = []
-    removed: dict[str, int] = {}
-    for reader in slots.readers:
-        if reader.module is not None and (count := int((~kept[reader.outputs]).sum())):
-            removed[reader.module] = count
-        gone, carrier = removed_constants(reader, live, kept)
-        if not bool(gone.any()):
-            continue
-        if carrier is not None:
-            weight = tensors[reader.weight].detach().double().movedim(reader.input_dim, -1).clone()
-            share = (reader.constant / reader.constant[carrier]) * gone
-            weight[..., carrier] += weight @ share.to(weight.device)
-            folded[reader.weight] = weight.movedim(-1, reader.input_dim)
-            continue
-        assert reader.module is not None  # it is foldable
-        addition = reader.matrix @ torch.where(gone, reader.constant, 0.0)
-        if reader.bias is None:  # the new one is not cut by the plan, so it has its final length here
-            biases.append(reader.module)
-            device = tensors[reader.weight].device
-            folded[join(reader.module, "bias")] = addition[kept[reader.outputs]].to(device)
-        else:
-            old = tensors[reader.bias].detach().double()
-            folded[reader.bias] = old + addition.to(old.device)
-    groups = {}
-    for name, labels in slots.depthwise.items():
-        if not bool(kept[labels].all()):
-            groups[name] = int(kept[labels].sum())
-            removed[name] = len(labels) - groups[name]
-    shapes = {name: tuple(tensors[name].shape) for name in cuts}
-    removed = {name: removed[name] for name in modules if name in removed}  # in the network's order
-    return SlimmingPlan(shapes, cuts, groups, tuple(biases), dict(slots.pinned), removed), folded
-
-
-def _foldable(network: nn.Module, slots: SlotGraph) -> set[str]:
-    """Weights of the layers that can take constants into their bias, which nobody else must use.
-
-    In weights that are read more than once, constants cannot be carried at all: they meet different ones in each call.
-    """
-    weights = Counter(reader.weight for reader in slots.readers)
-    biases = Counter(reader.bias for reader in slots.readers)
-    places = parameters_by_name(network)
-
-    def has_own_bias(reader: Reader) -> bool:
-        return reader.bias is None or (biases[reader.bias] == 1 and len(places[reader.bias]) == 1)
-
-    for reader in slots.readers:
-        if weights[reader.weight] > 1:
-            reader.known = reader.known & (reader.constant == 0)
-    return {
-        reader.weight
-        for reader in slots.readers
-        if reader.module is not None and not reader.padded and weights[reader.weight] == 1 and has_own_bias(reader)
-    }
+        apply_change(network, change, verification)
+    except VerificationError:
+        if not slots.assumed:
+            raise
+        change = make_change(network, find_slots(network, captured, literal=True))
+        if change.plan:
+            apply_change(network, change, verification)
+    return change.plan

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.slimming.capture import named_tensors
 
@@ -31,6 +32,7 @@ class SlimmingPlan:
         cuts: tensor name → {dim: indices kept, ascending}.
         groups: convolution name → its number of groups afterwards (depthwise ones).
         biases: layers that got a bias, to carry constants.
+        selects: batch norm → indices of the channels that it reads of what it gets.
         pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
         removed: units or channels removed, by layer; likewise.
     """
@@ -39,12 +41,13 @@ class SlimmingPlan:
     cuts: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    selects: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
-        return bool(self.cuts or self.biases)
+        return bool(self.cuts or self.biases or self.selects)
 
     def under(self, prefix: str) -> SlimmingPlan:
         """The same plan for a module that holds the network as its submodule `prefix`."""
@@ -53,6 +56,7 @@ class SlimmingPlan:
             {join(prefix, name): cut for name, cut in self.cuts.items()},
             {join(prefix, name): groups for name, groups in self.groups.items()},
             tuple(join(prefix, name) for name in self.biases),
+            {join(prefix, name): indices for name, indices in self.selects.items()},
             dict(self.pinned),
             {join(prefix, name): count for name, count in self.removed.items()},
         )
@@ -74,6 +78,7 @@ class SlimmingPlan:
             cuts,
             {**self.groups, **second.groups},
             (*self.biases, *second.biases),
+            {**self.selects, **second.selects},
             {**self.pinned, **second.pinned},
             {**self.removed, **removed},
         )
@@ -109,6 +114,8 @@ class SlimmingPlan:
         for name in (*self.groups, *self.biases):
             if not isinstance(modules.get(name), nn.Linear | _ConvNd):
                 raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
+        for name in self.selects:
+            self._check_select(name, modules.get(name), type(network).__name__, first)
         for name in self.biases:
             if modules[name].bias is not None:
                 raise PlanError(f"the plan adds a bias to layer {name!r}, which has one; is it another model?")
@@ -116,10 +123,30 @@ class SlimmingPlan:
             if isinstance(module, nn.Linear | _ConvNd) and id(module.weight) in first:
                 self._check_groups(name, module, first[id(module.weight)])
 
+    def _check_select(self, name: str, module: nn.Module | None, network: str, first: Mapping[int, str]) -> None:
+        if not isinstance(module, _BatchNorm):
+            raise PlanError(f"the plan selects channels for batch norm {name!r}, which {network} does not have")
+        tensor = module.weight if module.weight is not None else module.running_mean
+        shape = () if tensor is None else tuple(tensor.shape)
+        _check_indices(f"{name} (selected channels)", 0, self.selects[name], shape)
+        planned = self.cuts.get(first.get(id(tensor), ""), {}).get(0)
+        channels = len(planned) if planned is not None else shape[0]
+        if len(self.selects[name]) != channels:
+            raise PlanError(
+                f"the plan selects {len(self.selects[name])} channels for batch norm {name!r}, which has {channels}"
+            )
+
     def _check_groups(self, name: str, module: nn.Linear | _ConvNd, weight: str) -> None:
-        kept = self.cuts.get(weight, {}).get(0)
-        grouped = isinstance(module, _ConvNd) and module.groups > 1
-        expected = len(kept) if grouped and kept is not None else None
+        cuts = self.cuts.get(weight, {})
+        expected = None
+        if isinstance(module, _ConvNd) and module.groups > 1 and 0 in cuts:
+            size = module.weight.shape[0]
+            per_group = size // module.groups  # rows of the weight
+            depthwise = (per_group if isinstance(module, _ConvTransposeNd) else module.weight.shape[1]) == 1
+            count, rest = divmod(len(cuts[0]), per_group if depthwise else module.groups)
+            if rest:
+                raise PlanError(f"the plan keeps {len(cuts[0])} rows of layer {name!r}, which do not fill its groups")
+            expected = count if depthwise else None
         if self.groups.get(name) != expected:
             raise PlanError(
                 f"the plan gives layer {name!r} {self.groups.get(name)} groups, its cuts make it {expected}"
@@ -134,6 +161,7 @@ class SlimmingPlan:
                 "cuts": {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.cuts.items()},
                 "groups": self.groups,
                 "biases": self.biases,
+                "selects": self.selects,
                 "pinned": self.pinned,
                 "removed": self.removed,
             }
@@ -158,6 +186,7 @@ class SlimmingPlan:
                 },
                 {str(name): _integer(groups) for name, groups in data["groups"].items()},
                 tuple(map(str, data["biases"])),
+                {str(name): tuple(map(_integer, indices)) for name, indices in data["selects"].items()},
                 {str(name): str(reason) for name, reason in data["pinned"].items()},
                 {str(name): _integer(count) for name, count in data["removed"].items()},
             )
@@ -193,13 +222,14 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
     """The plan in parts, one for each module that holds tensors of it, in the module's own names."""
     owners = {name: name.rpartition(".")[0] for name in plan.cuts}
     parts = {}
-    for owner in dict.fromkeys([*owners.values(), *plan.groups, *plan.biases, *plan.removed]):
+    for owner in dict.fromkeys([*owners.values(), *plan.groups, *plan.biases, *plan.selects, *plan.removed]):
         names = [name for name, holder in owners.items() if holder == owner]
         parts[owner] = SlimmingPlan(
             {name.rpartition(".")[2]: plan.shapes[name] for name in names},
             {name.rpartition(".")[2]: plan.cuts[name] for name in names},
             {"": plan.groups[owner]} if owner in plan.groups else {},
             ("",) if owner in plan.biases else (),
+            {"": plan.selects[owner]} if owner in plan.selects else {},
             removed={"": plan.removed[owner]} if owner in plan.removed else {},
         )
     return parts

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.slimming.plan import SlimmingPlan, join, parameters_by_name
+from lightning_fscreen.slimming.select import put_select
 
 Undo = Callable[[], None]
 
@@ -21,7 +22,7 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
 
     Args:
         network: the network to change.
-        plan: tells which layers get a bias or other groups.
+        plan: tells which layers get a bias, other groups or a channel select.
         tensors: new tensors by name, of any floating dtype and device.
 
     Returns:
@@ -52,6 +53,9 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
     for name, groups in plan.groups.items():
         undo.append(_restore(modules[name], "groups"))
         modules[name].groups = groups
+    for name, indices in plan.selects.items():
+        device = next(tensor.device for tensor in (*modules[name].parameters(), *modules[name].buffers()))
+        undo.append(put_select(modules[name], indices, device))
     for module in modules.values():
         undo += _match_sizes(module)
 

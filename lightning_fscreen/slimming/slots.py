@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_fscreen.slimming.readers import Reader
+
 PINNED = 0  # the slot that can never go
 
 
@@ -59,32 +61,17 @@ def compress(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@dataclass
-class Reader:
-    """A linear or ungrouped convolution layer: the place where a slot's value is multiplied by weights.
+@dataclass(frozen=True)
+class Stream:
+    """What a batch norm reads.
 
     Attributes:
-        module: name of the layer that can take constants into its bias; None if there is none, or more than one.
-        weight, bias: names of the tensors.
-        matrix: (out, in) float64, the weight summed over the kernel.
-        nonzero: (out, in) bool, whether any weight of the kernel is not zero.
-        inputs, outputs: slot labels, (in,) and (out,).
-        constant, known: (in,) constants that arrive.
-        padded: zero padding meets the input, so that a constant is not the same at the border.
-        input_dim: dimension of the weight that runs over inputs.
+        labels: slots of all channels of the stream.
+        indices: the channels that the batch norm selects, one for each of its own.
     """
 
-    module: str | None
-    weight: str
-    bias: str | None
-    matrix: Tensor
-    nonzero: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    constant: Tensor
-    known: Tensor
-    padded: bool
-    input_dim: int = 1
+    labels: Tensor
+    indices: Tensor
 
 
 @dataclass
@@ -95,13 +82,21 @@ class SlotGraph:
         readers: in the order of the graph.
         dims: (tensor name, dim) → labels of that dimension, for all that can be cut.
         depthwise: depthwise convolution → slots of its channels.
+        gates: batch norm → slots of the channels that it puts out.
+        streams: batch norm → what it selects its channels from, where it is free to select.
         pinned: what could not be analysed, operator → reason.
+        pins: slots that have to stay, and why.
+        assumed: operators whose sizes were taken for computed, not written as numbers.
     """
 
     readers: list[Reader] = field(default_factory=list)
     dims: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     depthwise: dict[str, Tensor] = field(default_factory=dict)
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
+    pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
     _pairs: list[Tensor] = field(default_factory=list)
     _count: int = 1
 
@@ -114,11 +109,16 @@ class SlotGraph:
     def unify(self, first: Tensor, second: Tensor) -> None:
         """Make slots the same, element by element (broadcast)."""
         first, second = torch.broadcast_tensors(first, second)
-        self._pairs.append(torch.stack([first.flatten(), second.flatten()]).unique(dim=1))
+        pairs = torch.stack([first.flatten(), second.flatten()])
+        stays = (pairs == PINNED).any(0)
+        self.pin(pairs[:, stays], "it meets a tensor that cannot be cut")
+        self._pairs.append(pairs[:, ~stays].unique(dim=1))
 
-    def pin(self, labels: Tensor) -> None:
+    def pin(self, labels: Tensor, reason: str) -> None:
         """Slots that have to stay."""
-        self.unify(labels, torch.tensor(PINNED))
+        labels = labels[labels != PINNED].unique()
+        if len(labels):
+            self.pins.append((labels, reason))
 
     def cut(self, name: str, dim: int, labels: Tensor) -> None:
         """Dimension `dim` of a tensor runs over these slots."""
@@ -134,18 +134,25 @@ class SlotGraph:
         size, dim = value.shape[dim], dim % len(value.shape)
         labels = _rows(value.labels, dim)
         if labels.shape[1] > 1:
-            self.pin(labels)
+            self.pin(labels, "its channels are spread over several dimensions")
         known, constant = torch.broadcast_tensors(value.known, value.constant)
         known, constant = _rows(known, dim), _rows(constant, dim)
         same = known.all(1) & (constant == constant[:, :1]).all(1)
         return labels[:, 0].expand(size), constant[:, 0].expand(size), same.expand(size)
 
-    def components(self) -> Tensor:
-        """(number of slots,) the representative of each slot: the smallest label of its class."""
+    def components(self, pinned: bool = True) -> Tensor:
+        """(number of slots,) the representative of each slot: the smallest label of its class.
+
+        Args:
+            pinned: whether slots that have to stay are in the class of `PINNED`.
+        """
         root = torch.arange(self._count)
-        if not self._pairs:
+        pairs = list(self._pairs)
+        if pinned:
+            pairs += [torch.stack([labels, torch.full_like(labels, PINNED)]) for labels, _ in self.pins]
+        if not pairs:
             return root
-        first, second = torch.cat(self._pairs, dim=1)
+        first, second = torch.cat(pairs, dim=1)
         while True:
             low = torch.minimum(root[first], root[second])
             merged = root.clone()

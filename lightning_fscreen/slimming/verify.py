@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.capture import evaluating, named_tensors
+from lightning_fscreen.slimming.capture import in_mode, named_tensors
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class VerificationError(RuntimeError):
 
 
 class Verification:
-    """Outputs of a network before it is changed, in eval mode, on an example and on random inputs.
+    """Outputs of a network before it is changed, on an example and on random inputs.
 
     They are computed in float64; a network that insists on another dtype (`x.float()` in forward) is run in its own.
 
@@ -31,14 +33,17 @@ class Verification:
         network: the network, not yet changed.
         args: example inputs.
         kwargs: example keyword inputs.
+        training: whether its outputs in train mode must stay the same as well (without dropout).
 
     Raises:
         VerificationError: the network does not run on its own example.
     """
 
-    def __init__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+    ) -> None:
         self._network = network
-        self._inputs = [(args, kwargs), _random_like((args, kwargs))]
+        self._runs = [((args, kwargs), training), (_random_like((args, kwargs)), False)]
         try:
             self._double = True
             self._before = self._run_all({})
@@ -70,26 +75,49 @@ class Verification:
         difference = max(_difference(a, b) for a, b in zip(self._before, after, strict=True))
         if not difference <= (_TOLERANCE if self._double else _OWN_TOLERANCE):
             raise VerificationError(
-                f"removing dead units from {name} would change its outputs by {difference:.1e} (relative), so nothing "
-                "was removed; its forward does something that the captured graph does not show"
+                f"slimming {name} would change its outputs by {difference:.1e} (relative), so nothing was removed; its "
+                "forward does something that the captured graph does not show"
             )
 
     def _run_all(self, new: Mapping[str, Tensor]) -> list[list[Any]]:
-        return [self._run(new, *inputs) for inputs in self._inputs]
-
-    def _run(self, new: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        def convert(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.detach().to(torch.float64 if self._double and value.is_floating_point() else None, copy=True)
-
-        # Copies, because forward may write to buffers.
-        tensors = {name: convert(tensor) for name, tensor in named_tensors(self._network).items()}
+        tensors = named_tensors(self._network)
         if self._double:
-            tensors |= {name: convert(tensor) for name, tensor in new.items()}
-        args, kwargs = pytree.tree_map(convert, (args, kwargs))
-        with evaluating(self._network), torch.no_grad():
-            return pytree.tree_leaves(torch.func.functional_call(self._network, tensors, args, kwargs))
+            tensors |= new
+            tensors = {name: self._convert(tensor) for name, tensor in tensors.items()}
+        return [self._run(tensors, args, kwargs, training) for (args, kwargs), training in self._runs]
+
+    def _run(
+        self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> list[Any]:
+        parameters = {name for name, _ in self._network.named_parameters()}
+        # Copies, because forward may write to buffers and inputs.
+        own = {name: tensor if name in parameters else tensor.clone() for name, tensor in tensors.items()}
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._convert(tensor).clone(), (args, kwargs))
+        devices = {tensor.device for tensor in own.values() if tensor.device.type != "cpu"}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(in_mode(self._network, training))
+            if training:  # noise must be the same before and after
+                device_type = next(iter(devices)).type if devices else "cuda"
+                stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
+                torch.manual_seed(0)
+                stack.enter_context(_WithoutDropout())
+            return pytree.tree_leaves(torch.func.functional_call(self._network, own, args, kwargs))
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().double() if self._double and tensor.is_floating_point() else tensor.detach()
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout draws one number per element: on a smaller network it would draw others."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").rstrip("_").endswith("dropout"):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 def _random_like(inputs: Any) -> Any:

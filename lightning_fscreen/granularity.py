@@ -1,0 +1,198 @@
+"""What a callback prunes: the connections of layers, or the channels of batch norms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fscreen.candidates import PrunableWeight, find_weights
+from lightning_fscreen.channels import find_channels, refine
+from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
+from lightning_fscreen.criteria import Ranked
+from lightning_fscreen.masks import Masks
+from lightning_fscreen.network import InputRecorder
+from lightning_fscreen.ranking import rank_and_prune
+from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.gates import activations_of, capture_training, gates_of
+from lightning_fscreen.slimming.plan import join
+
+
+class Granularity(ABC):
+    """The candidates of one model.
+
+    Attributes:
+        not_pruned: layers that are left alone, and why.
+    """
+
+    not_pruned: dict[str, str]
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Layers with candidates, by their names in the model."""
+
+    @abstractmethod
+    def masks(self) -> Masks:
+        """Fresh masks, by layer."""
+
+    @abstractmethod
+    def collector(self, num_classes: int) -> ActivationCollector:
+        """Sums over the activations that belong to the candidates."""
+
+    @abstractmethod
+    def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
+        """What a criterion needs to know, by layer."""
+
+    def meet(self, recorder: InputRecorder) -> None:  # noqa: B027 not all need it
+        """The network has been called, its inputs are known."""
+
+    def prune(
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: str, min_kept: int
+    ) -> dict[str, Tensor]:
+        """New masks for a budget; see `rank_and_prune`."""
+        return rank_and_prune(scores, kept, amount, scope=scope, min_kept=min_kept)
+
+    def after_pruning(  # noqa: B027 not all need it
+        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]
+    ) -> None:
+        """Masks have changed."""
+
+
+class Weights(Granularity):
+    """Connections of linear and convolution layers.
+
+    Args:
+        model: any module.
+        include, exclude: glob patterns over layer names.
+        exact: whether every connection gets sums of its own.
+
+    Raises:
+        ValueError: nothing to prune, patterns that match nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str] | None,
+        exact: bool = False,
+    ) -> None:
+        self._candidates, self.not_pruned = find_weights(model, include, exclude)
+        self._exact = exact
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers."""
+        return [candidate.name for candidate in self._candidates]
+
+    def masks(self) -> Masks:
+        """Masks of the weights."""
+        return Masks({candidate.name: candidate.weight for candidate in self._candidates})
+
+    def collector(self, num_classes: int) -> ActivationCollector:
+        """Sums over the layers' inputs."""
+        probes = [Probe(candidate.name, candidate.module) for candidate in self._candidates]
+        return ActivationCollector(probes, num_classes, self._candidates if self._exact else ())
+
+    def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
+        """Weights, and F of the inputs that they multiply."""
+
+        def f_of(candidate: PrunableWeight) -> Tensor | None:
+            if candidate.name not in statistics:
+                return None
+            f = statistics[candidate.name].f
+            return f if f.shape == candidate.weight.shape else candidate.per_connection(f)
+
+        return {
+            candidate.name: Ranked(candidate.weight.detach(), kept[candidate.name], f_of(candidate))
+            for candidate in self._candidates
+        }
+
+
+class Channels(Granularity):
+    """Channels of batch norms.
+
+    Args:
+        model: any module.
+        include, exclude: glob patterns over names of batch norms.
+        bias: what pruned channels put out: "zero", "fold" (their shift), "mean" (their mean activation).
+
+    Raises:
+        ValueError: no batch norm, patterns that match nothing.
+    """
+
+    captured: Capture | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str] | None,
+        bias: str = "zero",
+    ) -> None:
+        self._candidates, self.not_pruned = find_channels(model, include, exclude)
+        self._bias = bias
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the batch norms."""
+        return [candidate.name for candidate in self._candidates]
+
+    def meet(self, recorder: InputRecorder) -> None:
+        """Capture the network: which batch norms are coupled, which cannot be pruned.
+
+        Raises:
+            CaptureError: the network cannot be captured.
+            ValueError: no batch norm is left that can be pruned; lists the reasons.
+        """
+        args, kwargs = recorder.inputs_on_device()
+        self.captured = capture_training(recorder.network, args, kwargs)
+        gates = {join(recorder.name, gate.name): gate for gate in gates_of(recorder.network, self.captured)}
+        activations = {join(recorder.name, name): found for name, found in activations_of(self.captured).items()}
+        self._candidates, excluded = refine(self._candidates, gates, activations)
+        self.not_pruned |= excluded
+        if not self._candidates:
+            reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.not_pruned.items())
+            raise ValueError(f"nothing to prune in {recorder.describe()}: none of its batch norms can be:{reasons}")
+
+    def masks(self) -> Masks:
+        """Masks of the scales γ; the shifts β go with them where pruned channels are to be silent."""
+        scales = {candidate.name: candidate.scale for candidate in self._candidates}
+        shifts = {candidate.name: candidate.shift for candidate in self._candidates} if self._bias == "zero" else {}
+        return Masks(scales, shifts)
+
+    def collector(self, num_classes: int) -> ActivationCollector:
+        """Sums over the batch norms' activations."""
+        return ActivationCollector([candidate.probe() for candidate in self._candidates], num_classes)
+
+    def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
+        """Scales, and F of the channels."""
+        return {
+            candidate.name: Ranked(
+                candidate.scale.detach(),
+                kept[candidate.name],
+                statistics[candidate.name].f if candidate.name in statistics else None,
+            )
+            for candidate in self._candidates
+        }
+
+    def prune(
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: str, min_kept: int
+    ) -> dict[str, Tensor]:
+        """Coupled channels go together."""
+        units = {candidate.name: candidate.units.to(kept[candidate.name].device) for candidate in self._candidates}
+        return rank_and_prune(scores, kept, amount, scope=scope, min_kept=min_kept, units=units)
+
+    @torch.no_grad()
+    def after_pruning(
+        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]
+    ) -> None:
+        """Let what was pruned just now put out its mean activation, if that is wanted."""
+        if self._bias == "mean":
+            for candidate in self._candidates:
+                if candidate.name in statistics:
+                    gone = before[candidate.name] & ~after[candidate.name]
+                    candidate.put_out(statistics[candidate.name].mean, gone)

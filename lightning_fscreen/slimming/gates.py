@@ -1,0 +1,191 @@
+"""Gates: the batch norms of a network, whose channels can be switched off, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
+from lightning_fscreen.slimming.interpreter import Off, operator_name
+from lightning_fscreen.slimming.operators import ACTIVATIONS
+from lightning_fscreen.slimming.planning import find_slots
+from lightning_fscreen.slimming.readers import NormReader
+from lightning_fscreen.slimming.slots import SlotGraph
+
+STAYS = -1
+"""Unit of a channel that cannot be pruned."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A batch norm whose scale γ switches channels off.
+
+    Attributes:
+        name: its name in the model.
+        channels: number of channels.
+        group: equal for gates that are coupled, because what they put out is added or multiplied.
+        units: one number per channel; channels of equal numbers, in this gate and in others, are pruned together.
+            -1 where a channel has to stay.
+        excluded: why none of the channels can be pruned; None if some can.
+    """
+
+    name: str
+    channels: int
+    group: int
+    units: tuple[int, ...]
+    excluded: str | None = None
+
+
+def find_gates(model: nn.Module, example_inputs: Any) -> list[Gate]:
+    """Batch norms of a model, in the order of its modules.
+
+    Args:
+        model: any module that `torch.export` can capture; untouched.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
+            instances.
+
+    Returns:
+        All gates, those that cannot be pruned with the reason.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+    """
+    args, kwargs = call_arguments(example_inputs)
+    return gates_of(model, capture_training(model, args, kwargs))
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments of the call that some example inputs stand for."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def capture_training(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
+    """Capture the train mode, where auxiliary heads are seen; eval mode where that is impossible."""
+    try:
+        return capture(network, args, kwargs, training=True)
+    except CaptureError:  # a single instance, a loss that is computed inside, …
+        return capture(network, args, kwargs)
+
+
+def gates_of(network: nn.Module, captured: Capture) -> list[Gate]:
+    """As `find_gates`, of a network that has been captured.
+
+    Channels can go if nothing reads more than a constant of them once they, and all that is coupled to them, are
+    switched off.
+    """
+    modules = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+    reasons = fixed_reasons(modules)
+    off = {name: all_off(module) for name, module in modules.items() if name not in reasons}
+    slots = find_slots(network, captured, off)
+    _couple(slots)
+    root = slots.components(pinned=False)
+    why_not = _why_not(slots, root)
+    units: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        units[name] = (STAYS,) * int(module.num_features)
+        if name not in slots.gates:
+            reasons.setdefault(name, "the example inputs do not reach it")
+        if name not in reasons:
+            roots = root[slots.gates[name]].tolist()
+            units[name] = tuple(STAYS if label in why_not else label for label in roots)
+            if set(units[name]) == {STAYS}:
+                reasons[name] = why_not[roots[0]]
+    groups = _groups(units)
+    return [Gate(name, len(own), groups[name], own, reasons.get(name)) for name, own in units.items()]
+
+
+def activations_of(captured: Capture) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Gate → the element-wise function that alone reads what it puts out, where there is one."""
+    found = {}
+    for node in captured.graph.nodes:
+        if node.op != "call_function" or operator_name(node) != "batch_norm" or node.args[1] is None:
+            continue
+        readers = list(node.users)
+        if len(readers) == 1 and readers[0].all_input_nodes == [node] and operator_name(readers[0]) in ACTIVATIONS:
+            found[captured.tensors[node.args[1].name].rpartition(".")[0]] = _function(readers[0])
+    return found
+
+
+def _function(node: Any) -> Callable[[Tensor], Tensor]:
+    def apply(values: Tensor) -> Tensor:
+        result: Tensor = node.target(values.clone(), *node.args[1:], **node.kwargs)  # it may work in place
+        return result
+
+    return apply
+
+
+def all_off(module: nn.Module) -> Off:
+    """All channels of a batch norm switched off, silent."""
+    channels = int(module.num_features)  # type: ignore[arg-type]
+    return Off(torch.ones(channels, dtype=torch.bool), torch.zeros(channels, dtype=torch.float64))
+
+
+def fixed_reasons(modules: Mapping[str, _BatchNorm]) -> dict[str, str]:
+    """Batch norms that cannot be switched off, whatever the network does with them."""
+    reasons: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in modules.items():
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if is_parametrized(module, "weight"):
+            reasons[name] = "its scale is computed by a parametrization"
+        elif weight is None or bias is None:
+            reasons[name] = "it has no scale and shift (affine=False)"
+        elif isinstance(weight, UninitializedParameter):
+            reasons[name] = "its scale is not initialised; run a batch through the lazy module first"
+        elif not weight.requires_grad:
+            reasons[name] = "frozen (requires_grad is False)"
+        elif id(weight) in owners:
+            reasons[name] = f"shares its scale with {owners[id(weight)]!r}, which can be pruned"
+        else:
+            owners[id(weight)] = name
+    return reasons
+
+
+def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
+    """Classes of slots that cannot go although all gates are off, and why."""
+    reasons: dict[int, str] = {}
+    for labels, reason in slots.pins:
+        for label in root[labels].unique().tolist():
+            reasons.setdefault(label, reason)
+    for reader in slots.readers:
+        for label in root[reader.inputs[~reader.known]].unique().tolist():
+            reasons.setdefault(label, f"{reader.layer!r} reads it mixed with channels that no gate can switch off")
+    return reasons
+
+
+def _couple(slots: SlotGraph) -> None:
+    """Make one of channels that are worth nothing without each other."""
+    root = slots.components(pinned=False)
+    for reader in slots.readers:
+        if not isinstance(reader, NormReader):
+            continue
+        # All it reads is a constant once the gates before it are off (a depthwise convolution lies between).
+        slots.unify(reader.inputs[reader.known], reader.outputs[reader.known])
+        # What it reads goes together (a grouped convolution puts it out).
+        classes, members = root[reader.inputs].unique(return_inverse=True)
+        if len(classes) < len(members):
+            first = torch.full_like(classes, len(members)).scatter_reduce(
+                0, members, torch.arange(len(members)), "amin"
+            )
+            slots.unify(reader.outputs, reader.outputs[first[members]])
+
+
+def _groups(units: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Number the gates so that those that share a unit, directly or through others, have the same number."""
+    group = {name: index for index, name in enumerate(units)}
+    first: dict[int, str] = {}
+    for name, own in units.items():
+        shared = {group[first.setdefault(unit, name)] for unit in own if unit != STAYS} | {group[name]}
+        group = {other: min(shared) if number in shared else number for other, number in group.items()}
+    return group

@@ -1,0 +1,199 @@
+"""Transfer functions of the layers with weights: linear, convolution, batch norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_fscreen.slimming.interpreter import Handler, Walk, arguments, by_channel, operator_name
+from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
+from lightning_fscreen.slimming.select import SELECT
+from lightning_fscreen.slimming.slots import Stream, Value
+
+
+def linear(walk: Walk, node: Any) -> Value | None:
+    """Features are the last dimension."""
+    return _dense(walk, node, channel_dim=-1, padded=False)
+
+
+def convolution(walk: Walk, node: Any) -> Value | None:
+    """Channels are the dimension before the positions, with or without a batch."""
+    given = arguments(node)
+    weight = walk.name(node.args[1])
+    if weight is None:
+        return None
+    shape = walk.shape(weight)
+    transposed = "transpose" in operator_name(node)
+    padding = given["padding"]
+    padded = transposed or (padding != "valid" if isinstance(padding, str) else any(padding))
+    channel_dim = 1 if len(walk.value(node.args[0]).shape) == len(shape) else 0
+    groups = given["groups"]
+    if groups == 1:
+        return _dense(walk, node, channel_dim, padded, transposed)
+    bias_node = given["bias"]
+    if not walk.layers.get(weight) or (bias_node is not None and walk.name(bias_node) is None):
+        return None
+    per_group = shape[0] // groups if transposed else shape[1]
+    grouped = _depthwise if per_group == 1 else _grouped
+    return grouped(walk, node, weight, walk.name(bias_node), channel_dim, padded, transposed)
+
+
+def _dense(walk: Walk, node: fx.Node, channel_dim: int, padded: bool, transposed: bool = False) -> Value | None:
+    """Linear and ungrouped convolution: new slots out, the input's slots read."""
+    source, weight_node, bias_node = (*node.args, None)[:3]
+    weight, bias = walk.name(weight_node), walk.name(bias_node)
+    if weight is None or (bias_node is not None and bias is None):
+        return None
+    input_dim = 1 if not transposed else 0
+    labels, constant, known = walk.slots.along(walk.value(source), channel_dim)
+    outputs = walk.slots.new(walk.shape(weight)[1 - input_dim])
+    walk.slots.cut(weight, 1 - input_dim, outputs)
+    walk.slots.cut(weight, input_dim, labels)
+    if bias is not None:
+        walk.slots.cut(bias, 0, outputs)
+    nonzero = None
+    out_constant = torch.zeros(len(outputs), dtype=torch.float64)
+    out_known = torch.zeros(len(outputs), dtype=torch.bool)
+    if not walk.training:
+        kernels = walk.tensor(weight).movedim(input_dim, 1)
+        kernels = kernels.reshape(*kernels.shape[:2], -1)
+        nonzero = (kernels != 0).any(2)
+        carried = known & (constant == 0) if padded else known
+        out_known = ~(nonzero & ~carried).any(1)
+        out_constant = kernels.sum(2) @ torch.where(carried, constant, 0.0)
+        out_constant += 0.0 if bias is None else walk.tensor(bias)
+    owners = [name for name, own_bias in walk.layers.get(weight, []) if own_bias == bias]
+    walk.slots.readers.append(
+        DenseReader(
+            layer=owners[0] if owners else weight,
+            inputs=labels,
+            outputs=outputs,
+            constant=constant,
+            known=known,
+            module=owners[0] if len(owners) == 1 else None,
+            weight=weight,
+            bias=bias,
+            nonzero=nonzero,
+            padded=padded,
+            input_dim=input_dim,
+        )
+    )
+    return by_channel(node, channel_dim, outputs, out_constant, out_known)
+
+
+def _grouped(
+    walk: Walk, node: fx.Node, weight: str, bias: str | None, channel_dim: int, padded: bool, transposed: bool
+) -> Value:
+    """Groups keep the same channels each, since one index list cuts them all."""
+    labels, constant, known = walk.slots.along(walk.value(node.args[0]), channel_dim)
+    groups = arguments(node)["groups"]
+    by_group = labels.reshape(groups, -1)
+    walk.slots.unify(by_group, by_group[:1])
+    shape = walk.shape(weight)
+    outputs = walk.slots.new(shape[1] if transposed else shape[0] // groups).repeat(groups)
+    flat, within = (labels, outputs[: shape[1]]) if transposed else (outputs, by_group[0])
+    walk.slots.cut(weight, 0, flat)
+    walk.slots.cut(weight, 1, within)
+    if bias is not None:
+        walk.slots.cut(bias, 0, outputs)
+    walk.slots.readers.append(
+        GroupedReader(
+            layer=walk.layers[weight][0][0],
+            inputs=labels,
+            outputs=outputs,
+            constant=constant,
+            known=known,
+            groups=groups,
+        )
+    )
+    return by_channel(node, channel_dim, outputs, torch.zeros(len(outputs)).double(), torch.zeros(len(outputs)).bool())
+
+
+def _depthwise(
+    walk: Walk, node: fx.Node, weight: str, bias: str | None, channel_dim: int, padded: bool, transposed: bool
+) -> Value:
+    """Kernels of one input channel each: a channel's slot goes through, to all that the channel is spread to."""
+    labels, constant, known = walk.slots.along(walk.value(node.args[0]), channel_dim)
+    spread = node.meta["val"].shape[channel_dim] // len(labels)
+    outputs, constant, known = (part.repeat_interleave(spread) for part in (labels, constant, known))
+    walk.slots.cut(weight, 0, labels if transposed else outputs)
+    walk.slots.depthwise.update({name: labels for name, _ in walk.layers[weight]})
+    if bias is not None:
+        walk.slots.cut(bias, 0, outputs)
+    kernels = walk.tensor(weight).reshape(len(outputs), -1)
+    carried = known & (constant == 0) if padded else known
+    out_known = carried if walk.training else carried | (kernels == 0).all(1)
+    out_constant = kernels.sum(1) * torch.where(carried, constant, 0.0)
+    out_constant += 0.0 if bias is None else walk.tensor(bias)
+    return by_channel(node, channel_dim, outputs, out_constant, out_known)
+
+
+def batch_norm(walk: Walk, node: Any) -> Value | None:
+    """New slots out: what a batch norm does not use of a stream may still be read by others."""
+    source, *tensors = node.args[:5]
+    training, _, eps = node.args[5:8]
+    names = [walk.name(tensor) for tensor in tensors]
+    if any((name is None) != (tensor is None) for name, tensor in zip(names, tensors, strict=True)):
+        return None
+    if training and not walk.training:
+        return None
+    labels, constant, known = walk.slots.along(walk.value(source), 1)
+    present = [name for name in names if name is not None]
+    if not present:
+        return by_channel(node, 1, labels, torch.zeros_like(constant), torch.zeros_like(known))
+    module = present[0].rpartition(".")[0]
+    outputs = walk.slots.new(len(labels))
+    for name in present:
+        walk.slots.cut(name, 0, outputs)
+    stream = Stream(walk.streams.get(source, labels), _select(walk, module, len(labels)))
+    if module in walk.slots.gates or not isinstance(walk.modules[module], _BatchNorm):  # cannot select for every call
+        walk.slots.unify(outputs, labels)
+        walk.slots.streams.pop(module, None)
+        for reader in walk.slots.readers:
+            if reader.layer == module:
+                walk.slots.unify(reader.inputs, reader.outputs)
+    else:
+        walk.slots.streams[module] = stream
+    walk.slots.gates[module] = outputs
+    walk.slots.readers.append(NormReader(layer=module, inputs=labels, outputs=outputs, constant=constant, known=known))
+    if walk.off is not None:
+        off = walk.off.get(module)
+        if off is None:
+            return by_channel(node, 1, outputs, torch.zeros_like(constant), torch.zeros_like(known))
+        return by_channel(node, 1, outputs, torch.where(off.pruned, off.constant, 0.0), off.pruned)
+    scale, offset, mean, variance = (walk.tensor(name) if name is not None else None for name in names)
+    if mean is None or variance is None:
+        return by_channel(node, 1, outputs, torch.zeros_like(constant), torch.zeros_like(known))
+    scale = torch.ones_like(mean) if scale is None else scale
+    offset = torch.zeros_like(mean) if offset is None else offset
+    normalised = torch.where(known, (constant - mean) / (variance + eps).sqrt(), 0.0)
+    return by_channel(node, 1, outputs, normalised * scale + offset, known | (scale == 0))
+
+
+def select_stream(walk: Walk, node: Any) -> Value | None:
+    """Our own channel select in front of a batch norm; anybody else's index stays unknown."""
+    source, dim, index = node.args
+    name = walk.name(index)
+    if dim != 1 or name is None or name.rpartition(".")[2] != SELECT:
+        return None
+    labels, constant, known = walk.slots.along(walk.value(source), 1)
+    chosen = walk.tensor(name).long()
+    walk.streams[node] = labels
+    return by_channel(node, 1, labels[chosen], constant[chosen], known[chosen])
+
+
+def _select(walk: Walk, module: str, channels: int) -> Tensor:
+    index = walk.modules[module]._buffers.get(SELECT)
+    return torch.arange(channels) if index is None else index.cpu()
+
+
+HANDLERS: dict[str, Handler] = {
+    "linear": linear,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
+    "batch_norm": batch_norm,
+    "index_select": select_stream,
+}

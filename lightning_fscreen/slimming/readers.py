@@ -1,0 +1,92 @@
+"""Readers: the layers where the slots of an input are multiplied by weights and new slots come out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Reader(ABC):
+    """One call of a layer.
+
+    Attributes:
+        layer: name of the module or of its weight, for messages.
+        inputs, outputs: slot labels, (in,) and (out,).
+        constant, known: (in,) constants that arrive.
+    """
+
+    layer: str
+    inputs: Tensor
+    outputs: Tensor
+    constant: Tensor
+    known: Tensor
+
+    @abstractmethod
+    def reads(self, rows: Tensor) -> Tensor:
+        """(in,) bool: inputs that some of these outputs, (out,) bool, depend on."""
+
+    def silent(self) -> Tensor:
+        """(in,) bool: inputs that are always zero."""
+        return self.known & (self.constant == 0)
+
+    def spared(self, foldable: set[str]) -> Tensor:
+        """(in,) bool: inputs that may go although they are read."""
+        return self.silent()
+
+
+@dataclass(kw_only=True)
+class DenseReader(Reader):
+    """A linear or ungrouped convolution layer.
+
+    Attributes:
+        module: name of the layer that can take constants into its bias; None if there is none, or more than one.
+        weight, bias: names of the tensors.
+        nonzero: (out, in) bool, whether any weight of the kernel is not zero; None where zeros count like all others.
+        padded: zero padding meets the input, so that a constant is not the same at the border.
+        input_dim: dimension of the weight that runs over inputs.
+    """
+
+    module: str | None
+    weight: str
+    bias: str | None
+    nonzero: Tensor | None
+    padded: bool
+    input_dim: int = 1
+
+    def reads(self, rows: Tensor) -> Tensor:
+        """Inputs with a weight that is not zero in one of the rows."""
+        if self.nonzero is None:
+            return rows.any().expand(len(self.inputs))
+        return self.nonzero[rows].any(0)
+
+    def spared(self, foldable: set[str]) -> Tensor:
+        """Constants go into the bias; where padding meets them, into one of them that stays."""
+        return self.known if self.weight in foldable or self.padded else self.silent()
+
+
+@dataclass(kw_only=True)
+class GroupedReader(Reader):
+    """A grouped convolution: its outputs read the inputs of their own group."""
+
+    groups: int
+
+    def reads(self, rows: Tensor) -> Tensor:
+        """All inputs of the groups that the rows belong to."""
+        return rows.reshape(self.groups, -1).any(1).repeat_interleave(len(self.inputs) // self.groups)
+
+
+@dataclass(kw_only=True)
+class NormReader(Reader):
+    """A batch norm: every channel reads its own channel of the stream, and may leave it to others."""
+
+    def reads(self, rows: Tensor) -> Tensor:
+        """The same channels."""
+        return rows
+
+    def spared(self, foldable: set[str]) -> Tensor:
+        """None: a channel that comes out needs one to come in."""
+        return torch.zeros_like(self.known)

@@ -1,0 +1,38 @@
+"""A batch norm that reads some channels of a stream: the channels are selected in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SELECT = "selected_channels"
+"""Name of the buffer with the indices; not in the state_dict, since the plan holds them."""
+
+
+def select_channels(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a batch norm: (N, channels of the stream, …) → (N, its own channels, …)."""
+    return (args[0].index_select(1, module.get_buffer(SELECT)), *args[1:])
+
+
+def selected(module: nn.Module) -> Tensor | None:
+    """The indices that a batch norm selects, (channels,) int64; None if it reads all."""
+    return module._buffers.get(SELECT)
+
+
+def put_select(module: nn.Module, indices: tuple[int, ...], device: torch.device) -> Callable[[], None]:
+    """Let a batch norm read these channels of what it gets; returns a function that puts back what was."""
+    old = selected(module)
+    handle = module.register_forward_pre_hook(select_channels) if old is None else None
+    module.register_buffer(SELECT, torch.tensor(indices, dtype=torch.int64, device=device), persistent=False)
+
+    def undo() -> None:
+        if handle is None:
+            module._buffers[SELECT] = old
+        else:
+            handle.remove()
+            delattr(module, SELECT)
+
+    return undo

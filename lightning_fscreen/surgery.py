@@ -1,0 +1,88 @@
+"""Slim a network in the middle of a fit: the optimizers, the schedulers and the strategy go along."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_fscreen.distributed import broadcast_buffers, rewrap
+from lightning_fscreen.network import InputRecorder
+from lightning_fscreen.optim import Move, check_state, move_parameters
+from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.plan import SlimmingPlan, join
+from lightning_fscreen.slimming.slim import slim_captured
+
+
+def slim_in_fit(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    recorder: InputRecorder,
+    captured: Capture,
+    keep: Mapping[str, Tensor],
+    bias: str,
+) -> SlimmingPlan:
+    """Slim the network that `recorder` has watched, between two epochs.
+
+    Args:
+        trainer: the trainer.
+        pl_module: the module that it trains.
+        recorder: knows the network and its inputs.
+        captured: the network's graph.
+        keep: batch norm, by its name in `pl_module` → (channels,) bool.
+        bias: "zero" or "fold".
+
+    Returns:
+        The plan, with names as in `pl_module`.
+
+    Raises:
+        NotImplementedError: an optimizer whose state cannot be cut.
+        VerificationError: outputs would change.
+        Nothing has changed after an error.
+    """
+    before = dict(pl_module.named_parameters())
+    check_state(trainer.optimizers, {parameter: name for name, parameter in before.items()})
+    broadcast_buffers(trainer, pl_module)
+    prefix = f"{recorder.name}." if recorder.name else ""
+    own = {name.removeprefix(prefix): mask for name, mask in keep.items()}
+    plan = slim_captured(recorder.network, captured, own, *recorder.inputs_on_device(), bias)
+    plan = plan.under(recorder.name)
+    after = dict(pl_module.named_parameters())
+    moves = [
+        Move(old, after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
+        for name, old in before.items()
+        if after[name] is not old
+    ]
+    added = {after[join(layer, "bias")]: _weight(pl_module, layer) for layer in plan.biases}
+    move_parameters(trainer.optimizers, moves, added)
+    rewrap(trainer)
+    return plan
+
+
+def _weight(model: nn.Module, layer: str) -> nn.Parameter:
+    return model.get_submodule(layer).get_parameter("weight")
+
+
+class LearningRates:
+    """The state of a trainer's schedulers and learning rates at the start, to go back to.
+
+    Args:
+        trainer: the trainer, before it has restored a checkpoint's schedulers.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._schedulers: list[dict[str, Any]] = [
+            copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+        ]
+        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+
+    def rewind(self, trainer: Trainer) -> None:
+        """Start the schedules again (learning-rate rewinding, arXiv 2003.02389)."""
+        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate

@@ -1,0 +1,96 @@
+"""Ranking of coupled channels: units that can only be pruned as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Units:
+    """The candidates of some layers, grouped into units.
+
+    A unit's score is the mean over its candidates, so that units of different sizes compare.
+
+    Args:
+        scores: layer → (n,) scores.
+        kept: layer → (n,) bool.
+        units: layer → (n,) int64; equal numbers, in one layer or in several, share their fate; negative ones stay.
+        min_kept: candidates that every layer keeps (all of them, in a layer with fewer).
+    """
+
+    def __init__(
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], units: Mapping[str, Tensor], min_kept: int
+    ) -> None:
+        self._lengths = {name: mask.numel() for name, mask in kept.items()}
+        self._kept = torch.cat(list(kept.values()))
+        labels = torch.cat([units[name] for name in kept])
+        numbers, self._members = labels.unique(return_inverse=True)
+        values = torch.cat([scores[name] for name in kept]).double()
+        zeros = values.new_zeros(len(numbers))
+        self._sizes = zeros.long().index_add(0, self._members, self._kept.long())
+        total = zeros.index_add(0, self._members, torch.where(self._kept, values, 0.0))
+        self._scores = total / self._sizes.clamp(min=1)
+        places = torch.arange(len(labels), device=labels.device)
+        self._first = places.new_full((len(numbers),), len(labels)).scatter_reduce(0, self._members, places, "amin")
+        self._stays = (numbers < 0) | (self._sizes == 0)
+        start = 0
+        for length in self._lengths.values():
+            self._protect(slice(start, start + length), min_kept)
+            start += length
+
+    def _protect(self, layer: slice, min_kept: int) -> None:
+        """The best candidates of a layer stay, whatever the others are worth."""
+        members = self._members[layer][self._kept[layer]]
+        best = self._scores[members].sort(descending=True, stable=True).indices[:min_kept]
+        self._stays[members[best]] = True
+
+    @property
+    def protected(self) -> int:
+        """Number of candidates left that have to stay."""
+        return int(self._sizes[self._stays].sum())
+
+    @property
+    def left(self) -> int:
+        """Number of candidates left."""
+        return int(self._sizes.sum())
+
+    def drop(self, count: int) -> dict[str, Tensor]:
+        """New masks without the lowest-ranked units, `count` candidates in all, or as near to it as their sizes allow.
+
+        Equal scores are pruned in the order of their first candidates.
+        """
+        order = self._first.argsort()
+        order = order[self._scores[order].argsort(stable=True)]
+        order = order[~self._stays[order]]
+        sizes = self._sizes[order].tolist()
+        chosen, rest = [], count
+        for place, size in enumerate(sizes):  # a unit that is too large is passed over for the next that fits
+            if rest == 0:
+                break
+            if size <= rest:
+                chosen.append(place)
+                rest -= size
+        if rest:
+            others = sorted(set(range(len(sizes))) - set(chosen), key=lambda place: (sizes[place], place))
+            if others and sizes[others[0]] - rest < rest:
+                chosen.append(others[0])
+        pruned = torch.zeros_like(self._stays)
+        pruned[order[chosen]] = True
+        masks = (self._kept & ~pruned[self._members]).split(list(self._lengths.values()))
+        return dict(zip(self._lengths, masks, strict=True))
+
+
+def coupled_layers(units: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layers that share units, directly or through others, in lists of their own; in the order of the layers."""
+    groups: list[tuple[list[str], set[int]]] = []
+    for name, labels in units.items():
+        own = {int(label) for label in labels.unique() if label >= 0}
+        names = [name]
+        for group in [group for group in groups if group[1] & own]:
+            groups.remove(group)
+            names, own = [*group[0], *names], own | group[1]
+        groups.append((names, own))
+    order = {name: place for place, name in enumerate(units)}
+    return sorted((sorted(names, key=order.__getitem__) for names, _ in groups), key=lambda names: order[names[0]])
