@@ -1,6 +1,20 @@
 """Networks to train and prune, and the Lightning module that trains them."""
 
 from lightning_fscreen.models.classifier import ImageClassifier
+from lightning_fscreen.models.densenet import DenseNet, densenet40
 from lightning_fscreen.models.lenet import LeNet300100, lenet300_100
+from lightning_fscreen.models.resnet import PreActResNet, resnet20, resnet164
+from lightning_fscreen.models.vgg import VGG, vgg16_bn
 
-__all__ = ["ImageClassifier", "LeNet300100", "lenet300_100"]
+__all__ = [
+    "VGG",
+    "DenseNet",
+    "ImageClassifier",
+    "LeNet300100",
+    "PreActResNet",
+    "densenet40",
+    "lenet300_100",
+    "resnet20",
+    "resnet164",
+    "vgg16_bn",
+]
