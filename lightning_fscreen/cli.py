@@ -18,8 +18,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.data import ImageDataModule
+from lightning_fscreen.export import export_onnx
 from lightning_fscreen.models.classifier import ImageClassifier
-from lightning_fscreen.outputs import print_config, print_report, run_report, write_figures, write_outputs
+from lightning_fscreen.outputs import (
+    latency_report,
+    print_config,
+    print_report,
+    run_report,
+    write_figures,
+    write_outputs,
+)
 
 # Advice that means nothing here: data in memory need no workers, and the run folder holds the configuration already.
 _NOISE = (
@@ -79,10 +87,14 @@ def _run(config: DictConfig) -> float | None:
 
     if trainer.is_global_zero:
         report = run_report(config, _experiment(), model.net, pruning, metrics, data)
+        if config.extras.latency and pruning is not None:
+            report["latency_ms"] = latency_report(instantiate(config.model.net), model.net, data.image_shape)
         report["seconds"] = round(time.perf_counter() - start, 3)
         write_outputs(folder, report, model.net)
         if config.extras.figures and pruning is not None:
             write_figures(folder / "figures", pruning, model.net, data.image_shape)
+        if config.extras.export_onnx:
+            export_onnx(model.net, (torch.zeros(2, *data.image_shape, device=model.device),), folder / "model.onnx")
         if config.extras.print_report:
             print_report(report, folder)
     return value

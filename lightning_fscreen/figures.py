@@ -193,6 +193,27 @@ def layers_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[int
     return _layer_profile(names, total, kept)
 
 
+def channels_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[int]) -> Figure:
+    """Draw how many channels every layer had and has (the paper's Fig. 3).
+
+    Args:
+        names: the layers, in the order of the network.
+        total: channels per layer before.
+        kept: channels per layer that remain.
+    """
+    figure = _new_figure(10.0, 4.8)
+    axes = figure.subplots()
+    where = range(len(names))
+    axes.bar(where, total, width=0.85, color=_LIGHT, label=f"before: {sum(total):,}")
+    axes.bar(where, kept, width=0.85, color=_BLUE, label=f"after: {sum(kept):,}")
+    _name_layers(axes, names)
+    axes.set_ylabel("channels")
+    axes.set_title("Channels of every layer")
+    _finish(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write figures as NAME.png into a folder, made if need be; a reader never sees half a file.
 
@@ -294,17 +315,22 @@ def _layer_profile(names: Sequence[str], total: Sequence[int], kept: Sequence[in
         linestyle=(0, (4, 3)),
         label=f"all layers: {sum(kept):,} of {sum(total):,} ({_percent(overall)})",
     )
-    ticks = range(0, len(names), math.ceil(len(names) / _MAX_TICKS))
-    axes.set_xticks(ticks, [_short(names[i]) for i in ticks], rotation=45, ha="right", rotation_mode="anchor")
-    axes.tick_params(axis="x", labelsize="small")
-    axes.set_xlim(-1, len(names))
+    _name_layers(axes, names)
     axes.set_ylim(0, 103)
-    axes.set_xlabel(f"layer, in the order of the network ({len(names)} layers)")
     axes.set_ylabel("kept (% of the candidates)")
     axes.set_title("What every layer keeps")
     _finish(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
+
+
+def _name_layers(axes: Axes, names: Sequence[str]) -> None:
+    """Name every few of the bars."""
+    ticks = range(0, len(names), math.ceil(len(names) / _MAX_TICKS))
+    axes.set_xticks(ticks, [_short(names[i]) for i in ticks], rotation=45, ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", labelsize="small")
+    axes.set_xlim(-1, len(names))
+    axes.set_xlabel(f"layer, in the order of the network ({len(names)} layers)")
 
 
 def _new_figure(width: float, height: float) -> Figure:

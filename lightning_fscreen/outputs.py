@@ -23,12 +23,14 @@ from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.checkpoint import save_slimmed
 from lightning_fscreen.data import ImageDataModule
 from lightning_fscreen.figures import (
+    channels_figure,
     connections_figure,
     layers_figure,
     save_figures,
     schedule_figure,
     weights_figure,
 )
+from lightning_fscreen.latency import measure_latency
 from lightning_fscreen.schedule import scheduled_fraction
 
 _CURVE_POINTS = 200
@@ -63,6 +65,13 @@ def run_report(
         "versions": {name: version(name) for name in ("lightning-fscreen", "torch", "lightning")}
         | {"python": platform.python_version()}
     }
+
+
+def latency_report(dense: nn.Module, network: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Milliseconds of a forward pass before and after, by batch size."""
+    before = measure_latency(dense.to(next(network.parameters())), image_shape)
+    after = measure_latency(network, image_shape)
+    return {str(size): {"before": round(before[size], 4), "after": round(after[size], 4)} for size in before}
 
 
 _REPORTED = ("test/error", "test/loss", "val/error", "val/loss", "train/loss")
@@ -110,7 +119,13 @@ def write_figures(
         ),
     }
     first = next(iter(pruning.masks.values()))
-    if first.ndim == 2:
+    if pruning.granularity == "channel":
+        figures["channels"] = channels_figure(
+            [layer.name for layer in report.layers],
+            [layer.total for layer in report.layers],
+            [layer.kept for layer in report.layers],
+        )
+    elif first.ndim == 2:
         figures["connections"] = connections_figure(first, image_shape if prod(image_shape) == first.shape[1] else None)
     return save_figures(figures, folder)
 
@@ -134,17 +149,18 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     """What came out, as a table."""
     console = Console()
     table = Table(title=f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", title_justify="left")
-    for column in ("layer", "candidates", "kept", "kept %", "units removed"):
+    removed = report.get("removed", {}) if report["granularity"] == "weight" else None
+    noun = "channels" if report["granularity"] == "channel" else "weights"
+    for column in ("layer", noun, "kept", "kept %", *([] if removed is None else ["units removed"])):
         table.add_column(column, justify="left" if column == "layer" else "right")
-    removed = report.get("removed", {})
     for layer in report["layers"]:
-        gone = f"{removed.get(layer['name'], 0):,}"
-        table.add_row(layer["name"], f"{layer['total']:,}", f"{layer['kept']:,}", _percent(layer), gone)
+        gone = [] if removed is None else [f"{removed.get(layer['name'], 0):,}"]
+        table.add_row(layer["name"], f"{layer['total']:,}", f"{layer['kept']:,}", _percent(layer), *gone)
     if report["layers"]:
         candidates = report["candidates"]
         table.add_section()
-        gone = f"{sum(removed.values()):,}"
-        table.add_row("all", f"{candidates['total']:,}", f"{candidates['kept']:,}", _percent(candidates), gone)
+        gone = [] if removed is None else [f"{sum(removed.values()):,}"]
+        table.add_row("all", f"{candidates['total']:,}", f"{candidates['kept']:,}", _percent(candidates), *gone)
         console.print(table)
     facts = Table(show_header=False, box=None)
     params = {"nonzero": report["params"]["after"], **report["params"]}
@@ -152,6 +168,10 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     facts.add_row("parameters", sizes)
     if (macs := report.get("macs")) and macs["before"]:
         facts.add_row("multiply–adds", f"{macs['before']:,} → {macs['after']:,} per image")
+    for batch_size, times in report.get("latency_ms", {}).items():
+        faster = times["before"] / times["after"]
+        text = f"{times['before']:.2f} → {times['after']:.2f} ms, {faster:.2f} × as fast"
+        facts.add_row(f"latency, batch of {batch_size}", text)
     if "test_error" in report:
         facts.add_row("test error", f"{100 * report['test_error']:.2f} % (last epoch)")
     facts.add_row("time", f"{report['seconds']:.0f} s")
