@@ -28,4 +28,5 @@ def step_decay(
     for milestone in milestones:
         if not 0 < milestone < 1:
             raise ValueError(f"milestones are fractions of the training and must lie in (0, 1), got {milestone}")
-    return MultiStepLR(optimizer, [round(milestone * T_max) for milestone in milestones], gamma)
+    # MultiStepLR takes a milestone at 0, which short trainings would round to, as already passed.
+    return MultiStepLR(optimizer, [max(1, round(milestone * T_max)) for milestone in milestones], gamma)

@@ -138,19 +138,22 @@ class SlimmingPlan:
 
     def _check_groups(self, name: str, module: nn.Linear | _ConvNd, weight: str) -> None:
         cuts = self.cuts.get(weight, {})
-        expected = None
-        if isinstance(module, _ConvNd) and module.groups > 1 and 0 in cuts:
-            size = module.weight.shape[0]
-            per_group = size // module.groups  # rows of the weight
-            depthwise = (per_group if isinstance(module, _ConvTransposeNd) else module.weight.shape[1]) == 1
-            count, rest = divmod(len(cuts[0]), per_group if depthwise else module.groups)
-            if rest:
-                raise PlanError(f"the plan keeps {len(cuts[0])} rows of layer {name!r}, which do not fill its groups")
-            expected = count if depthwise else None
-        if self.groups.get(name) != expected:
-            raise PlanError(
-                f"the plan gives layer {name!r} {self.groups.get(name)} groups, its cuts make it {expected}"
-            )
+        planned = self.groups.get(name)
+        if not isinstance(module, _ConvNd) or module.groups == 1:
+            if planned is not None:
+                raise PlanError(f"the plan gives layer {name!r} {planned} groups, but it has none")
+            return
+        sizes = [len(cuts[dim]) if dim in cuts else module.weight.shape[dim] for dim in (0, 1)]
+        transposed = isinstance(module, _ConvTransposeNd)
+        single = module.weight.shape[0] // module.groups == 1 if transposed else module.weight.shape[1] == 1
+        groups = module.groups if planned is None else planned
+        per_group = module.weight.shape[0] // module.groups
+        # Groups of one input channel go one by one; larger ones keep the same channels each, until one is left of each.
+        fits = sizes[0] == groups * per_group if single else groups >= 1 and sizes[0] % groups == 0
+        if not single and planned is not None:
+            fits = fits and (sizes[0] == groups if transposed else sizes[1] == 1)
+        if not fits:
+            raise PlanError(f"the plan gives layer {name!r} {groups} groups, which its {sizes[0]} rows do not fill")
 
     def to_json(self) -> str:
         """As JSON text."""

@@ -23,6 +23,7 @@ plans = st.builds(
     st.dictionaries(names, st.dictionaries(st.integers(0, 4), indices, max_size=3), max_size=4),
     st.dictionaries(names, st.integers(1, 64), max_size=3),
     st.lists(names, max_size=3).map(tuple),
+    st.dictionaries(names, indices, max_size=3),
     st.dictionaries(names, st.text(max_size=20), max_size=3),
 )
 
@@ -38,7 +39,7 @@ def test_json_round_trip(plan: SlimmingPlan) -> None:
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["format", "shapes", "cuts", "groups", "biases", "pinned", "0"]), inner, max_size=6
+                st.sampled_from(["format", "shapes", "cuts", "groups", "biases", "selects", "pinned", "0"]), inner, max_size=6
             )
         ),
     )
@@ -74,6 +75,8 @@ def test_a_plan_of_a_later_format_says_so() -> None:
         ("groups", {"conv": 1.0}, "1.0"),
         ("groups", {"conv": None}, "None"),
         ("biases", 3, "TypeError"),
+        ("selects", {"norm": [0, 1.0]}, "1.0"),
+        ("selects", {"norm": 0}, "TypeError"),
         ("pinned", ["relu"], "AttributeError"),
     ],
 )

@@ -49,7 +49,7 @@ def test_unify_broadcasts_and_pin_joins_the_slot_that_stays() -> None:
     first, second = graph.new(2), graph.new(3)
     assert first.tolist() == [1, 2] and second.tolist() == [3, 4, 5]
     graph.unify(first[:1], second)
-    graph.pin(first[1:])
+    graph.pin(first[1:], "a reason")
     assert graph.components().tolist() == [PINNED, 1, PINNED, 1, 1, 1]
 
 
