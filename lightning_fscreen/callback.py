@@ -194,6 +194,7 @@ class ScreeningPruningCallback(Callback):
         if self._slimmed_already(pl_module):  # another fit of the same model goes on
             self._start_masks(trainer)
             return
+        self.plan = None
         if self.granularity == "channel":
             self._granularity = Channels(pl_module, self.include, self.exclude, self.bias)
         else:
@@ -427,7 +428,7 @@ class ScreeningPruningCallback(Callback):
         """Make the network smaller in the middle of the fit; what stays switched off is masked on."""
         recorder, channels = self._recorder, self._granularity
         assert recorder is not None and isinstance(channels, Channels) and channels.captured is not None
-        if not self.slim:
+        if not self.slim or self.plan is not None:
             return
         bias = "zero" if self.bias == "zero" else "fold"
         try:

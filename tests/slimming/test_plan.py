@@ -39,7 +39,9 @@ def test_json_round_trip(plan: SlimmingPlan) -> None:
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["format", "shapes", "cuts", "groups", "biases", "selects", "pinned", "0"]), inner, max_size=6
+                st.sampled_from(["format", "shapes", "cuts", "groups", "biases", "selects", "pinned", "0"]),
+                inner,
+                max_size=6,
             )
         ),
     )
