@@ -43,8 +43,8 @@ class Units:
     def _protect(self, layer: slice, min_kept: int) -> None:
         """The best candidates of a layer stay, whatever the others are worth."""
         members = self._members[layer][self._kept[layer]]
-        best = self._scores[members].sort(descending=True, stable=True).indices[:min_kept]
-        self._stays[members[best]] = True
+        lowest_first = members[self._scores[members].argsort(stable=True)]
+        self._stays[lowest_first[max(len(members) - min_kept, 0) :]] = True
 
     @property
     def protected(self) -> int:
