@@ -144,7 +144,7 @@ def inverse(activation: Activation, values: Tensor) -> Tensor:
     points = points[points.abs().argsort(stable=True)]  # the first of equals is the closest to the centre
     for _ in range(_ZOOMS):
         grid = centre + reach * points
-        nearest = (activation(grid) - wanted).abs().argmin(1, keepdim=True)
+        nearest = (activation(grid) - wanted).abs().sort(dim=1, stable=True).indices[:, :1]
         centre = grid.gather(1, nearest)
         reach *= 4 / _GRID
     return centre.squeeze(1).to(values)
