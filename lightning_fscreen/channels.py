@@ -14,7 +14,7 @@ from lightning_fscreen.collect import Probe
 from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
 
 Activation = Callable[[Tensor], Tensor]
-_GRID = 2001  # points per search for the shift that an activation turns into a given value
+_GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
 _ZOOMS = 3
 
 
@@ -140,11 +140,12 @@ def inverse(activation: Activation, values: Tensor) -> Tensor:
     """
     wanted = values.double().unsqueeze(1)
     reach = max(10.0, 2 * float(wanted.abs().max())) if len(values) else 10.0
-    centre, points = torch.zeros_like(wanted), torch.linspace(-1, 1, _GRID, dtype=torch.float64, device=values.device)
+    centre = torch.zeros_like(wanted)
+    points = torch.arange(-_GRID, _GRID + 1, dtype=torch.float64, device=values.device) / _GRID
     points = points[points.abs().argsort(stable=True)]  # the first of equals is the closest to the centre
     for _ in range(_ZOOMS):
         grid = centre + reach * points
         nearest = (activation(grid) - wanted).abs().sort(dim=1, stable=True).indices[:, :1]
         centre = grid.gather(1, nearest)
-        reach *= 4 / _GRID
+        reach *= 2 / _GRID
     return centre.squeeze(1).to(values)
