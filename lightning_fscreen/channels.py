@@ -15,7 +15,8 @@ from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
 
 Activation = Callable[[Tensor], Tensor]
 _GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
-_ZOOMS = 3
+_ZOOMS = 4
+_REACH = 30.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def inverse(activation: Activation, values: Tensor) -> Tensor:
         (n,), of the same dtype.
     """
     wanted = values.double().unsqueeze(1)
-    reach = max(10.0, 2 * float(wanted.abs().max())) if len(values) else 10.0
+    reach = max(_REACH, 2 * float(wanted.abs().max())) if len(values) else _REACH
     centre = torch.zeros_like(wanted)
     points = torch.arange(-_GRID, _GRID + 1, dtype=torch.float64, device=values.device) / _GRID
     points = points[points.abs().argsort(stable=True)]  # the first of equals is the closest to the centre
