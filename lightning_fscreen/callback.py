@@ -189,7 +189,8 @@ class ScreeningPruningCallback(Callback):
             ValueError: nothing to prune, patterns that match nothing.
         """
         self._remove_hooks()
-        self._due, self._tuning, self._not_removed = {}, False, None
+        self._due, self._not_removed = {}, None
+        self._tuning = bool(self._restored.pop("tuning", False))
         self._rates = LearningRates(trainer)
         if self._slimmed_already(pl_module):  # another fit of the same model goes on
             self._start_masks(trainer)
@@ -266,11 +267,12 @@ class ScreeningPruningCallback(Callback):
         if self._collector is not None and not self._collects(trainer.current_epoch):
             self._collector.remove()
             self._collector = None
-        if trainer.current_epoch >= self._window[1] and not self._tuning:
+        pruned = trainer.current_epoch >= self._window[1] and not self._prunes_after(trainer.current_epoch)
+        if pruned and not self._tuning:
             self._tuning = True
             if self.granularity == "channel" and self._recorder is not None and self._recorder.inputs is not None:
                 self._slim_channels(trainer, pl_module)
-            if self.rewind_lr and self._rates is not None and trainer.current_epoch == self._window[1]:
+            if self.rewind_lr and self._rates is not None:
                 self._rates.rewind(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -548,6 +550,7 @@ class ScreeningPruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, sums of the running epoch and history, as tensors and primitives (for `weights_only` loading)."""
         state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "kept": dict(self._kept)}
+        state["tuning"] = self._tuning
         if self._collector is not None:
             state["collector"] = self._collector.state_dict()
             state["num_classes"] = self._num_classes

@@ -333,3 +333,28 @@ def test_a_network_that_is_called_in_parts_is_refused():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="was not called in training_step"):
         trainer([Pruning()]).fit(Parts(residual_net()), loader())
+
+
+def test_a_dense_checkpoint_is_pruned_first_and_its_learning_rates_rewound(tmp_path):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                rates.append((trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"]))
+
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])]
+
+    dense = trainer(max_epochs=4)
+    dense.fit(Scheduled(residual_net()), loader())
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    callback = Pruning(schedule="one_shot", rewind_lr=True)
+    resumed = trainer([callback, Watch()], max_epochs=8)
+    resumed.fit(Scheduled(residual_net()), loader(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True)
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01) and callback.plan
+    assert [entry["applied"] for entry in callback.history] == pytest.approx([0.5] * 4, abs=0.01)
+    assert [epoch for epoch, _ in rates] == [4, 5, 6, 7]
+    assert [rate for _, rate in rates] == pytest.approx([0.001, 0.1, 0.01, 0.001])
