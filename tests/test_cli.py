@@ -156,6 +156,49 @@ def test_overrides_take_effect(overrides, check, tmp_path):
     assert check(json.loads((tmp_path / "report.json").read_text()))
 
 
+@pytest.mark.parametrize("experiment", [name for name in GROUPS["experiment"] if name != "none"])
+def test_every_experiment_goes_through_all_stages(experiment, tmp_path):
+    run(composed(f"experiment={experiment}", "data=digits", "debug=fdr", f"paths.output_dir={tmp_path}"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    total, kept = (report["candidates"][key] for key in ("total", "kept"))
+    assert abs(kept - (1 - report["amount"]) * total) <= 1
+    assert report["experiment"] is None or report["experiment"] == experiment
+    if report["granularity"] == "channel":
+        assert (
+            report["params"]["after"] < report["params"]["before"]
+            and report["macs"]["after"] < report["macs"]["before"]
+        )
+
+
+def test_a_channel_run_leaves_a_smaller_network_that_others_load(tmp_path):
+    run(
+        composed(
+            "experiment=digits_channel",
+            *QUIET,
+            "extras.figures=true",
+            "extras.export_onnx=true",
+            f"paths.output_dir={tmp_path}",
+        )
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["candidates"]["total"] == 688 and report["candidates"]["kept"] == 344
+    assert sum(layer["kept"] for layer in report["layers"]) == 344 and not report["not_removed"]
+    assert set(report["latency_ms"]) == {"1", "64"} and report["latency_ms"]["1"]["after"] > 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "channels.png", "layers.png", "schedule.png", "weights.png",
+    }  # fmt: skip
+    assert (tmp_path / "model.onnx").stat().st_size > 4 * report["params"]["after"]
+    net = load_slimmed(models.resnet20(in_channels=1), tmp_path / "model.safetensors").eval()
+    assert sum(p.numel() for p in net.parameters()) == report["params"]["after"]
+    data = DigitsDataModule()
+    data.setup("test")
+    wrong = total = 0
+    for images, labels in data.test_dataloader():
+        wrong += int((net(data.normalize(images)).argmax(1) != labels).sum())
+        total += len(labels)
+    assert wrong / total == pytest.approx(report["test_error"], abs=1e-6)
+
+
 def test_returns_the_optimized_metric_and_names_those_there_are(tmp_path):
     config = composed(*QUIET, f"paths.output_dir={tmp_path}", "optimized_metric=val/error")
     assert run(config) == pytest.approx(json.loads((tmp_path / "report.json").read_text())["val_error"], abs=1e-6)
