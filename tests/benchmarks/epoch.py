@@ -24,6 +24,7 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from lightning_fscreen.cli import fit_to_data, run
+from lightning_fscreen.data import random_crop
 
 ROUNDS, EPOCHS = 5, 7
 WARM_UP, WINDOW = 1, 6  # epochs; with end_epoch at WINDOW every epoch compared collects and prunes
@@ -40,7 +41,7 @@ class Stopwatch(Callback):
 
 
 def bare(config):
-    """The same network, data, batches and optimizer without Lightning, callbacks or logging."""
+    """The same network, data, batches, shifts and optimizer without Lightning, callbacks or logging."""
     torch.manual_seed(config.seed)
     data = instantiate(config.data)
     data.prepare_data()
@@ -54,7 +55,8 @@ def bare(config):
         Stopwatch.times.append(time.perf_counter())
         net.train()
         for index in torch.randperm(len(images)).split(config.data.batch_size):
-            loss = F.cross_entropy(net(data.normalize(images[index])), labels[index])
+            batch = data.normalize(random_crop(images[index], config.data.crop_padding))
+            loss = F.cross_entropy(net(batch), labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
