@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +12,18 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fscreen.collect import ActivationCollector, FeatureStatistics
+from lightning_fscreen.budget import Budget
+from lightning_fscreen.collect import FeatureStatistics
+from lightning_fscreen.collection import Collection
 from lightning_fscreen.criteria import resolve_criterion
-from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, merge_processes
+from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once
 from lightning_fscreen.granularity import Channels, Granularity, Weights
-from lightning_fscreen.labels import find_labels, infer_num_classes
+from lightning_fscreen.labels import find_labels
 from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder, common_parent, enclosing
 from lightning_fscreen.ranking import SCOPES
 from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
-from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window, scheduled_fraction
+from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError, remove_dead_units
 from lightning_fscreen.surgery import LearningRates, slim_in_fit
 
@@ -153,20 +154,18 @@ class ScreeningPruningCallback(Callback):
         """What was physically removed, after slimming; else None. For channels with names as in the module."""
         self.history: list[dict[str, float]] = []
         """Per epoch ended: epoch, scheduled and applied pruned fraction."""
-        self._window = (start_epoch, end_epoch or start_epoch + 1)
+        self._budget = Budget(amount, self.schedule, (start_epoch, end_epoch or start_epoch + 1))
+        self._collection = Collection(self.labels, num_classes)
         self._granularity: Granularity | None = None
         self._not_removed: str | None = None
         self._masks: Masks | None = None
         self._kept: dict[str, Tensor] = {}  # at full size, also after slimming
         self._num_kept: dict[str, int] = {}
-        self._collector: ActivationCollector | None = None
-        self._num_classes: int | None = None
         self._recorder: InputRecorder | None = None
         self._rates: LearningRates | None = None
         self._tuning = False  # fine-tuning has begun
         self._sizes: tuple[Size, Size] | None = None
         self._restored: dict[str, Any] = {}
-        self._due: dict[int, bool] = {}
 
     # ---- start of a fit
 
@@ -180,7 +179,9 @@ class ScreeningPruningCallback(Callback):
         if stage == "fit":
             check_strategy(trainer)
             fast = bool(getattr(trainer, "fast_dev_run", False))  # one epoch that goes through everything
-            self._window = resolve_window(self.start_epoch, self.end_epoch, None if fast else trainer.max_epochs, fast)
+            last = None if fast else trainer.max_epochs
+            self._budget.amount, self._budget.schedule = self.amount, self.schedule  # they may have been set since
+            self._budget.window = resolve_window(self.start_epoch, self.end_epoch, last, fast)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the candidates.
@@ -189,7 +190,7 @@ class ScreeningPruningCallback(Callback):
             ValueError: nothing to prune, patterns that match nothing.
         """
         self._remove_hooks()
-        self._due, self._not_removed = {}, None
+        self._not_removed = None
         self._tuning = bool(self._restored.pop("tuning", False))
         self._rates = LearningRates(trainer)
         if self._slimmed_already(pl_module):  # another fit of the same model goes on
@@ -215,8 +216,8 @@ class ScreeningPruningCallback(Callback):
                 self._recorder.inputs = self._restored.pop("inputs")
                 self._meet_network()
         self._use_masks(self._granularity.masks(), trainer)
-        if "collector" in self._restored:  # resumed within an epoch, or between its last batch and its end
-            self._make_collector(self._restored["num_classes"])
+        # Resumed within an epoch, or between its last batch and its end.
+        self._collection.load_state_dict(self._restored.pop("collection", {}), self._granularity.collector)
 
     def _slimmed_already(self, pl_module: LightningModule) -> bool:
         if self.granularity != "channel" or self.plan is None or self._recorder is None:
@@ -233,6 +234,7 @@ class ScreeningPruningCallback(Callback):
         if "kept" in self._restored and self._restored["kept"].keys() == masks.kept.keys():
             masks.set(self._restored.pop("kept"), trainer.optimizers)
         self._kept, self._num_kept = dict(masks.kept), dict(masks.num_kept)
+        self._budget.total, self._budget.target = masks.total, self._restored.pop("target", self._pruned)
         self._start_masks(trainer)
 
     def _start_masks(self, trainer: Trainer) -> None:
@@ -247,8 +249,8 @@ class ScreeningPruningCallback(Callback):
         assert self._granularity is not None
         if self._granularity.names != names:
             self._use_masks(self._granularity.masks(), trainer)
-            self._due = {}
-        self._open(trainer)
+        if self._collects_in(trainer.current_epoch, 0):
+            self._collection.open(self._granularity.collector)
 
     def _meet_network(self) -> None:
         assert self._granularity is not None and self._recorder is not None
@@ -264,47 +266,30 @@ class ScreeningPruningCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
-        if self._collector is not None and not self._collects(trainer.current_epoch):
-            self._collector.remove()
-            self._collector = None
-        pruned = trainer.current_epoch >= self._window[1] and not self._prunes_after(trainer.current_epoch)
-        if pruned and not self._tuning:
-            self._tuning = True
-            if self.granularity == "channel" and self._recorder is not None and self._recorder.inputs is not None:
-                self._slim_channels(trainer, pl_module)
-            if self.rewind_lr and self._rates is not None:
-                self._rates.rewind(trainer)
+        if not self._collects(trainer.current_epoch):
+            self._collection.end()
+        if self._tuning or trainer.current_epoch < self._budget.window[1] or self._prunes_after(trainer.current_epoch):
+            return
+        self._tuning = True
+        if self.granularity == "channel" and self._recorder is not None and self._recorder.inputs is not None:
+            self._slim_channels(trainer, pl_module)
+        if self.rewind_lr and self._rates is not None:
+            self._rates.rewind(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the hooks for the forward pass, in epochs that end with pruning."""
-        if self._collects_in(trainer.current_epoch, batch_idx) and self._num_classes is None:
-            self._num_classes = self._find_num_classes(trainer, pl_module, self._labels_of(batch, batch_idx, trainer))
         unknown = self._recorder is not None and self._recorder.inputs is None
         if self._recorder is not None and unknown:
             self._recorder.start()
-        if not unknown or self.granularity == "weight":
-            self._open(trainer, batch_idx)
-
-    def _open(self, trainer: Trainer, batch_idx: int = 0) -> None:
-        if not self._collects_in(trainer.current_epoch, batch_idx):
-            return
-        if self._collector is None:
-            assert self._num_classes is not None
-            self._make_collector(self._num_classes)
-        assert self._collector is not None
-        self._collector.active = True
-
-    def _make_collector(self, num_classes: int) -> None:
-        assert self._granularity is not None
-        self._num_classes = num_classes
-        self._collector = self._granularity.collector(num_classes)
-        self._collector.attach()
-        if "collector" in self._restored:
-            self._collector.load_state_dict(self._restored.pop("collector"))
+        if self._collects_in(trainer.current_epoch, batch_idx):
+            self._collection.find_classes(trainer, pl_module, batch, batch_idx)
+            if not unknown or self.granularity == "weight":
+                assert self._granularity is not None
+                self._collection.open(self._granularity.collector)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close them: what runs from here on recomputes, or belongs to somebody else."""
-        self._close()
+        self._collection.close()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights, before they are clipped by norm."""
@@ -319,7 +304,7 @@ class ScreeningPruningCallback(Callback):
         Raises:
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
-        self._close()
+        self._collection.close()
         if self._recorder is not None:
             self._recorder.stop()
             if self._recorder.inputs is None and self.granularity == "channel":
@@ -327,10 +312,8 @@ class ScreeningPruningCallback(Callback):
                     f"{self._recorder.describe()} was not called in training_step, so it is not known how its batch "
                     "norms are connected; call the module that holds them as a whole, self.net(x)"
                 )
-        if self._collector is not None and self._collects_in(trainer.current_epoch, batch_idx):
-            labels = self._labels_of(batch, batch_idx, trainer)
-            with _naming_batch(batch_idx, trainer):
-                self._collector.update(labels)
+        if self._collects_in(trainer.current_epoch, batch_idx):
+            self._collection.add(trainer, batch, batch_idx)
 
     def _collects_in(self, epoch: int, batch_idx: int) -> bool:
         return batch_idx % self.collect_every == 0 and self._collects(epoch)
@@ -338,21 +321,6 @@ class ScreeningPruningCallback(Callback):
     def _collects(self, epoch: int) -> bool:
         wanted = self._criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
         return wanted and any(self._prunes_after(last) for last in range(epoch, epoch + self.collect_epochs))
-
-    def _labels_of(self, batch: Any, batch_idx: int, trainer: Trainer) -> Tensor:
-        with _naming_batch(batch_idx, trainer):
-            return self.labels(batch)
-
-    def _find_num_classes(self, trainer: Trainer, pl_module: LightningModule, labels: Tensor) -> int:
-        datamodule = getattr(trainer, "datamodule", None)
-        num_classes = self.num_classes or infer_num_classes(datamodule, pl_module, labels=labels)
-        if num_classes is None:
-            raise ValueError(f"the number of classes cannot be found in {type(pl_module).__name__}; pass num_classes=")
-        return num_classes
-
-    def _close(self) -> None:
-        if self._collector is not None:
-            self._collector.active = False
 
     # ---- the end of an epoch
 
@@ -371,50 +339,34 @@ class ScreeningPruningCallback(Callback):
             self._masks.set(kept, trainer.optimizers)
             self._granularity.after_pruning(before, self._masks.kept, statistics)
             self._kept, self._num_kept = dict(self._masks.kept), dict(self._masks.num_kept)
-            self._due = {}
-            if self._collector is not None:
-                self._collector.reset()
+            self._budget.met(trainer.current_epoch)
+            self._collection.reset()
         self._record(trainer, pl_module)
 
     def _statistics(self, trainer: Trainer) -> Mapping[str, FeatureStatistics]:
-        """All processes contribute."""
-        if self._collector is not None:
-            return self._collector.statistics(merge_processes(trainer))
-        if self._criterion.needs_statistics(self.screening_weight):
+        statistics = self._collection.statistics(trainer)
+        if not statistics and self._criterion.needs_statistics(self.screening_weight):
             raise ValueError(f"epoch {trainer.current_epoch} had no training batch, so there is nothing to rank by")
-        return {}
+        return statistics
 
     def _decide(self, trainer: Trainer, statistics: Mapping[str, FeatureStatistics]) -> dict[str, Tensor]:
         assert self._masks is not None and self._granularity is not None
         kept = self._masks.kept
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + trainer.current_epoch)
         scores = self._criterion.score(self._granularity.ranked(kept, statistics), self.screening_weight, generator)
-        amount = self.amount * self._fraction(trainer.current_epoch + 1)
+        amount = self._budget.fraction(trainer.current_epoch)
         return self._granularity.prune(scores, kept, amount, self.scope, self.min_channels)
 
-    def _fraction(self, completed_epochs: int) -> float:
-        return scheduled_fraction(self.schedule, completed_epochs, *self._window)
-
     def _prunes_after(self, epoch: int) -> bool:
-        """Whether the budget asks for more at the end of this epoch than is pruned now."""
-        if self.plan is not None and self.granularity == "channel":
-            return False
-        if epoch not in self._due:
-            budget = round(self.amount * self._fraction(epoch + 1) * self._total)
-            self._due[epoch] = budget > self._pruned
-        return self._due[epoch]
-
-    @property
-    def _total(self) -> int:
-        return sum(mask.numel() for mask in self._kept.values())
+        slimmed = self.granularity == "channel" and self.plan is not None
+        return not slimmed and self._budget.asks_for_more(epoch)
 
     @property
     def _pruned(self) -> int:
-        return self._total - sum(self._num_kept.values())
+        return sum(mask.numel() for mask in self._kept.values()) - sum(self._num_kept.values())
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sparsity = self._pruned / self._total
-        scheduled = self.amount * self._fraction(trainer.current_epoch + 1)
+        sparsity, scheduled = self._pruned / self._budget.total, self._budget.fraction(trainer.current_epoch)
         self.history.append({"epoch": trainer.current_epoch, "scheduled": scheduled, "applied": sparsity})
         pl_module.log("fscreen/sparsity", sparsity, prog_bar=True)
         metrics = {f"fscreen/kept/{name}": kept / self._kept[name].numel() for name, kept in self._num_kept.items()}
@@ -497,9 +449,7 @@ class ScreeningPruningCallback(Callback):
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
-        if self._collector is not None:
-            self._collector.remove()
-            self._collector = None
+        self._collection.end()
         if self._recorder is not None:
             self._recorder.stop()
         if self._masks is not None:
@@ -515,7 +465,7 @@ class ScreeningPruningCallback(Callback):
     @property
     def window(self) -> tuple[int, int]:
         """First epoch of the annealing window and first epoch after it, as resolved for the last fit."""
-        return self._window
+        return self._budget.window
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -550,10 +500,7 @@ class ScreeningPruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, sums of the running epoch and history, as tensors and primitives (for `weights_only` loading)."""
         state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "kept": dict(self._kept)}
-        state["tuning"] = self._tuning
-        if self._collector is not None:
-            state["collector"] = self._collector.state_dict()
-            state["num_classes"] = self._num_classes
+        state |= {"target": self._budget.target, "tuning": self._tuning, "collection": self._collection.state_dict()}
         if self._recorder is not None and self.granularity == "channel":
             state["network"], state["inputs"] = self._recorder.name, self._recorder.plain_inputs()
         return state
@@ -562,14 +509,6 @@ class ScreeningPruningCallback(Callback):
         """Continue from what `state_dict` gave, when the next fit starts."""
         self._restored = dict(state_dict)
         self.history = [dict(entry) for entry in state_dict["history"]]
-
-
-@contextlib.contextmanager
-def _naming_batch(batch_idx: int, trainer: Trainer) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"training batch {batch_idx} of epoch {trainer.current_epoch}: {error}") from error
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

@@ -1,0 +1,106 @@
+"""The statistics of a fit: when the hooks are open, and which labels the activations get."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_fscreen.collect import ActivationCollector, FeatureStatistics
+from lightning_fscreen.distributed import merge_processes
+from lightning_fscreen.labels import infer_num_classes
+
+
+class Collection:
+    """Gathers activations between `open` and `close`, and `add` gives them the labels of their batch.
+
+    Args:
+        labels: batch → class indices (N,) or class weights (N, C).
+        num_classes: number of classes; None to find it at the first batch.
+    """
+
+    def __init__(self, labels: Callable[[Any], Tensor], num_classes: int | None) -> None:
+        self._labels = labels
+        self._num_classes = num_classes
+        self._collector: ActivationCollector | None = None
+
+    def find_classes(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Find the number of classes, unless it is known.
+
+        Raises:
+            ValueError: it cannot be found; no labels in the batch.
+        """
+        if self._num_classes is not None:
+            return
+        with _naming_batch(batch_idx, trainer):
+            labels = self._labels(batch)
+        datamodule = getattr(trainer, "datamodule", None)
+        self._num_classes = infer_num_classes(datamodule, pl_module, labels=labels)
+        if self._num_classes is None:
+            raise ValueError(f"the number of classes cannot be found in {type(pl_module).__name__}; pass num_classes=")
+
+    def open(self, make_collector: Callable[[int], ActivationCollector]) -> None:
+        """Gather what runs from here on."""
+        if self._collector is None:
+            assert self._num_classes is not None
+            self._collector = make_collector(self._num_classes)
+            self._collector.attach()
+        self._collector.active = True
+
+    def close(self) -> None:
+        """Gather nothing until the next `open`."""
+        if self._collector is not None:
+            self._collector.active = False
+
+    def add(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Add what was gathered to the sums.
+
+        Raises:
+            ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
+        """
+        if self._collector is not None:
+            with _naming_batch(batch_idx, trainer):
+                self._collector.update(self._labels(batch))
+
+    def statistics(self, trainer: Trainer) -> Mapping[str, FeatureStatistics]:
+        """Of all processes, by layer; empty if nothing was gathered.
+
+        Raises:
+            ValueError: NaN or inf activations, a layer that never ran, fewer than two classes.
+        """
+        return {} if self._collector is None else self._collector.statistics(merge_processes(trainer))
+
+    def reset(self) -> None:
+        """Start the sums afresh."""
+        if self._collector is not None:
+            self._collector.reset()
+
+    def end(self) -> None:
+        """Take the hooks away, and forget the sums."""
+        if self._collector is not None:
+            self._collector.remove()
+            self._collector = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, as tensors and primitives; empty if there are none."""
+        return {} if self._collector is None else self._collector.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], make_collector: Callable[[int], ActivationCollector]) -> None:
+        """Continue from what `state_dict` gave."""
+        if state:
+            self._num_classes = state["num_classes"]
+            self.open(make_collector)
+            self.close()
+            assert self._collector is not None
+            self._collector.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def _naming_batch(batch_idx: int, trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"training batch {batch_idx} of epoch {trainer.current_epoch}: {error}") from error
