@@ -31,8 +31,9 @@ class Masks:
         self.kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
         self.num_kept = {name: p.numel() for name, p in self._parameters.items()}
         """Candidates left, by layer."""
-        # Multiplying by a mask of the parameter's dtype is several times faster than filling by a boolean one.
-        self._factors: list[Tensor] = []
+        # Where something is pruned: the parameter and its mask in its dtype; multiplying by that is several times
+        # faster than filling by a boolean one.
+        self._factors: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -67,7 +68,11 @@ class Masks:
                 raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
         self.kept = {name: kept[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()}
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
-        self._factors = [self.kept[name].to(parameter.dtype) for name, parameter in self._masked]
+        self._factors = [
+            (parameter, self.kept[name].to(parameter.dtype))
+            for name, parameter in self._masked
+            if self.num_kept[name] < parameter.numel()
+        ]
         self.apply()
         by_parameter: dict[Tensor, Tensor] = {parameter: self.kept[name] for name, parameter in self._masked}
         for optimizer in optimizers:
@@ -79,16 +84,14 @@ class Masks:
     def apply(self) -> None:
         """Zero the pruned weights."""
         if self._factors:
-            torch._foreach_mul_([parameter for _, parameter in self._masked], self._factors)
+            torch._foreach_mul_([parameter for parameter, _ in self._factors], [factor for _, factor in self._factors])
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of the pruned weights."""
-        if self._factors:
-            pairs = [(p.grad, factor) for (_, p), factor in zip(self._masked, self._factors, strict=True)]
-            present = [(gradient, factor) for gradient, factor in pairs if gradient is not None]
-            if present:
-                torch._foreach_mul_([gradient for gradient, _ in present], [factor for _, factor in present])
+        present = [(parameter.grad, factor) for parameter, factor in self._factors if parameter.grad is not None]
+        if present:
+            torch._foreach_mul_([gradient for gradient, _ in present], [factor for _, factor in present])
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero the pruned weights after every step of these optimizers, until `unwatch`."""
