@@ -159,7 +159,9 @@ def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
         for label in root[labels].unique().tolist():
             reasons.setdefault(label, reason)
     for reader in slots.readers:
-        for label in root[reader.inputs[~reader.known]].unique().tolist():
+        # A batch norm that is called twice cannot select: what it reads goes with what it puts out.
+        itself = root[reader.inputs] == root[reader.outputs] if isinstance(reader, NormReader) else False
+        for label in root[reader.inputs[~reader.known & ~torch.as_tensor(itself)]].unique().tolist():
             reasons.setdefault(label, f"{reader.layer!r} reads it mixed with channels that no gate can switch off")
     return reasons
 

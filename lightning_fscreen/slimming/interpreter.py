@@ -168,8 +168,9 @@ def arguments(node: Any) -> dict[str, Any]:
 
 
 def by_channel(node: fx.Node, dim: int, labels: Tensor, constant: Tensor, known: Tensor) -> Value:
-    """Value of a node whose channels run along `dim`."""
-    shape = tuple(node.meta["val"].shape)
+    """Value of a node, or of the first item that it puts out, whose channels run along `dim`."""
+    result = node.meta["val"]
+    shape = tuple((result[0] if isinstance(result, list | tuple) else result).shape)
     view = [1] * len(shape)
     view[dim] = -1
     return Value(shape, labels.reshape(view), constant.reshape(view), known.reshape(view))

@@ -268,12 +268,10 @@ def cat(walk: Walk, node: Any) -> Value | None:
     return Value(tuple(node.meta["val"].shape), *joined)
 
 
-def pool(walk: Walk, node: Any) -> Value | None:
+def pool(walk: Walk, node: Any) -> Value | list[Value]:
     """Windows over positions: slots and constants go through, but for zero padding that is averaged in."""
     value = walk.value(node.args[0])
     result = node.meta["val"]
-    if not isinstance(result, Tensor):
-        return None
     dim = len(value.shape) - _rank(operator_name(node)) - 1
     labels, constant, known = walk.slots.along(value, dim)
     if "avg_pool" in operator_name(node) and "adaptive" not in operator_name(node):
@@ -281,11 +279,23 @@ def pool(walk: Walk, node: Any) -> Value | None:
         padding = given["padding"]
         if any(padding if isinstance(padding, list | tuple) else [padding]) or given.get("divisor_override"):
             known = known & (constant == 0)
-    return by_channel(node, dim, labels, constant, known)
+    pooled = by_channel(node, dim, labels, constant, known)
+    if isinstance(result, Tensor):
+        return pooled
+    # Indices of the largest: positions, which differ by channel.
+    unknown = by_channel(node, dim, labels, torch.zeros_like(constant), torch.zeros_like(known))
+    return [pooled, unknown]
 
 
 def _rank(name: str) -> int:
     return next(int(character) for character in name if character in "123")
+
+
+def expand_as(walk: Walk, node: Any) -> Value:
+    """Broadcast to the shape of another tensor, whatever that is."""
+    value = walk.value(node.args[0])
+    shape = tuple(node.meta["val"].shape)
+    return Value(shape, *(_with_rank(part, len(shape)) for part in _fields(value)))
 
 
 def pad(walk: Walk, node: Any) -> Value | None:
@@ -338,6 +348,8 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("_assert_tensor_metadata", "_assert_scalar"), nothing),
     "slice": slice_,
     "prelu": prelu,
+    "expand_as": expand_as,
+    **dict.fromkeys(("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"), pool),
     "cat": cat,
     "pad": pad,
 }

@@ -79,6 +79,8 @@ def test_a_plan_of_a_later_format_says_so() -> None:
         ("biases", 3, "TypeError"),
         ("selects", {"norm": [0, 1.0]}, "1.0"),
         ("selects", {"norm": 0}, "TypeError"),
+        ("selects", {"norm": [True]}, "True"),
+        ("selects", [["norm", [0]]], "AttributeError"),
         ("pinned", ["relu"], "AttributeError"),
     ],
 )
@@ -168,6 +170,51 @@ def test_groups_of_something_that_is_no_convolution_are_refused() -> None:
         SlimmingPlan(groups={"0": 2}).check(mlp())
 
 
+def normed() -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(2, 6, 1), nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False))
+
+
+NORM_SHAPES = {"1.weight": (6,), "2.running_mean": (6,)}
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("1", "1.weight"), ("2", "2.running_mean")])
+def test_a_select_of_the_right_length_fits(name: str, tensor: str) -> None:
+    SlimmingPlan(selects={name: tuple(range(6))}).check(normed())
+    SlimmingPlan(NORM_SHAPES, {tensor: {0: (0, 4)}}, selects={name: (1, 5)}).check(normed())
+
+
+@pytest.mark.parametrize("name", ["1", "2"])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ((1, 6), "index 6"),
+        ((-1, 3), "index -1"),
+        ((3, 3), "repeated"),
+        ((3, 1), "ascending"),
+        ((), "empty"),
+        ((1, 2, 3), "3 channels for batch norm '[12]', which has 2"),
+        ((1,), "1 channels for batch norm '[12]', which has 2"),
+    ],
+)
+def test_bad_selects_are_refused_by_name(name: str, indices: tuple[int, ...], message: str) -> None:
+    cuts = {tensor: {0: (0, 4)} for tensor in NORM_SHAPES}
+    with pytest.raises(PlanError, match=message) as caught:
+        SlimmingPlan(NORM_SHAPES, cuts, selects={name: indices}).check(normed())
+    assert f"'{name}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["0", "3", "1.weight"])
+def test_a_select_for_something_that_is_no_batch_norm_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=f"batch norm '{name}', which Sequential does not have"):
+        SlimmingPlan(selects={name: (0,)}).check(normed())
+
+
+def test_a_select_for_a_batch_norm_without_tensors_is_refused() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(6, affine=False, track_running_stats=False))
+    with pytest.raises(PlanError, match="'0"):
+        SlimmingPlan(selects={"0": (0,)}).check(network)
+
+
 # ---- composition
 
 
@@ -243,7 +290,7 @@ def test_a_bias_added_first_and_cut_later_fits_a_fresh_model() -> None:
 @given(plans, plans, names)
 def test_under_prefixes_every_name(first: SlimmingPlan, second: SlimmingPlan, prefix: str) -> None:
     moved = first.under(prefix)
-    for field in ("shapes", "cuts", "groups"):
+    for field in ("shapes", "cuts", "groups", "selects"):
         old, new = getattr(first, field), getattr(moved, field)
         assert new == {f"{prefix}.{name}": value for name, value in old.items()}
     assert moved.biases == tuple(f"{prefix}.{name}" for name in first.biases)
@@ -251,9 +298,15 @@ def test_under_prefixes_every_name(first: SlimmingPlan, second: SlimmingPlan, pr
     assert first.under("b").under("a") == first.under("a.b")
 
 
+def test_a_later_select_replaces_an_earlier_one() -> None:
+    first = SlimmingPlan(selects={"1": (0, 2), "4": (1,)})
+    total = first.then(SlimmingPlan(selects={"1": (1,)}))
+    assert total.selects == {"1": (1,), "4": (1,)}
+
+
 def test_a_plan_is_true_if_it_changes_something() -> None:
     assert not SlimmingPlan() and not SlimmingPlan(pinned={"gru": "unknown"})
-    assert slim({"0.weight": {0: (0,)}}) and SlimmingPlan(biases=("2",))
+    assert slim({"0.weight": {0: (0,)}}) and SlimmingPlan(biases=("2",)) and SlimmingPlan(selects={"1": (0,)})
 
 
 def test_removed_counts_the_output_channels_of_transposed_convolutions() -> None:

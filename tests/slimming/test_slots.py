@@ -53,6 +53,29 @@ def test_unify_broadcasts_and_pin_joins_the_slot_that_stays() -> None:
     assert graph.components().tolist() == [PINNED, 1, PINNED, 1, 1, 1]
 
 
+def test_classes_of_slots_that_stay_can_be_told_apart() -> None:
+    graph = SlotGraph()
+    first, second = graph.new(2), graph.new(2)
+    graph.unify(first, second)
+    graph.pin(first[:1], "a reason")
+    assert graph.components().tolist() == [PINNED, PINNED, 2, PINNED, 2]
+    assert graph.components(pinned=False).tolist() == [PINNED, 1, 2, 1, 2]
+
+
+def test_every_pin_keeps_its_reason() -> None:
+    graph = SlotGraph()
+    labels = graph.new(3)
+    graph.pin(labels[[0, 2, 2]], "a reason")
+    graph.pin(torch.tensor([PINNED]), "nothing new")
+    graph.unify(labels[1:2], torch.tensor([PINNED]))
+    assert [(pinned.tolist(), reason) for pinned, reason in graph.pins] == [
+        ([1, 3], "a reason"),
+        ([2], "it meets a tensor that cannot be cut"),
+    ]
+    assert graph.components().tolist() == [PINNED] * 4
+    assert graph.components(pinned=False).tolist() == [PINNED, 1, 2, 3]
+
+
 def test_cutting_a_dimension_twice_makes_its_slots_the_same() -> None:
     graph = SlotGraph()
     first, second = graph.new(2), graph.new(2)

@@ -1,0 +1,235 @@
+"""Verification: the outputs of a network, before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_fscreen.slimming import VerificationError
+from lightning_fscreen.slimming.verify import Verification
+from tests.slimming import snapshot, untouched
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+
+def verified(network: nn.Module, training: bool = True, x: Tensor = X) -> Verification:
+    return Verification(network, (x,), {}, training)
+
+
+def mlp(*middle: nn.Module) -> Any:
+    return nn.Sequential(nn.Linear(3, 6), *middle, nn.Linear(6, 2))
+
+
+def halve(network: Any) -> dict[str, Tensor]:
+    """Take hidden units 1, 3, 5 from a network whose last layer does not read them."""
+    first, last = network[0], network[-1]
+    with torch.no_grad():
+        first.weight, first.bias = nn.Parameter(first.weight[::2]), nn.Parameter(first.bias[::2])
+        last.weight = nn.Parameter(last.weight[:, ::2])
+    return {}
+
+
+def unread(network: Any) -> Any:
+    with torch.no_grad():
+        network[-1].weight[:, 1::2] = 0
+    return network
+
+
+def test_what_has_not_changed_passes_and_nothing_is_touched() -> None:
+    network = mlp(nn.BatchNorm1d(6), nn.Dropout(), nn.ReLU())
+    network[2].eval()
+    before, modes, state = snapshot(network), [m.training for m in network.modules()], torch.get_rng_state()
+    x = X.clone()
+    verified(network, x=x).check({})
+    assert untouched(network, before) and torch.equal(torch.get_rng_state(), state) and torch.equal(x, X)
+    assert [module.training for module in network.modules()] == modes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_unit_that_nobody_reads_may_go(training: bool) -> None:
+    network = unread(mlp(nn.Tanh()))
+    verification = verified(network, training)
+    verification.check(halve(network))
+
+
+@pytest.mark.parametrize(
+    "drop", [nn.Dropout(), nn.Dropout(inplace=True), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Dropout1d()]
+)
+def test_dropout_does_not_count(drop: nn.Module) -> None:
+    network = unread(mlp(drop))
+    verification = verified(network)
+    verification.check(halve(network))
+
+
+def test_functional_dropout_does_not_count() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = unread(mlp())
+
+        def forward(self, x: Tensor) -> Any:
+            h = F.dropout(self.body[0](x), 0.5, self.training)
+            return self.body[1](torch.dropout(h, 0.3, self.training))
+
+    network = Net()
+    verification = verified(network)
+    verification.check(halve(network.body))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.5) if self.training else x
+
+
+def test_noise_is_the_same_before_and_after() -> None:
+    network = unread(mlp(Noise(), nn.Dropout()))
+    verification = verified(network)
+    torch.rand(7)  # whatever is drawn between
+    verification.check(halve(network))
+
+
+@given(st.integers(0, 5), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_any_change_is_found_whatever_the_scale(unit: int, scale: float) -> None:
+    network = mlp(nn.Sigmoid())
+    with torch.no_grad():
+        network[2].weight.mul_(scale)
+    verification, before = verified(network), network[2].weight.detach().clone()
+    with torch.no_grad():
+        network[2].weight[0, unit] += 1e-5 * scale
+    with pytest.raises(VerificationError, match=r"Sequential would change its outputs by .* in (train|eval) mode"):
+        verification.check({})
+    network[2].weight = nn.Parameter(before)
+    verification.check({})
+
+
+def test_a_change_that_only_train_mode_shows_is_found_in_train_mode() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.aux = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return {"out": self.fc(x), "aux": self.aux(x) if self.training else None}
+
+    network = Net()
+    both, evaluation = verified(network), verified(network, training=False)
+    nn.init.zeros_(network.aux.weight)
+    evaluation.check({})
+    with pytest.raises(VerificationError, match="in train mode"):
+        both.check({})
+
+
+def test_new_tensors_are_used_in_float64() -> None:
+    """What float32 rounds away is not held against the smaller network."""
+    network = mlp()
+    verification = verified(network)
+    exact = network[1].bias.detach().double()
+    network[1].bias = nn.Parameter(network[1].bias.detach() + 1e-3)
+    verification.check({"1.bias": exact})
+    with pytest.raises(VerificationError):
+        verification.check({})
+
+
+def test_a_network_that_insists_on_its_dtype_is_verified_in_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(x.float())
+
+    network = Net()
+    verification = verified(network)
+    with torch.no_grad():
+        network.fc.weight.mul_(1 + 1e-6)
+    verification.check({})
+    with torch.no_grad():
+        network.fc.weight.mul_(1.01)
+    with pytest.raises(VerificationError):
+        verification.check({})
+
+
+class Gives(nn.Module):
+    """Whatever it is told to."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x), self.what
+
+
+INFINITE = torch.tensor([1.0, float("inf")])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2), torch.ones(2).half()),
+        (torch.ones(2), None),
+        (torch.ones(2), torch.tensor([1.0, float("nan")])),
+        (INFINITE, -INFINITE),
+        (INFINITE, torch.ones(2)),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.tensor([True]), torch.tensor([False])),
+        (3, 4),
+        (3, 3.0),
+        ([1.0], [1.0, 2.0]),
+        (torch.zeros(2), torch.full((2,), 1e-6)),
+    ],
+)
+def test_outputs_that_differ_in_kind_are_found(before: Any, after: Any) -> None:
+    network = Gives(before)
+    verification = verified(network)
+    verification.check({})
+    network.what = after
+    with pytest.raises(VerificationError, match="Gives"):
+        verification.check({})
+
+
+@pytest.mark.parametrize(
+    "what", [INFINITE, torch.tensor(float("nan")), torch.zeros(0), torch.zeros(2), None, "text", {"a": [1, None]}]
+)
+def test_outputs_of_any_kind_equal_themselves(what: Any) -> None:
+    verified(Gives(what)).check({})
+
+
+def test_a_forward_that_fails_afterwards_says_how() -> None:
+    network = mlp()
+    verification = verified(network)
+    network[0] = nn.Linear(3, 5)
+    with pytest.raises(VerificationError, match="forward of Sequential fails on the smaller network.*RuntimeError"):
+        verification.check({})
+
+
+def test_a_network_that_fails_on_its_own_example_is_refused() -> None:
+    with pytest.raises(VerificationError, match="Sequential fails"):
+        verified(mlp(), x=torch.randn(4, 5))
+
+
+def test_buffers_and_inputs_that_forward_writes_are_put_back() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.calls: Tensor
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Any:
+            self.calls += 1
+            x += self.calls
+            return self.fc(x)
+
+    network, x = Writes(), X.clone()
+    verified(network, x=x).check({})
+    assert float(network.calls) == 0 and torch.equal(x, X)
