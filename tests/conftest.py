@@ -17,6 +17,8 @@ warnings.filterwarnings("ignore", module="lightning")
 
 # The same examples in every run of CI; other ones, and more of them, at a developer's.
 settings.register_profile("ci", derandomize=True, deadline=None)
+collect_ignore = ["benchmarks"]  # commands, some of which need more than the tests do
+
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
