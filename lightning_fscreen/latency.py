@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from torch.utils.benchmark import Timer
 from lightning_fscreen.slimming.capture import evaluating
 
 BATCH_SIZES = (1, 64)
-_SECONDS = 0.3  # of measuring each, at least
+_BLOCK = 0.02  # seconds of calls that are timed together: many clock ticks
+_BLOCKS = (3, 10)  # at least, at most; between them what fits into the time below
+_SECONDS = 0.3
 
 
 def measure_latency(
@@ -34,5 +37,14 @@ def measure_latency(
         for batch_size in batch_sizes:
             inputs = torch.zeros(batch_size, *shape, device=tensor.device, dtype=tensor.dtype)
             timer = Timer("network(inputs)", globals={"network": network, "inputs": inputs}, num_threads=threads)
-            times[batch_size] = 1000 * timer.blocked_autorange(min_run_time=_SECONDS).median
+            times[batch_size] = 1000 * _median_time(timer)
     return times
+
+
+def _median_time(timer: Timer) -> float:
+    # Not blocked_autorange: where a call takes microseconds it spends seconds on finding the size of a block.
+    once = timer.timeit(1).mean
+    calls = max(1, int(_BLOCK / once))
+    least, most = _BLOCKS
+    blocks = min(most, max(least, int(_SECONDS / (calls * once))))
+    return median(timer.timeit(calls).mean for _ in range(blocks))

@@ -22,7 +22,7 @@ CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
-QUIET = ["extras.print_config=false", "extras.figures=false", "trainer.max_epochs=3"]
+QUIET = ["extras.print_config=false", "extras.figures=false", "extras.latency=false", "trainer.max_epochs=3"]
 
 
 def fscreen(folder, *overrides, check=True):
@@ -176,6 +176,7 @@ def test_a_channel_run_leaves_a_smaller_network_that_others_load(tmp_path):
             "experiment=digits_channel",
             *QUIET,
             "extras.figures=true",
+            "extras.latency=true",
             "extras.export_onnx=true",
             f"paths.output_dir={tmp_path}",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class CaptureError(RuntimeError):
@@ -29,6 +30,11 @@ class Capture:
     tensors: dict[str, str]
     training: bool = False
 
+    def unused(self) -> set[str]:
+        """Names of the tensors that nothing reads."""
+        nodes = [node for node in self.graph.nodes if node.op == "placeholder" and node.name in self.tensors]
+        return {self.tensors[node.name] for node in nodes if not node.users}
+
 
 def capture(
     network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, training: bool = False
@@ -45,7 +51,7 @@ def capture(
         CaptureError: torch.export cannot follow the network's forward; the message holds what it said.
     """
     try:
-        with in_mode(network, training), torch.no_grad():
+        with in_mode(network, training), _without_cumulative_averages(network), torch.no_grad():
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
         raise CaptureError(
@@ -68,9 +74,27 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def _without_cumulative_averages(network: nn.Module) -> Iterator[None]:
+    """Momentum of batch norms that have none, which torch.export cannot follow and the graph does not depend on."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.momentum is None]
+    for module in norms:
+        module.momentum = 0.1
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.momentum = None
+
+
 def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Eval mode inside, every submodule's own mode restored afterwards."""
     return in_mode(network, training=False)
+
+
+def own_tensors(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias that a module holds itself: to read a parametrized one can write to its buffers."""
+    return module._parameters.get("weight"), module._parameters.get("bias")
 
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:

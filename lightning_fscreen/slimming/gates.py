@@ -71,11 +71,22 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def capture_training(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture:
-    """Capture the train mode, where auxiliary heads are seen; eval mode where that is impossible."""
+    """Capture the train mode, where auxiliary heads are seen; eval mode where that is impossible.
+
+    Raises:
+        CaptureError: neither can be captured, or eval mode leaves out layers whose part in train mode is then unknown.
+    """
     try:
         return capture(network, args, kwargs, training=True)
-    except CaptureError:  # a single instance, a loss that is computed inside, …
-        return capture(network, args, kwargs)
+    except CaptureError as error:  # a single instance, a loss that is computed inside, …
+        captured = capture(network, args, kwargs)
+        if left_out := captured.unused() & {name for name, _ in network.named_parameters()}:
+            raise CaptureError(
+                f"{type(network).__name__} cannot be captured in train mode, and in eval mode it does not use "
+                f"{sorted(left_out)[0]!r}: what train mode does with it is unknown, so nothing can be removed; "
+                f"pass at least two instances. {error}"
+            ) from error
+        return captured
 
 
 def gates_of(network: nn.Module, captured: Capture) -> list[Gate]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.capture import Capture, named_tensors
+from lightning_fscreen.slimming.capture import Capture, named_tensors, own_tensors
 from lightning_fscreen.slimming.slots import SlotGraph, Value
 
 Handler = Callable[["Walk", Any], Any]
@@ -73,9 +73,10 @@ class Walk:
         self._tensors = tensors
         self.layers: dict[str, list[tuple[str, str | None]]] = {}  # weight → (layer, its bias) that hold it
         for name, module in self.modules.items():
-            if isinstance(module, nn.Linear | _ConvNd) and id(module.weight) in first_name:
-                bias = None if module.bias is None else first_name[id(module.bias)]
-                self.layers.setdefault(first_name[id(module.weight)], []).append((name, bias))
+            weight, bias = own_tensors(module)
+            if isinstance(module, nn.Linear | _ConvNd) and id(weight) in first_name:
+                own_bias = None if bias is None else first_name[id(bias)]
+                self.layers.setdefault(first_name[id(weight)], []).append((name, own_bias))
         self.opaque: dict[str, str] = {}  # tensors that some operator uses whole, and which
 
     @property

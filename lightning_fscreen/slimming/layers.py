@@ -127,7 +127,10 @@ def _depthwise(
     carried = known & (constant == 0) if padded else known
     out_known = carried if walk.training else carried | (kernels == 0).all(1)
     out_constant = kernels.sum(1) * torch.where(carried, constant, 0.0)
-    out_constant += 0.0 if bias is None else walk.tensor(bias)
+    if bias is not None:
+        out_constant += walk.tensor(bias)
+        if walk.training:
+            walk.slots.trained.append(outputs)
     return by_channel(node, channel_dim, outputs, out_constant, out_known)
 
 

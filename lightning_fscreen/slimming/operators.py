@@ -129,7 +129,7 @@ def dropout(walk: Walk, node: Any) -> Value:
     """In train mode only zeros are constant, and after alpha dropout nothing is."""
     value = walk.value(node.args[0])
     given = arguments(node)
-    if not (given["train"] and given["p"]):
+    if not (given["p"] and (given["train"] or walk.training)):  # the graph of eval mode may stand for both
         return value
     known = value.known & (value.constant == 0)
     if "alpha" in operator_name(node):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_fscreen.slimming.capture import named_tensors
+from lightning_fscreen.slimming.capture import named_tensors, own_tensors
 
 _FORMAT = 1
 _PLAN = "_fscreen_plan"
@@ -120,8 +120,9 @@ class SlimmingPlan:
             if modules[name].bias is not None:
                 raise PlanError(f"the plan adds a bias to layer {name!r}, which has one; is it another model?")
         for name, module in modules.items():
-            if isinstance(module, nn.Linear | _ConvNd) and id(module.weight) in first:
-                self._check_groups(name, module, first[id(module.weight)])
+            weight, _ = own_tensors(module)
+            if isinstance(module, nn.Linear | _ConvNd) and id(weight) in first:
+                self._check_groups(name, module, first[id(weight)])
 
     def _check_select(self, name: str, module: nn.Module | None, network: str, first: Mapping[int, str]) -> None:
         if not isinstance(module, _BatchNorm):
@@ -148,8 +149,11 @@ class SlimmingPlan:
         single = module.weight.shape[0] // module.groups == 1 if transposed else module.weight.shape[1] == 1
         groups = module.groups if planned is None else planned
         per_group = module.weight.shape[0] // module.groups
-        # Groups of one input channel go one by one; larger ones keep the same channels each, until one is left of each.
-        fits = sizes[0] == groups * per_group if single else groups >= 1 and sizes[0] % groups == 0
+        # Groups of one input channel go one by one, the last one can lose rows; larger ones keep the same channels
+        # each, until one is left of each.
+        fits = groups >= 1 and sizes[0] % groups == 0
+        if single and groups > 1:
+            fits = sizes[0] == groups * per_group
         if not single and planned is not None:
             fits = fits and (sizes[0] == groups if transposed else sizes[1] == 1)
         if not fits:

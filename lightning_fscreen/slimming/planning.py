@@ -111,6 +111,7 @@ def _foldable(network: nn.Module, slots: SlotGraph) -> set[str]:
     """Weights of the layers that can take constants into their bias, which nobody else must use.
 
     In weights that are read more than once, constants cannot be carried at all: they meet different ones in each call.
+    Nor can those that training changes where padding meets them: what carries them would learn for all of them.
     """
     readers = [reader for reader in slots.readers if isinstance(reader, DenseReader)]
     weights = Counter(reader.weight for reader in readers)
@@ -120,9 +121,15 @@ def _foldable(network: nn.Module, slots: SlotGraph) -> set[str]:
     def has_own_bias(reader: DenseReader) -> bool:
         return reader.bias is None or (biases[reader.bias] == 1 and len(places[reader.bias]) == 1)
 
+    root = slots.components()
+    trained = torch.zeros(len(root), dtype=torch.bool)
+    if slots.trained:
+        trained[root[torch.cat(slots.trained)]] = True
     for reader in readers:
         if weights[reader.weight] > 1:
             reader.known = reader.silent()
+        elif reader.padded:
+            reader.known = reader.known & (reader.silent() | ~trained[root[reader.inputs]])
     return {
         reader.weight
         for reader in readers

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
 
+from lightning_fscreen.slimming.capture import own_tensors
 from lightning_fscreen.slimming.plan import SlimmingPlan, join, parameters_by_name
 from lightning_fscreen.slimming.select import put_select
 
@@ -68,17 +70,23 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
 
 def _match_sizes(module: nn.Module) -> list[Undo]:
     sizes: dict[str, int] = {}
+    weight, _ = own_tensors(module)
+    if weight is None:
+        weight = module._buffers.get("running_mean")
+    if weight is None or isinstance(weight, UninitializedParameter):
+        return []
     if isinstance(module, nn.Linear):
-        sizes = {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+        sizes = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
     elif isinstance(module, _ConvNd):
-        first, second = module.weight.shape[:2]
+        first, second = weight.shape[:2]
         if isinstance(module, _ConvTransposeNd):
             sizes = {"in_channels": first, "out_channels": second * module.groups}
         else:
             sizes = {"out_channels": first, "in_channels": second * module.groups}
     elif isinstance(module, _BatchNorm):
-        tensor = module.weight if module.weight is not None else module.running_mean
-        sizes = {} if tensor is None else {"num_features": len(tensor)}
+        sizes = {"num_features": len(weight)}
+    elif isinstance(module, nn.PReLU):
+        sizes = {"num_parameters": len(weight)}
     changed = [name for name, size in sizes.items() if getattr(module, name) != size]
     undo = [_restore(module, name) for name in changed]
     for name in changed:

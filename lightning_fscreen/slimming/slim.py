@@ -53,6 +53,7 @@ def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias
     return slim_captured(model, capture_training(model, args, kwargs), keep, args, kwargs, bias)
 
 
+@torch.inference_mode(False)
 def slim_captured(
     network: nn.Module,
     captured: Capture,
@@ -69,7 +70,7 @@ def slim_captured(
         change = make_change(network, slots)
         if not change.plan:
             return change.plan
-        verification = Verification(network, args, kwargs, captured.training)
+        verification = Verification(network, args, kwargs, training=True)
         try:
             apply_change(network, change, verification)
         except VerificationError as error:
@@ -127,7 +128,7 @@ def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: str) -> Any
 
     @torch.no_grad()
     def undo() -> None:
-        for parameter, values in old:
+        for parameter, values in reversed(old):  # a shared one was saved more than once
             parameter.copy_(values)
 
     return undo

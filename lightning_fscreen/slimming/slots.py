@@ -87,6 +87,7 @@ class SlotGraph:
         pinned: what could not be analysed, operator → reason.
         pins: slots that have to stay, and why.
         assumed: operators whose sizes were taken for computed, not written as numbers.
+        trained: slots whose constant is a parameter, so that training changes it.
     """
 
     readers: list[Reader] = field(default_factory=list)
@@ -97,6 +98,7 @@ class SlotGraph:
     pinned: dict[str, str] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+    trained: list[Tensor] = field(default_factory=list)
     _pairs: list[Tensor] = field(default_factory=list)
     _count: int = 1
 
