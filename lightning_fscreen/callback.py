@@ -9,23 +9,26 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.budget import Budget
 from lightning_fscreen.collect import FeatureStatistics
 from lightning_fscreen.collection import Collection
-from lightning_fscreen.criteria import resolve_criterion
-from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once
+from lightning_fscreen.criteria import Ranked, resolve_criterion
+from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, gather
 from lightning_fscreen.granularity import Channels, Granularity, Weights
 from lightning_fscreen.labels import find_labels
-from lightning_fscreen.masks import Masks
-from lightning_fscreen.network import InputRecorder, common_parent, enclosing
+from lightning_fscreen.optim import check_optimizers, order_of, restore_order
+from lightning_fscreen.pruner import Pruner
 from lightning_fscreen.ranking import SCOPES
-from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
+from lightning_fscreen.report import PruningReport
+from lightning_fscreen.resume import resize_on_load
 from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
-from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError, remove_dead_units
-from lightning_fscreen.surgery import LearningRates, slim_in_fit
+from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.surgery import LearningRates, forget_scores
 
 log = logging.getLogger(__name__)
 
@@ -150,30 +153,25 @@ class ScreeningPruningCallback(Callback):
         # Lightning asks for it around every hook.
         self._key = self._generate_state_key(granularity=granularity, include=include, exclude=exclude)
 
-        self.plan: SlimmingPlan | None = None
-        """What was physically removed, after slimming; else None. For channels with names as in the module."""
         self.history: list[dict[str, float]] = []
         """Per epoch ended: epoch, scheduled and applied pruned fraction."""
         self._budget = Budget(amount, self.schedule, (start_epoch, end_epoch or start_epoch + 1))
         self._collection = Collection(self.labels, num_classes)
-        self._granularity: Granularity | None = None
-        self._not_removed: str | None = None
-        self._masks: Masks | None = None
-        self._kept: dict[str, Tensor] = {}  # at full size, also after slimming
-        self._num_kept: dict[str, int] = {}
-        self._recorder: InputRecorder | None = None
+        self._pruner: Pruner | None = None
         self._rates: LearningRates | None = None
         self._tuning = False  # fine-tuning has begun
-        self._sizes: tuple[Size, Size] | None = None
         self._restored: dict[str, Any] = {}
+        self._loading: RemovableHandle | None = None
 
     # ---- start of a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what only the trainer knows: the strategy, and the window against the length of the training.
 
+        From here on the model takes the size of the checkpoint that is loaded into it.
+
         Raises:
-            NotImplementedError: an unsupported strategy.
+            NotImplementedError: an unsupported strategy or callback.
             ValueError: end_epoch after the end of the training, or none given for a training without an end.
         """
         if stage == "fit":
@@ -182,110 +180,87 @@ class ScreeningPruningCallback(Callback):
             last = None if fast else trainer.max_epochs
             self._budget.amount, self._budget.schedule = self.amount, self.schedule  # they may have been set since
             self._budget.window = resolve_window(self.start_epoch, self.end_epoch, last, fast)
+        if self._loading is None:
+            self._loading = resize_on_load(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the candidates.
 
         Raises:
             ValueError: nothing to prune, patterns that match nothing.
+            NotImplementedError: an unsupported optimizer.
         """
+        check_optimizers(trainer)
+        state = self._restored or self._present_state(pl_module)
+        self._restored = {}
         self._remove_hooks()
-        self._not_removed = None
-        self._tuning = bool(self._restored.pop("tuning", False))
+        self._tuning = bool(state.get("tuning", False))
         self._rates = LearningRates(trainer)
-        if self._slimmed_already(pl_module):  # another fit of the same model goes on
-            self._start_masks(trainer)
-            return
-        self.plan = None
-        if self.granularity == "channel":
-            self._granularity = Channels(pl_module, self.include, self.exclude, self.bias)
-        else:
-            self._granularity = Weights(pl_module, self.include, self.exclude, self.connections == "exact")
-        for name, reason in self._granularity.not_pruned.items():
-            log.info("layer %r is not pruned: %s", name, reason)
-        name, network = common_parent(pl_module, self._granularity.names)
-        size = measure_size(network, None, 1)
-        self._sizes = (size, size)
-        if self.granularity == "weight":
-            self._recorder = InputRecorder([(name, network)])
-        else:  # what reads the last channels must be part of the network
-            self._recorder = InputRecorder(enclosing(pl_module, name), on_inputs=lambda: self._meet(trainer))
-            if self._restored.get("inputs") is not None:
-                self._recorder.name = self._restored["network"]
-                self._recorder.network = pl_module.get_submodule(self._recorder.name)
-                self._recorder.inputs = self._restored.pop("inputs")
-                self._meet_network()
-        self._use_masks(self._granularity.masks(), trainer)
+        self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), lambda: self._met(trainer))
+        self._budget.total = self._pruner.total
+        self._budget.target = state.get("target", self._pruner.pruned)
+        if "optimizers" in state:
+            restore_order(trainer.optimizers, pl_module, state["optimizers"])
+        self._pruner.watch(trainer.optimizers)
         # Resumed within an epoch, or between its last batch and its end.
-        self._collection.load_state_dict(self._restored.pop("collection", {}), self._granularity.collector)
+        self._collection.load_state(trainer, state.get("collections", []), self._pruner.granularity.collector)
+        if self.plan is not None and self._budget.asks_for_more(self._budget.window[1]):
+            log.warning(
+                "the network was made smaller in an earlier fit, so no more is pruned in this one; to prune more, "
+                "train with a new ScreeningPruningCallback"
+            )
 
-    def _slimmed_already(self, pl_module: LightningModule) -> bool:
-        if self.granularity != "channel" or self.plan is None or self._recorder is None:
-            return False
-        return any(module is self._recorder.network for module in pl_module.modules())
+    def _find(self, model: nn.Module) -> Granularity:
+        if self.granularity == "channel":
+            return Channels(model, self.include, self.exclude, self.bias)
+        return Weights(model, self.include, self.exclude, self.connections == "exact")
 
-    def _use_masks(self, masks: Masks, trainer: Trainer) -> None:
-        """Work with fresh masks from now on, taking over what is pruned already."""
-        if self._masks is not None and self._masks.covers(masks):  # another fit of the same model goes on
-            self._restored.setdefault("kept", self._masks.kept)
-        if self._masks is not None:
-            self._masks.unwatch()
-        self._masks = masks
-        if "kept" in self._restored and self._restored["kept"].keys() == masks.kept.keys():
-            masks.set(self._restored.pop("kept"), trainer.optimizers)
-        self._kept, self._num_kept = dict(masks.kept), dict(masks.num_kept)
-        self._budget.total, self._budget.target = masks.total, self._restored.pop("target", self._pruned)
-        self._start_masks(trainer)
+    def _present_state(self, pl_module: LightningModule) -> dict[str, Any]:
+        """What another fit of the same model goes on from; empty for a new one."""
+        pruner = self._pruner
+        if pruner is None or all(module is not pruner.recorder.network for module in pl_module.modules()):
+            return {}
+        state = pruner.state_dict()
+        if bool(plan_of(pl_module)) != bool(self.plan):  # a checkpoint of another size was loaded since
+            state |= {"plan": "", "since": ""}
+        return {"pruner": state, "target": self._budget.target}
 
-    def _start_masks(self, trainer: Trainer) -> None:
-        assert self._masks is not None
-        self._masks.unwatch()
-        self._masks.watch(trainer.optimizers)
-
-    def _meet(self, trainer: Trainer) -> None:
-        """The network is being called for the first time: go on with what it turns out to be."""
-        names = self._granularity.names if self._granularity is not None else []
-        self._meet_network()
-        assert self._granularity is not None
-        if self._granularity.names != names:
-            self._use_masks(self._granularity.masks(), trainer)
-        if self._collects_in(trainer.current_epoch, 0):
-            self._collection.open(self._granularity.collector)
-
-    def _meet_network(self) -> None:
-        assert self._granularity is not None and self._recorder is not None
-        known = set(self._granularity.not_pruned)
-        self._granularity.meet(self._recorder)
-        for name, reason in self._granularity.not_pruned.items():
-            if name not in known:
-                log.info("layer %r is not pruned: %s", name, reason)
-        size = measure_size(self._recorder.network, self._recorder.inputs_on_device(), self._recorder.instances)
-        self._sizes = (size, size)
+    def _met(self, trainer: Trainer) -> None:
+        """The network is being called for the first time, and its candidates are known."""
+        assert self._pruner is not None
+        self._budget.total = self._pruner.total
+        if self._collects_in(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx):
+            self._collection.open(self._pruner.granularity.collector)
 
     # ---- the training step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
-        if not self._collects(trainer.current_epoch):
+        epoch = trainer.current_epoch
+        if not self._collects(epoch):
             self._collection.end()
-        if self._tuning or trainer.current_epoch < self._budget.window[1] or self._prunes_after(trainer.current_epoch):
+        if self._tuning or epoch < self._budget.window[1] or self._prunes_after(epoch):
             return
+        assert self._pruner is not None
+        if self._pruner.granularity.slims_in_fit and self._pruner.recorder.inputs is None:
+            return  # resumed with inputs that no checkpoint can hold: known after one more batch
         self._tuning = True
-        if self.granularity == "channel" and self._recorder is not None and self._recorder.inputs is not None:
-            self._slim_channels(trainer, pl_module)
+        if self._pruner.granularity.slims_in_fit:
+            self._slim(trainer)
+        forget_scores(trainer)
         if self.rewind_lr and self._rates is not None:
             self._rates.rewind(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the hooks for the forward pass, in epochs that end with pruning."""
-        unknown = self._recorder is not None and self._recorder.inputs is None
-        if self._recorder is not None and unknown:
-            self._recorder.start()
+        assert self._pruner is not None
+        unknown = self._pruner.recorder.inputs is None
+        if unknown:
+            self._pruner.recorder.start()
         if self._collects_in(trainer.current_epoch, batch_idx):
             self._collection.find_classes(trainer, pl_module, batch, batch_idx)
-            if not unknown or self.granularity == "weight":
-                assert self._granularity is not None
-                self._collection.open(self._granularity.collector)
+            if not (unknown and self._pruner.granularity.slims_in_fit):  # or else as soon as it is known
+                self._collection.open(self._pruner.granularity.collector)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close them: what runs from here on recomputes, or belongs to somebody else."""
@@ -293,8 +268,8 @@ class ScreeningPruningCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights, before they are clipped by norm."""
-        if self._masks is not None:
-            self._masks.mask_gradients()
+        if self._pruner is not None:
+            self._pruner.mask_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -305,13 +280,14 @@ class ScreeningPruningCallback(Callback):
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
         self._collection.close()
-        if self._recorder is not None:
-            self._recorder.stop()
-            if self._recorder.inputs is None and self.granularity == "channel":
-                raise ValueError(
-                    f"{self._recorder.describe()} was not called in training_step, so it is not known how its batch "
-                    "norms are connected; call the module that holds them as a whole, self.net(x)"
-                )
+        assert self._pruner is not None
+        recorder = self._pruner.recorder
+        recorder.stop()
+        if recorder.inputs is None and self.granularity == "channel":
+            raise ValueError(
+                f"{recorder.describe()} was not called in training_step, so it is not known how its batch "
+                "norms are connected; call the module that holds them as a whole, self.net(x)"
+            )
         if self._collects_in(trainer.current_epoch, batch_idx):
             self._collection.add(trainer, batch, batch_idx)
 
@@ -331,14 +307,11 @@ class ScreeningPruningCallback(Callback):
             ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that
                 the floors make impossible; nothing is pruned then.
         """
+        assert self._pruner is not None
         if self._prunes_after(trainer.current_epoch):
-            assert self._masks is not None and self._granularity is not None
             statistics = self._statistics(trainer)
-            before = self._masks.kept
             kept = decide_once(trainer, lambda: self._decide(trainer, statistics))
-            self._masks.set(kept, trainer.optimizers)
-            self._granularity.after_pruning(before, self._masks.kept, statistics)
-            self._kept, self._num_kept = dict(self._masks.kept), dict(self._masks.num_kept)
+            self._pruner.prune(kept, statistics, trainer)
             self._budget.met(trainer.current_epoch)
             self._collection.reset()
         self._record(trainer, pl_module)
@@ -350,61 +323,40 @@ class ScreeningPruningCallback(Callback):
         return statistics
 
     def _decide(self, trainer: Trainer, statistics: Mapping[str, FeatureStatistics]) -> dict[str, Tensor]:
-        assert self._masks is not None and self._granularity is not None
-        kept = self._masks.kept
+        assert self._pruner is not None
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + trainer.current_epoch)
-        scores = self._criterion.score(self._granularity.ranked(kept, statistics), self.screening_weight, generator)
-        amount = self._budget.fraction(trainer.current_epoch)
-        return self._granularity.prune(scores, kept, amount, self.scope, self.min_channels)
+
+        def score(ranked: Mapping[str, Ranked]) -> Mapping[str, Tensor]:
+            return self._criterion.score(ranked, self.screening_weight, generator)
+
+        fraction = self._budget.fraction(trainer.current_epoch)
+        return self._pruner.rank(score, statistics, fraction, self.scope, self.min_channels)
 
     def _prunes_after(self, epoch: int) -> bool:
-        slimmed = self.granularity == "channel" and self.plan is not None
-        return not slimmed and self._budget.asks_for_more(epoch)
-
-    @property
-    def _pruned(self) -> int:
-        return sum(mask.numel() for mask in self._kept.values()) - sum(self._num_kept.values())
+        return self.plan is None and self._budget.asks_for_more(epoch)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sparsity, scheduled = self._pruned / self._budget.total, self._budget.fraction(trainer.current_epoch)
-        self.history.append({"epoch": trainer.current_epoch, "scheduled": scheduled, "applied": sparsity})
+        assert self._pruner is not None
+        pruner, epoch = self._pruner, trainer.current_epoch
+        sparsity, scheduled = pruner.pruned / pruner.total, self._budget.fraction(epoch)
+        self.history.append({"epoch": epoch, "scheduled": scheduled, "applied": sparsity})
         pl_module.log("fscreen/sparsity", sparsity, prog_bar=True)
-        metrics = {f"fscreen/kept/{name}": kept / self._kept[name].numel() for name, kept in self._num_kept.items()}
-        if self.granularity == "channel" and self._sizes is not None:
-            size = self._sizes[1]
-            metrics |= {"fscreen/channels": sum(self._num_kept.values()), "fscreen/params": size.params}
-            metrics |= {} if size.macs is None else {"fscreen/macs": size.macs}
+        metrics = {f"fscreen/kept/{name}": kept / pruner.kept[name].numel() for name, kept in pruner.num_kept.items()}
+        if self.granularity == "channel":
+            metrics |= {"fscreen/channels": sum(pruner.num_kept.values()), "fscreen/params": pruner.size.params}
+            metrics |= {} if pruner.size.macs is None else {"fscreen/macs": pruner.size.macs}
         pl_module.log_dict({name: float(value) for name, value in metrics.items()})
 
-    # ---- slimming
+    # ---- slimming, and the end of a fit
 
-    def _slim_channels(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the network smaller in the middle of the fit; what stays switched off is masked on."""
-        recorder, channels = self._recorder, self._granularity
-        assert recorder is not None and isinstance(channels, Channels) and channels.captured is not None
-        if not self.slim or self.plan is not None:
+    def _slim(self, trainer: Trainer) -> None:
+        assert self._pruner is not None
+        if not self.slim or self.plan is not None or not self._pruner.slim(trainer):
             return
-        bias = "zero" if self.bias == "zero" else "fold"
-        try:
-            self.plan = slim_in_fit(trainer, pl_module, recorder, channels.captured, self._kept, bias)
-        except VerificationError as error:  # a model in training must survive this
-            self._not_removed = str(error)
-            log.warning("nothing was physically removed, the masks stay: %s", error)
-            return
-        if self._masks is not None:
-            self._masks.unwatch()
-        self._masks = channels.masks()
-        plan = self.plan
-        self._masks.set(
-            {name: plan.cut(f"{name}.weight", mask) for name, mask in self._kept.items()}, trainer.optimizers
-        )
-        self._start_masks(trainer)
-        size = measure_size(recorder.network, recorder.inputs_on_device(), recorder.instances)
-        before = self._sizes[0] if self._sizes else size
-        self._sizes = (before, size)
-        log.info("slimmed: %s → %s parameters, %s → %s MACs", before.params, size.params, before.macs, size.macs)
-
-    # ---- the end of a fit
+        assert self.plan is not None
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, ScreeningPruningCallback) and other is not self and other._pruner is not None:
+                other._pruner.follow(self.plan)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all processes end with the same buffers, as their next forward pass would, before they slim."""
@@ -415,45 +367,47 @@ class ScreeningPruningCallback(Callback):
         self._remove_hooks()
         if trainer.num_training_batches == 0 and not self.history:
             raise ValueError("the training dataloader is empty, so nothing was trained or pruned; check the data set")
-        recorder = self._recorder
-        if recorder is None or recorder.inputs is None:
-            self._not_removed = (
-                f"{recorder.describe() if recorder else 'the network'} was not called in training, so its inputs are "
+        assert self._pruner is not None
+        self._pruner.reattach()
+        if self._prunes_after(self._budget.window[1]) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.warning(
+                "training ended with epoch %d, before everything was pruned (end_epoch=%d): %.1f %% of the candidates "
+                "are, %.1f %% were asked for; train longer, set end_epoch earlier, or make EarlyStopping more patient",
+                trainer.current_epoch - 1,
+                self._budget.window[1],
+                100 * self._pruner.pruned / self._pruner.total,
+                100 * self.amount,
+            )
+        recorder = self._pruner.recorder
+        if recorder.inputs is None:
+            self._pruner.not_removed = (
+                f"{recorder.describe()} was not called in training, so its inputs are "
                 "not known; call the module that holds the pruned layers as a whole, self.net(x)"
             )
             if self.slim:
-                log.warning("nothing was physically removed: %s", self._not_removed)
+                log.warning("nothing was physically removed: %s", self._pruner.not_removed)
             return
-        if self.granularity == "channel":
-            if self.plan is None and self._pruned and self._not_removed is None:  # no epoch of fine-tuning came
-                self._slim_channels(trainer, pl_module)
-                self._remove_hooks()
-            return
-        network, inputs = recorder.network, recorder.inputs_on_device()
-        before = measure_size(network, inputs, recorder.instances)
-        if self.slim:
-            try:
-                self.plan = remove_dead_units(network, *inputs)
-            except (CaptureError, VerificationError) as error:  # a trained model must survive this
-                self._not_removed = str(error)
-                log.warning("nothing was physically removed: %s", error)
-        self._sizes = (before, measure_size(network, inputs, recorder.instances))
+        if self.granularity == "weight":
+            self._pruner.measure()
+        if self.granularity == "weight" or self._pruner.pruned:  # channels: if no epoch of fine-tuning came
+            self._slim(trainer)
+            self._remove_hooks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind, also after an error."""
-        if stage == "fit":
-            self._remove_hooks()
+        self._remove_hooks()
+        if self._loading is not None:
+            self._loading.remove()
+            self._loading = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind after an error."""
-        self._remove_hooks()
+        self.teardown(trainer, pl_module, "fit")
 
     def _remove_hooks(self) -> None:
         self._collection.end()
-        if self._recorder is not None:
-            self._recorder.stop()
-        if self._masks is not None:
-            self._masks.unwatch()
+        if self._pruner is not None:
+            self._pruner.unwatch()
 
     # ---- what others ask for
 
@@ -463,6 +417,11 @@ class ScreeningPruningCallback(Callback):
         return self._key
 
     @property
+    def plan(self) -> SlimmingPlan | None:
+        """What was physically removed, with names as in the module, after slimming; else None."""
+        return self._pruner.plan if self._pruner is not None else None
+
+    @property
     def window(self) -> tuple[int, int]:
         """First epoch of the annealing window and first epoch after it, as resolved for the last fit."""
         return self._budget.window
@@ -470,7 +429,7 @@ class ScreeningPruningCallback(Callback):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean masks of the candidates by layer, at their size before slimming, True where kept."""
-        return dict(self._kept)
+        return dict(self._pruner.kept) if self._pruner is not None else {}
 
     def report(self) -> PruningReport:
         """What pruning has done so far.
@@ -478,32 +437,22 @@ class ScreeningPruningCallback(Callback):
         Raises:
             RuntimeError: no fit has started yet.
         """
-        if self._granularity is None or self._sizes is None:
+        if self._pruner is None:
             raise RuntimeError("there is nothing to report before Trainer.fit has started with this callback")
-        return PruningReport(
-            granularity=self.granularity,
-            layers=tuple(LayerReport(name, mask.numel(), self._num_kept[name]) for name, mask in self._kept.items()),
-            before=self._sizes[0],
-            after=self._sizes[1],
-            removed=self._removed(),
-            not_pruned=dict(self._granularity.not_pruned),
-            not_removed=self._not_removed,
-        )
-
-    def _removed(self) -> dict[str, int]:
-        if self.plan is None or self._recorder is None:
-            return {}
-        return dict(
-            self.plan.removed if self.granularity == "channel" else self.plan.under(self._recorder.name).removed
-        )
+        return self._pruner.report(self.granularity)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, sums of the running epoch and history, as tensors and primitives (for `weights_only` loading)."""
-        state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "kept": dict(self._kept)}
-        state |= {"target": self._budget.target, "tuning": self._tuning, "collection": self._collection.state_dict()}
-        if self._recorder is not None and self.granularity == "channel":
-            state["network"], state["inputs"] = self._recorder.name, self._recorder.plain_inputs()
-        return state
+        """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""
+        state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "tuning": self._tuning}
+        state |= {"target": self._budget.target}
+        return state if self._pruner is None else state | {"pruner": self._pruner.state_dict()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what is different in every process, the sums of the running epoch, and the order of the parameters."""
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if own is not None:
+            own["collections"] = gather(trainer, self._collection.state_dict())
+            own["optimizers"] = order_of(trainer.optimizers, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave, when the next fit starts."""

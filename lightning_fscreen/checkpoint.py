@@ -9,10 +9,10 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_fscreen.slimming.capture import named_tensors
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
+from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
 
 _KEY = "fscreen_plan"
@@ -73,8 +73,8 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
         raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
     plan = SlimmingPlan.from_json(metadata[_KEY])
     plan.check(model)
-    expected = {name: _planned_shape(plan, name, tensor) for name, tensor in _persistent(model).items()}
-    expected |= {join(name, "bias"): _added_bias_shape(plan, model, name) for name in plan.biases}
+    expected = {name: planned_shape(plan, name, tensor) for name, tensor in _persistent(model).items()}
+    expected |= {join(name, "bias"): added_bias_shape(plan, model, name) for name in plan.biases}
     for name in sorted({*expected, *saved}):
         if name not in saved:
             raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(model).__name__} needs")
@@ -101,17 +101,3 @@ def _own_storage(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous, and not a view of a storage that another tensor may use, which safetensors refuses."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _added_bias_shape(plan: SlimmingPlan, model: nn.Module, layer: str) -> tuple[int, ...]:
-    module = model.get_submodule(layer)
-    weight = next(name for name, tensor in named_tensors(model).items() if tensor is module.weight)
-    shape = _planned_shape(plan, weight, named_tensors(model)[weight])
-    return (shape[1] * module.groups,) if isinstance(module, _ConvTransposeNd) else shape[:1]
-
-
-def _planned_shape(plan: SlimmingPlan, name: str, tensor: Tensor) -> tuple[int, ...]:
-    shape = list(tensor.shape)
-    for dim, kept in plan.cuts.get(name, {}).items():
-        shape[dim] = len(kept)
-    return tuple(shape)

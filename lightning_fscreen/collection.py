@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -88,14 +88,21 @@ class Collection:
         """The sums, as tensors and primitives; empty if there are none."""
         return {} if self._collector is None else self._collector.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any], make_collector: Callable[[int], ActivationCollector]) -> None:
-        """Continue from what `state_dict` gave."""
-        if state:
-            self._num_classes = state["num_classes"]
-            self.open(make_collector)
-            self.close()
-            assert self._collector is not None
-            self._collector.load_state_dict(state)
+    def load_state(
+        self,
+        trainer: Trainer,
+        states: Sequence[Mapping[str, Any]],
+        make_collector: Callable[[int], ActivationCollector],
+    ) -> None:
+        """Continue from what `state_dict` gave in every process; additional processes begin with nothing."""
+        if not any(states):
+            return
+        self._num_classes = states[0]["num_classes"]
+        self.open(make_collector)
+        self.close()
+        assert self._collector is not None
+        if trainer.global_rank < len(states):
+            self._collector.load_state_dict(states[trainer.global_rank])
 
 
 @contextlib.contextmanager

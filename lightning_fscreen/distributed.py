@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_fscreen.functional import ClassSums, f_statistic_merge
 
@@ -15,10 +19,10 @@ _SUPPORTED = (SingleDeviceStrategy, DDPStrategy)
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that shard or move parameters in ways that pruning does not follow.
+    """Refuse strategies and callbacks that shard, move or average parameters in ways that pruning does not follow.
 
     Raises:
-        NotImplementedError: names the strategy and what to use instead.
+        NotImplementedError: names what is not supported, and what to use instead.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise NotImplementedError(
@@ -31,6 +35,21 @@ def check_strategy(trainer: Trainer) -> None:
             f"ScreeningPruningCallback does not support {type(trainer.strategy).__name__}; "
             "use Trainer(strategy='auto') on one device or strategy='ddp' on several"
         )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise NotImplementedError(
+                f"ScreeningPruningCallback does not support {type(callback).__name__}: averages of weights before and "
+                "after pruning are not pruned; train without it, or average in a fit of the slim network"
+            )
+
+
+def gather(trainer: Trainer, value: Any) -> list[Any]:
+    """What every process has, in the order of their ranks."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def merge_processes(trainer: Trainer) -> Callable[[ClassSums], ClassSums]:
@@ -59,7 +78,7 @@ def decide_once(trainer: Trainer, decide: Callable[[], Mapping[str, Tensor]]) ->
 
 def broadcast_buffers(trainer: Trainer, model: nn.Module) -> None:
     """Give all processes the first one's buffers (running statistics differ between them), as DDP does in forward."""
-    if trainer.world_size > 1:
+    if isinstance(trainer.strategy.model, DistributedDataParallel):  # not after the fit, when devices have been left
         for buffer in model.buffers():
             buffer.copy_(trainer.strategy.broadcast(buffer))
 
@@ -67,7 +86,7 @@ def broadcast_buffers(trainer: Trainer, model: nn.Module) -> None:
 def rewrap(trainer: Trainer) -> None:
     """Let DistributedDataParallel see the parameters that the model has now."""
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
         strategy._pl_static_graph_delay_done = False

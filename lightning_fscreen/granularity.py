@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates import PrunableWeight, find_weights
@@ -13,11 +15,13 @@ from lightning_fscreen.channels import find_channels, refine
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
 from lightning_fscreen.criteria import Ranked
 from lightning_fscreen.masks import Masks
-from lightning_fscreen.network import InputRecorder
+from lightning_fscreen.network import InputRecorder, common_parent, enclosing
 from lightning_fscreen.ranking import rank_and_prune
+from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.gates import activations_of, capture_training, gates_of
 from lightning_fscreen.slimming.plan import join
+from lightning_fscreen.surgery import slim_in_fit
 
 
 class Granularity(ABC):
@@ -28,11 +32,34 @@ class Granularity(ABC):
     """
 
     not_pruned: dict[str, str]
+    slims_in_fit: ClassVar[bool]
+    """Whether the network can become smaller while it is trained; else when the fit has ended."""
 
     @property
     @abstractmethod
     def names(self) -> list[str]:
         """Layers with candidates, by their names in the model."""
+
+    @abstractmethod
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget the candidates of all other layers."""
+
+    @abstractmethod
+    def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names and submodules that may be the network, from the outermost to the innermost; see `InputRecorder`."""
+
+    @abstractmethod
+    def slim(
+        self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]
+    ) -> SlimmingPlan:
+        """Make the network smaller; returns the plan, with names as in the model.
+
+        Raises:
+            CaptureError: the network cannot be captured.
+            VerificationError: outputs would change.
+            NotImplementedError: an optimizer whose state cannot be cut.
+            Nothing has changed after an error.
+        """
 
     @abstractmethod
     def masks(self) -> Masks:
@@ -83,10 +110,26 @@ class Weights(Granularity):
         self._candidates, self.not_pruned = find_weights(model, include, exclude)
         self._exact = exact
 
+    slims_in_fit = False
+
     @property
     def names(self) -> list[str]:
         """Names of the layers."""
         return [candidate.name for candidate in self._candidates]
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget the candidates of all other layers."""
+        self._candidates = [candidate for candidate in self._candidates if candidate.name in names]
+
+    def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The smallest submodule that holds all layers."""
+        return [common_parent(model, self.names)]
+
+    def slim(
+        self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]
+    ) -> SlimmingPlan:
+        """Remove units without incoming or without outgoing weights."""
+        return remove_dead_units(recorder.network, *recorder.inputs_on_device()).under(recorder.name)
 
     def masks(self) -> Masks:
         """Masks of the weights."""
@@ -136,10 +179,29 @@ class Channels(Granularity):
         self._candidates, self.not_pruned = find_channels(model, include, exclude)
         self._bias = bias
 
+    slims_in_fit = True
+
     @property
     def names(self) -> list[str]:
         """Names of the batch norms."""
         return [candidate.name for candidate in self._candidates]
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget the candidates of all other batch norms."""
+        self._candidates = [candidate for candidate in self._candidates if candidate.name in names]
+
+    def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """What holds all batch norms, and what holds that: what reads the last channels must be part of the network."""
+        name, _ = common_parent(model, self.names)
+        return enclosing(model, name)
+
+    def slim(
+        self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]
+    ) -> SlimmingPlan:
+        """Remove the channels that are not kept, and all that only they need; optimizers and strategy go along."""
+        assert self.captured is not None
+        bias = "zero" if self._bias == "zero" else "fold"
+        return slim_in_fit(trainer, model, recorder, self.captured, kept, bias)
 
     def meet(self, recorder: InputRecorder) -> None:
         """Capture the network: which batch norms are coupled, which cannot be pruned.

@@ -40,11 +40,6 @@ class Masks:
     def _masked(self) -> list[tuple[str, nn.Parameter]]:
         return [*self._parameters.items(), *self._companions.items()]
 
-    def covers(self, other: Masks) -> bool:
-        """Whether the other masks are over the very same parameters."""
-        own, others = self._parameters, other._parameters
-        return own.keys() == others.keys() and all(own[name] is parameter for name, parameter in others.items())
-
     @property
     def total(self) -> int:
         """Number of candidates."""

@@ -61,6 +61,12 @@ class InputRecorder:
         self.instances = _INSTANCES
         self._handles: list[RemovableHandle] = []
 
+    def set(self, name: str, network: nn.Module, inputs: Inputs) -> None:
+        """The network and its inputs are known from before."""
+        self.name, self.network, self.inputs = name, network, inputs
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+        self.instances = min(len(tensors[0]), _INSTANCES) if tensors else 1
+
     def start(self) -> None:
         """Watch for the next call."""
         if not self._handles:

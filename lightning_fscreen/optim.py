@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +22,46 @@ class Move:
     old: nn.Parameter
     new: nn.Parameter
     cut: Callable[[Tensor], Tensor]
+
+
+def check_optimizers(trainer: Trainer) -> None:
+    """Refuse optimizers that shard what they update.
+
+    Raises:
+        NotImplementedError: names the optimizer, or the kind of parameter, and what to use instead.
+    """
+    for optimizer in trainer.optimizers:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise NotImplementedError(
+                "ScreeningPruningCallback does not support ZeroRedundancyOptimizer, whose state is spread over the "
+                "processes; use the optimizer that it wraps"
+            )
+        for group in optimizer.param_groups:
+            if any(type(parameter.data).__name__ == "DTensor" for parameter in group["params"]):
+                raise NotImplementedError(
+                    "ScreeningPruningCallback does not support DTensor parameters, which are spread over devices; use "
+                    "Trainer(strategy='auto') on one device or strategy='ddp' on several, with ordinary parameters"
+                )
+
+
+def order_of(optimizers: Iterable[Optimizer], model: nn.Module) -> list[list[list[str]]]:
+    """Names of the parameters in every group of every optimizer; empty for those that are not in the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[[names.get(p, "") for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
+
+
+def restore_order(optimizers: Iterable[Optimizer], model: nn.Module, order: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Arrange the parameters in the groups as they were, for the state that belongs to them by position.
+
+    Slimming can add a bias to a layer; a fresh optimizer has it in another place. Optimizers of other parameters or
+    another number of groups are left alone.
+    """
+    parameters = dict(model.named_parameters())
+    for optimizer, now, before in zip(optimizers, order_of(optimizers, model), order, strict=False):
+        flat, wanted = ([name for group in groups for name in group] for groups in (now, before))
+        if len(now) == len(before) and sorted(flat) == sorted(wanted) and "" not in wanted:
+            for group, names in zip(optimizer.param_groups, before, strict=True):
+                group["params"][:] = [parameters[name] for name in names]
 
 
 def check_state(optimizers: Iterable[Optimizer], names: Mapping[Tensor, str]) -> None:

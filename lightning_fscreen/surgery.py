@@ -6,7 +6,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_fscreen.distributed import broadcast_buffers, rewrap
@@ -64,6 +66,19 @@ def slim_in_fit(
 
 def _weight(model: nn.Module, layer: str) -> nn.Parameter:
     return model.get_submodule(layer).get_parameter("weight")
+
+
+def forget_scores(trainer: Trainer) -> None:
+    """Let ModelCheckpoint and EarlyStopping look for the best score afresh: those of the larger network hide others."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models = {}
+            callback.best_model_path = callback.kth_best_model_path = ""
+            callback.best_model_score = None
+            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)
 
 
 class LearningRates:

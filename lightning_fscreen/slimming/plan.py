@@ -216,6 +216,20 @@ def attach_plan(network: nn.Module, plan: SlimmingPlan) -> None:
         setattr(module, _PLAN, own if earlier is None else earlier.then(own))
 
 
+def attach_lost_plan(network: nn.Module, plan: SlimmingPlan) -> None:
+    """As `attach_plan`, of a plan that was attached already, to the modules that have been replaced since."""
+    for name, own in _by_module(plan).items():
+        module = network.get_submodule(name)
+        if getattr(module, _PLAN, None) is None:
+            setattr(module, _PLAN, own)
+
+
+def detach_plans(network: nn.Module) -> None:
+    """Forget how the layers were slimmed."""
+    for module in network.modules():
+        module.__dict__.pop(_PLAN, None)
+
+
 def plan_of(model: nn.Module) -> SlimmingPlan:
     """The plan of all slimmings of a model or of its parts so far; an empty one if there were none."""
     total = SlimmingPlan()

@@ -15,6 +15,7 @@ from lightning_fscreen.slimming.plan import SlimmingPlan, join, parameters_by_na
 from lightning_fscreen.slimming.select import put_select
 
 Undo = Callable[[], None]
+_GROUPS = "_fscreen_groups"
 
 
 def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor]) -> Undo:
@@ -54,6 +55,7 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
             store[place] = new  # type: ignore[assignment]
     for name, groups in plan.groups.items():
         undo.append(_restore(modules[name], "groups"))
+        modules[name].__dict__.setdefault(_GROUPS, modules[name].groups)
         modules[name].groups = groups
     for name, indices in plan.selects.items():
         device = next(tensor.device for tensor in (*modules[name].parameters(), *modules[name].buffers()))
@@ -66,6 +68,11 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
             step()
 
     return put_back
+
+
+def original_groups(module: nn.Module) -> int:
+    """Groups of a convolution before it was slimmed for the first time."""
+    return int(module.__dict__.get(_GROUPS, module.groups))
 
 
 def _match_sizes(module: nn.Module) -> list[Undo]:

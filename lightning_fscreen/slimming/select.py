@@ -22,6 +22,15 @@ def selected(module: nn.Module) -> Tensor | None:
     return module._buffers.get(SELECT)
 
 
+def drop_select(module: nn.Module) -> None:
+    """Let a batch norm read all channels again."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is select_channels:
+            del module._forward_pre_hooks[key]
+    module._buffers.pop(SELECT, None)
+    module._non_persistent_buffers_set.discard(SELECT)
+
+
 def put_select(module: nn.Module, indices: tuple[int, ...], device: torch.device) -> Callable[[], None]:
     """Let a batch norm read these channels of what it gets; returns a function that puts back what was."""
     old = selected(module)

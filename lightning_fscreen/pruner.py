@@ -1,0 +1,269 @@
+"""What a callback does to one model: candidates, masks and slimming, and what a checkpoint has to know about them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_fscreen.collect import FeatureStatistics
+from lightning_fscreen.granularity import Granularity
+from lightning_fscreen.masks import Masks
+from lightning_fscreen.network import InputRecorder
+from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
+from lightning_fscreen.resume import carry_plan
+from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
+from lightning_fscreen.slimming.resize import reattach
+
+log = logging.getLogger(__name__)
+
+
+class Pruner:
+    """The candidates of one model, what is pruned of them, and what was physically removed.
+
+    Args:
+        model: the module that is trained, full-size or as small as `state` says.
+        find: finds the candidates of a model.
+        state: what `state_dict` gave, to go on from; empty to begin.
+        on_met: called when the network has been called for the first time, before it runs.
+
+    Raises:
+        ValueError: nothing to prune, patterns that match nothing.
+    """
+
+    def __init__(
+        self,
+        model: LightningModule,
+        find: Callable[[nn.Module], Granularity],
+        state: Mapping[str, Any],
+        on_met: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._find = find
+        self._on_met = on_met
+        self._state = dict(state)
+        self.plan: SlimmingPlan | None = _plan(self._state.pop("plan", ""))
+        self._since = _plan(self._state.pop("since", "")) or SlimmingPlan()  # removed by us and by others
+        self.not_removed: str | None = self._state.pop("not_removed", None)
+        self.kept: dict[str, Tensor] = {}  # at full size, also after slimming
+        self.num_kept: dict[str, int] = {}
+        reattach(model, self._since)
+        self._masks = Masks({})
+        self._optimizers: list[Optimizer] = []
+        self.granularity = self._found()
+        networks = self.granularity.networks(model)
+        self.recorder = InputRecorder(networks, on_inputs=self._meet if self.granularity.slims_in_fit else None)
+        self._after = measure_size(networks[-1][1], None, 1)
+        self._before = Size(*self._state["sizes"]) if self.plan is not None else self._after
+        if self._state.get("inputs") is not None:
+            name = self._state["network"]
+            self.recorder.set(name, model.get_submodule(name), self._state["inputs"])
+            if self.granularity.slims_in_fit:
+                self._look()
+        self._take_over()
+
+    def _found(self) -> Granularity:
+        granularity = self._find(self._model)
+        for name, reason in granularity.not_pruned.items():
+            log.info("layer %r is not pruned: %s", name, reason)
+        return granularity
+
+    def _look(self) -> None:
+        """Learn from the network and its inputs, which are known now."""
+        known = set(self.granularity.not_pruned)
+        if self.plan is None:
+            self.granularity.meet(self.recorder)
+        for name, reason in self.granularity.not_pruned.items():
+            if name not in known:
+                log.info("layer %r is not pruned: %s", name, reason)
+        self.measure()
+
+    def _meet(self) -> None:
+        """The network is being called for the first time: go on with what it turns out to be."""
+        names = self.granularity.names
+        self._look()
+        if self.granularity.names != names:
+            self._take_over()
+        self._on_met()
+
+    def _take_over(self) -> None:
+        """Fresh masks, with what was pruned before, if these are the same candidates."""
+        restored = self._state.get("kept", {})
+        if self.plan is not None:
+            self.granularity.keep_only(restored)
+            self.granularity.not_pruned |= self._state.get("not_pruned", {})
+        masks = self.granularity.masks()
+        if restored.keys() == masks.kept.keys():
+            self.kept = {name: mask.to(masks.kept[name].device) for name, mask in restored.items()}
+            masks.set(self._current())
+        elif restored and self.recorder.inputs is not None:
+            raise ValueError(
+                f"the checkpoint has masks for {sorted(restored)}, but the candidates of "
+                f"{type(self._model).__name__} are {sorted(masks.kept)}; resume with the same model and the same "
+                "granularity, include and exclude"
+            )
+        else:
+            self.kept = dict(masks.kept)
+        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
+        self._replace_masks(masks)
+
+    def _replace_masks(self, masks: Masks) -> None:
+        """Other masks from now on, over the parameters that the model has now; optimizers are watched as they were."""
+        self._masks.unwatch()
+        self._masks = masks
+        if self._optimizers:
+            self.watch(self._optimizers)
+
+    def _current(self) -> dict[str, Tensor]:
+        """The masks at the size that the network has now."""
+        return {name: self._since.cut(f"{name}.weight", mask) for name, mask in self.kept.items()}
+
+    # ---- masks
+
+    @property
+    def total(self) -> int:
+        """Number of candidates, at full size."""
+        return sum(mask.numel() for mask in self.kept.values())
+
+    @property
+    def pruned(self) -> int:
+        """How many of them are pruned."""
+        return self.total - sum(self.num_kept.values())
+
+    @property
+    def size(self) -> Size:
+        """Size of the network now."""
+        return self._after
+
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """Keep what is pruned at zero, from now on and in the state that the optimizers have."""
+        self._optimizers = list(optimizers)
+        self._masks.set(self._masks.kept, optimizers)
+        self._masks.watch(optimizers)
+
+    def unwatch(self) -> None:
+        """Take all hooks away."""
+        self.recorder.stop()
+        self._masks.unwatch()
+        self._optimizers = []
+
+    def measure(self) -> None:
+        """Measure the network on the inputs that it got."""
+        recorder = self.recorder
+        self._after = measure_size(recorder.network, recorder.inputs_on_device(), recorder.instances)
+        if self.plan is None:
+            self._before = self._after
+
+    def reattach(self) -> None:
+        """Put back what the network loses where a strategy replaces its batch norms."""
+        reattach(self._model, self._since)
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of what is pruned."""
+        self._masks.mask_gradients()
+
+    def rank(
+        self,
+        score: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
+        statistics: Mapping[str, FeatureStatistics],
+        fraction: float,
+        scope: str,
+        min_kept: int,
+    ) -> dict[str, Tensor]:
+        """New masks that prune a fraction of all candidates.
+
+        Args:
+            score: layer → what a criterion needs to know; returns scores by layer.
+            statistics: by layer.
+            fraction: of the candidates at full size.
+            scope: "global" or "layer".
+            min_kept: floor by layer.
+        """
+        kept = self._masks.kept
+        total, present = self.total, sum(mask.numel() for mask in kept.values())
+        gone = self.pruned - (present - sum(self._masks.num_kept.values()))  # pruned, and removed by another callback
+        if present < total:
+            fraction = min(max((fraction * total - gone) / present, 0.0), 1.0)
+        return self.granularity.prune(score(self.granularity.ranked(kept, statistics)), kept, fraction, scope, min_kept)
+
+    def prune(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics], trainer: Trainer) -> None:
+        """Replace the masks by those that `rank` gave."""
+        before = self._masks.kept
+        self._masks.set(kept, trainer.optimizers)
+        self.granularity.after_pruning(before, self._masks.kept, statistics)
+        self.kept = {name: self._full_size(name, mask) for name, mask in self._masks.kept.items()}
+        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
+
+    def _full_size(self, name: str, current: Tensor) -> Tensor:
+        full = self.kept[name]
+        if full.shape == current.shape:
+            return current
+        places = self._since.cut(f"{name}.weight", torch.arange(full.numel(), device=full.device).view(full.shape))
+        return full.flatten().index_copy(0, places.flatten(), current.flatten()).view(full.shape)
+
+    # ---- slimming
+
+    def slim(self, trainer: Trainer) -> bool:
+        """Make the network smaller, unless that turns out to be impossible; whether it was done."""
+        try:
+            plan = self.granularity.slim(trainer, self._model, self.recorder, self._masks.kept)
+        except (CaptureError, VerificationError) as error:  # a model in training must survive this
+            self.not_removed = str(error)
+            log.warning("nothing was physically removed, the masks stay: %s", error)
+            return False
+        self.plan = plan
+        carry_plan(self._model)
+        self.follow(plan)
+        log.info("slimmed: %s → %s parameters", self._before.params, self._after.params)
+        return True
+
+    def follow(self, plan: SlimmingPlan) -> None:
+        """Something was removed from the model, by this pruner or by another one: go on with what is left."""
+        self._since = self._since.then(plan)
+        not_pruned = self.granularity.not_pruned
+        self.granularity = self._find(self._model)
+        self.granularity.keep_only(self.kept)
+        self.granularity.not_pruned = not_pruned
+        if self.plan is None and self.recorder.inputs is not None:
+            self.granularity.meet(self.recorder)
+        masks = self.granularity.masks()
+        masks.set(self._current())
+        self._replace_masks(masks)
+        if self.recorder.inputs is not None:
+            self.measure()
+
+    # ---- what others ask for
+
+    def report(self, granularity: str) -> PruningReport:
+        """What pruning has done so far."""
+        return PruningReport(
+            granularity=granularity,
+            layers=tuple(LayerReport(name, mask.numel(), self.num_kept[name]) for name, mask in self.kept.items()),
+            before=self._before,
+            after=self._after,
+            removed=dict(self.plan.removed) if self.plan is not None else {},
+            not_pruned=dict(self.granularity.not_pruned),
+            not_removed=self.not_removed,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, plan and inputs, as tensors and primitives."""
+        return {
+            "kept": dict(self.kept),
+            "plan": "" if self.plan is None else self.plan.to_json(),
+            "since": self._since.to_json(),
+            "sizes": [self._before.params, self._before.nonzero, self._before.macs],
+            "not_pruned": dict(self.granularity.not_pruned),
+            "not_removed": self.not_removed,
+            "network": self.recorder.name,
+            "inputs": self.recorder.plain_inputs(),
+        }
+
+
+def _plan(text: str) -> SlimmingPlan | None:
+    return SlimmingPlan.from_json(text) if text else None
