@@ -6,6 +6,7 @@ from lightning_fscreen.checkpoint import load_slimmed, save_slimmed
 from lightning_fscreen.criteria import register_criterion
 from lightning_fscreen.metric import FStatistic
 from lightning_fscreen.report import PruningReport
+from lightning_fscreen.resume import load_from_checkpoint
 from lightning_fscreen.screening import screen
 from lightning_fscreen.slimming import SlimmingPlan, find_gates, slim
 
@@ -18,6 +19,7 @@ __all__ = [
     "SlimmingPlan",
     "find_gates",
     "functional",
+    "load_from_checkpoint",
     "load_slimmed",
     "models",
     "register_criterion",

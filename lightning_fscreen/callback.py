@@ -160,6 +160,7 @@ class ScreeningPruningCallback(Callback):
         self._pruner: Pruner | None = None
         self._rates: LearningRates | None = None
         self._tuning = False  # fine-tuning has begun
+        self._epoch: int | None = None  # that has begun, and has not ended
         self._restored: dict[str, Any] = {}
         self._loading: RemovableHandle | None = None
 
@@ -194,7 +195,7 @@ class ScreeningPruningCallback(Callback):
         state = self._restored or self._present_state(pl_module)
         self._restored = {}
         self._remove_hooks()
-        self._tuning = bool(state.get("tuning", False))
+        self._tuning, self._epoch = bool(state.get("tuning", False)), state.get("epoch")
         self._rates = LearningRates(trainer)
         self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), lambda: self._met(trainer))
         self._budget.total = self._pruner.total
@@ -236,7 +237,15 @@ class ScreeningPruningCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
+        self._begin_epoch(trainer, pl_module)
+
+    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Resumed from a checkpoint between the last batch of an epoch and its end, a training begins with the first
+        # batch of the next one: Lightning calls neither hook.
         epoch = trainer.current_epoch
+        if self._epoch is not None and self._epoch < epoch:
+            self._end_epoch(trainer, self._epoch)
+        self._epoch = epoch
         if not self._collects(epoch):
             self._collection.end()
         if self._tuning or epoch < self._budget.window[1] or self._prunes_after(epoch):
@@ -253,6 +262,8 @@ class ScreeningPruningCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the hooks for the forward pass, in epochs that end with pruning."""
+        if self._epoch != trainer.current_epoch:
+            self._begin_epoch(trainer, pl_module)
         assert self._pruner is not None
         unknown = self._pruner.recorder.inputs is None
         if unknown:
@@ -307,40 +318,39 @@ class ScreeningPruningCallback(Callback):
             ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that
                 the floors make impossible; nothing is pruned then.
         """
+        self._end_epoch(trainer, trainer.current_epoch)
+        self._log(pl_module)
+
+    def _end_epoch(self, trainer: Trainer, epoch: int) -> None:
         assert self._pruner is not None
-        if self._prunes_after(trainer.current_epoch):
-            statistics = self._statistics(trainer)
-            kept = decide_once(trainer, lambda: self._decide(trainer, statistics))
+        if self._prunes_after(epoch):
+            statistics = self._collection.statistics(trainer)
+            if not statistics and self._criterion.needs_statistics(self.screening_weight):
+                raise ValueError(f"epoch {epoch} had no training batch, so there is nothing to rank by")
+            kept = decide_once(trainer, lambda: self._decide(epoch, statistics))
             self._pruner.prune(kept, statistics, trainer)
-            self._budget.met(trainer.current_epoch)
+            self._budget.met(epoch)
             self._collection.reset()
-        self._record(trainer, pl_module)
+        self._epoch = None
+        applied = self._pruner.pruned / self._pruner.total
+        self.history.append({"epoch": epoch, "scheduled": self._budget.fraction(epoch), "applied": applied})
 
-    def _statistics(self, trainer: Trainer) -> Mapping[str, FeatureStatistics]:
-        statistics = self._collection.statistics(trainer)
-        if not statistics and self._criterion.needs_statistics(self.screening_weight):
-            raise ValueError(f"epoch {trainer.current_epoch} had no training batch, so there is nothing to rank by")
-        return statistics
-
-    def _decide(self, trainer: Trainer, statistics: Mapping[str, FeatureStatistics]) -> dict[str, Tensor]:
+    def _decide(self, epoch: int, statistics: Mapping[str, FeatureStatistics]) -> dict[str, Tensor]:
         assert self._pruner is not None
-        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + trainer.current_epoch)
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + epoch)
 
         def score(ranked: Mapping[str, Ranked]) -> Mapping[str, Tensor]:
             return self._criterion.score(ranked, self.screening_weight, generator)
 
-        fraction = self._budget.fraction(trainer.current_epoch)
-        return self._pruner.rank(score, statistics, fraction, self.scope, self.min_channels)
+        return self._pruner.rank(score, statistics, self._budget.fraction(epoch), self.scope, self.min_channels)
 
     def _prunes_after(self, epoch: int) -> bool:
         return self.plan is None and self._budget.asks_for_more(epoch)
 
-    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log(self, pl_module: LightningModule) -> None:
         assert self._pruner is not None
-        pruner, epoch = self._pruner, trainer.current_epoch
-        sparsity, scheduled = pruner.pruned / pruner.total, self._budget.fraction(epoch)
-        self.history.append({"epoch": epoch, "scheduled": scheduled, "applied": sparsity})
-        pl_module.log("fscreen/sparsity", sparsity, prog_bar=True)
+        pruner = self._pruner
+        pl_module.log("fscreen/sparsity", pruner.pruned / pruner.total, prog_bar=True)
         metrics = {f"fscreen/kept/{name}": kept / pruner.kept[name].numel() for name, kept in pruner.num_kept.items()}
         if self.granularity == "channel":
             metrics |= {"fscreen/channels": sum(pruner.num_kept.values()), "fscreen/params": pruner.size.params}
@@ -351,12 +361,12 @@ class ScreeningPruningCallback(Callback):
 
     def _slim(self, trainer: Trainer) -> None:
         assert self._pruner is not None
-        if not self.slim or self.plan is not None or not self._pruner.slim(trainer):
+        plan = self._pruner.slim(trainer) if self.slim and self.plan is None else None
+        if plan is None:
             return
-        assert self.plan is not None
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, ScreeningPruningCallback) and other is not self and other._pruner is not None:
-                other._pruner.follow(self.plan)
+                other._pruner.follow(plan)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all processes end with the same buffers, as their next forward pass would, before they slim."""
@@ -364,6 +374,8 @@ class ScreeningPruningCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Physically remove what is dead (not in on_train_end, where checkpoints are still being saved)."""
+        if self._epoch is not None and self._epoch < trainer.current_epoch:
+            self._end_epoch(trainer, self._epoch)  # resumed when nothing but this was left to do
         self._remove_hooks()
         if trainer.num_training_batches == 0 and not self.history:
             raise ValueError("the training dataloader is empty, so nothing was trained or pruned; check the data set")
@@ -444,7 +456,7 @@ class ScreeningPruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""
         state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "tuning": self._tuning}
-        state |= {"target": self._budget.target}
+        state |= {"target": self._budget.target, "epoch": self._epoch}
         return state if self._pruner is None else state | {"pruner": self._pruner.state_dict()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

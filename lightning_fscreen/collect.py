@@ -15,6 +15,7 @@ from lightning_fscreen.buffer import ActivationBuffer
 from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
 from lightning_fscreen.functional import ClassSums, accumulate_, accumulate_offsets_, check_labels, f_statistic_compute
+from lightning_fscreen.network import examined
 
 _NONE = 2**62  # later than any batch
 
@@ -226,7 +227,7 @@ class ActivationCollector:
         probe = self._probes[index]
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.active:
+            if self.active and not examined.get():
                 self._gather(index, args[0] if args else kwargs["input"], module)
                 if probe.name in self._exact:
                     self._weights[index] = probe.module.get_parameter("weight").detach().clone()
@@ -235,7 +236,7 @@ class ActivationCollector:
 
     def _output_hook(self, index: int) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.active:
+            if self.active and not examined.get():
                 self._gather(index, output, module)
 
         return gather

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
+
+examined: ContextVar[bool] = ContextVar("examined", default=False)
+"""Whether the network runs only to be looked at, by one of several callbacks: no part of the training."""
 
 
 def common_parent(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Module]:
@@ -97,7 +101,7 @@ class InputRecorder:
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # Lightning lets DistributedDataParallel call training_step through a replaced forward.
-        if self.inputs is not None or "forward" in vars(module):
+        if self.inputs is not None or "forward" in vars(module) or examined.get():
             return
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         batch_size = len(tensors[0]) if tensors else 0
@@ -111,6 +115,7 @@ class InputRecorder:
         self.inputs = pytree.tree_map_only(torch.Tensor, cut, (tuple(args), dict(kwargs)))
         if self._on_inputs is None:
             return
+        token = examined.set(True)
         try:
             # What it looks at is the network as it was written.
             with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
@@ -120,6 +125,8 @@ class InputRecorder:
                 raise
             log.info("%s; trying the next module inside", error)
             self.inputs = None
+        finally:
+            examined.reset(token)
 
 
 def _is_plain(value: Any) -> bool:

@@ -208,19 +208,19 @@ class Pruner:
 
     # ---- slimming
 
-    def slim(self, trainer: Trainer) -> bool:
-        """Make the network smaller, unless that turns out to be impossible; whether it was done."""
+    def slim(self, trainer: Trainer) -> SlimmingPlan | None:
+        """Make the network smaller; returns the plan, or None if that turns out to be impossible."""
         try:
             plan = self.granularity.slim(trainer, self._model, self.recorder, self._masks.kept)
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
-            return False
+            return None
         self.plan = plan
         carry_plan(self._model)
         self.follow(plan)
         log.info("slimmed: %s → %s parameters", self._before.params, self._after.params)
-        return True
+        return plan
 
     def follow(self, plan: SlimmingPlan) -> None:
         """Something was removed from the model, by this pruner or by another one: go on with what is left."""

@@ -42,7 +42,7 @@ def grow(network: nn.Module) -> Undo:
     now = {layer: network.get_submodule(layer).groups for layer in plan.groups}
     for layer in now:
         module = network.get_submodule(layer)
-        module.groups = original_groups(module)
+        module.groups = original_groups(module)  # type: ignore[assignment]
     for name in plan.selects:
         drop_select(network.get_submodule(name))
     undo_install = install(network, SlimmingPlan(), new)
