@@ -1,6 +1,10 @@
 """Resuming equals an uninterrupted run, wherever the run was stopped."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -118,7 +122,7 @@ def test_resuming_from_every_checkpoint_equals_the_uninterrupted_run(case, saver
     expected = state_of(*fit(case, tmp_path / "whole", **saver))
     checkpoints = sorted((tmp_path / "whole").glob("*.ckpt"))
     assert len(checkpoints) >= (EPOCHS if "every_n_epochs" in saver else EPOCHS * BATCHES)
-    for checkpoint in checkpoints[:: 3 if len(checkpoints) > EPOCHS else 1]:
+    for checkpoint in checkpoints:
         resumed = state_of(*fit(case, tmp_path / checkpoint.stem, checkpoint, **saver))
         wrong = [part for part, value in expected.items() if not equal(value, resumed[part])]
         assert not wrong, (checkpoint.name, wrong)
@@ -244,3 +248,15 @@ def test_two_callbacks_with_different_layers_slim_one_after_another(tmp_path):
     fresh = Scheduled(residual_net(), momentum)
     evaluate(fresh, tmp_path / "both.ckpt")
     assert equal(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_trainings_end_as_if_nothing_had_happened(processes):
+    """The whole of it: python tests/benchmarks/kill.py"""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tests/benchmarks/kill.py", "3", str(processes)]
+    done = subprocess.run(command, cwd=root, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bit-equal every time") == 2

@@ -1,0 +1,148 @@
+"""Two processes decide the same, end the same, and do it again the same way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lightning_fscreen import ScreeningPruningCallback, register_criterion, slim
+from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming.resize import reattach
+from tests.conftest import Classifier, ConvNet, loader, trainer
+from tests.test_channel_fit import residual_net
+from tests.test_resume import equal
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {
+    "ddp": {},
+    "find-unused": {"find_unused_parameters": True},
+    "static-graph": {"static_graph": True},
+    "views": {"gradient_as_bucket_view": True},
+    "accumulation": {},
+    "clipping": {},
+}
+TRAINER = {"accumulation": {"accumulate_grad_batches": 3}, "clipping": {"gradient_clip_val": 0.1}}
+NETS = {"channel": residual_net, "weight": ConvNet}
+
+
+class Unused(nn.Module):
+    """A part that no loss depends on."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.unused, self.net = nn.Linear(3, 3), net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+SEEN = {}
+
+
+@register_criterion("remember", lambda screening_weight: True)
+def remember(ranked, screening_weight, generator):
+    """Magnitude, which keeps the F-statistics that it is shown (the first process decides)."""
+    SEEN.update({name: one.f.clone() for name, one in ranked.items()})
+    return {name: one.weight.abs() for name, one in ranked.items()}
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def train(granularity, option, processes=2):
+    """A fit on 250 images, whose last batches are smaller than the others."""
+    torch.manual_seed(0)
+    net = NETS[granularity]()
+    model = Classifier(Unused(net) if option == "find-unused" else net, momentum)
+    amount = 0.5 if granularity == "channel" else 0.98
+    exclude = "*unused" if (granularity, option) == ("weight", "find-unused") else None
+    callback = ScreeningPruningCallback(granularity, amount=amount, end_epoch=2, exclude=exclude)
+    strategy = {"strategy": DDPStrategy(**OPTIONS[option]), "devices": processes} if processes > 1 else {}
+    run = trainer([callback], **strategy, **TRAINER.get(option, {}))
+    run.fit(model, loader(batch_size=24, count=250))
+    return {
+        "parameters": dict(model.named_parameters()),
+        "buffers": dict(model.named_buffers()),
+        "masks": callback.masks,
+        "plan": callback.plan.to_json(),
+        "pruned": callback.report().pruned_fraction,
+        "moved": all(
+            "momentum_buffer" in run.optimizers[0].state[p] for p in model.net.parameters() if p.grad is not None
+        ),
+    }
+
+
+def f_statistics(granularity, processes):
+    """F of all candidates in float64, with weights and running statistics that stand still."""
+    SEEN.clear()
+
+    class Still(Classifier):
+        def on_train_epoch_start(self):
+            self.net.eval()
+
+    torch.manual_seed(0)
+    model = Still(NETS[granularity](), lambda p: torch.optim.SGD(p, lr=0.0))
+    callback = ScreeningPruningCallback(granularity, criterion="remember", end_epoch=1, schedule="one_shot")
+    strategy = {"strategy": "ddp", "devices": processes} if processes > 1 else {}
+    trainer([callback], max_epochs=1, precision="64-true", **strategy).fit(model, loader(batch_size=24, count=250))
+    return dict(SEEN)
+
+
+def main(folder):
+    """In each of the processes."""
+    results = {}
+    for granularity in NETS:
+        for option in OPTIONS:
+            results[f"{granularity} {option}"] = [train(granularity, option) for _ in range(2)]
+        results[f"{granularity} f"] = f_statistics(granularity, 2)
+    torch.save(results, Path(folder) / f"{torch.distributed.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, folder], check=True, cwd=root, env=environment, timeout=600)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("granularity", list(NETS))
+@pytest.mark.parametrize("option", list(OPTIONS))
+def test_both_processes_end_the_same_and_twice_the_same(granularity, option, results):
+    first, second = (rank[f"{granularity} {option}"] for rank in results)
+    assert equal(first[0], first[1]) and equal(second[0], second[1])  # two runs
+    for part in ("parameters", "masks", "plan", "pruned", "moved"):
+        assert equal(first[0][part], second[0][part]), part
+    assert first[0]["moved"]
+    assert abs(first[0]["pruned"] - (0.5 if granularity == "channel" else 0.98)) < 0.02
+
+
+@pytest.mark.parametrize("granularity", list(NETS))
+def test_f_is_that_of_a_single_process(granularity, results):
+    expected = f_statistics(granularity, 1)
+    assert expected
+    for name, f in expected.items():
+        torch.testing.assert_close(results[0][f"{granularity} f"][name], f, rtol=1e-9, atol=0)
+
+
+def test_synchronised_batch_norms_still_select_their_channels():
+    network, x = residual_net().double(), torch.randn(4, 1, 8, 8).double()
+    plan = slim(network, {"2.norm1": torch.arange(8) < 5, "3.norm1": torch.arange(8) > 1}, x)
+    assert plan.selects
+    expected = network.eval()(x)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert not plan_of(network).selects
+    reattach(network, plan)
+    assert torch.equal(network.eval()(x), expected) and plan_of(network).selects == plan.selects
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
