@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_fscreen.budget import Budget
 from lightning_fscreen.collect import FeatureStatistics
 from lightning_fscreen.collection import Collection
+from lightning_fscreen.compiled import Eagerly
 from lightning_fscreen.criteria import Ranked, resolve_criterion
 from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, gather
 from lightning_fscreen.granularity import Channels, Granularity, Weights
@@ -159,6 +160,7 @@ class ScreeningPruningCallback(Callback):
         self._collection = Collection(self.labels, num_classes)
         self._pruner: Pruner | None = None
         self._rates: LearningRates | None = None
+        self._eagerly: Eagerly | None = None
         self._tuning = False  # fine-tuning has begun
         self._epoch: int | None = None  # that has begun, and has not ended
         self._restored: dict[str, Any] = {}
@@ -196,7 +198,7 @@ class ScreeningPruningCallback(Callback):
         self._restored = {}
         self._remove_hooks()
         self._tuning, self._epoch = bool(state.get("tuning", False)), state.get("epoch")
-        self._rates = LearningRates(trainer)
+        self._rates, self._eagerly = LearningRates(trainer), Eagerly(pl_module)
         self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), lambda: self._met(trainer))
         self._budget.total = self._pruner.total
         self._budget.target = state.get("target", self._pruner.pruned)
@@ -264,18 +266,25 @@ class ScreeningPruningCallback(Callback):
         """Open the hooks for the forward pass, in epochs that end with pruning."""
         if self._epoch != trainer.current_epoch:
             self._begin_epoch(trainer, pl_module)
-        assert self._pruner is not None
-        unknown = self._pruner.recorder.inputs is None
+        assert self._pruner is not None and self._eagerly is not None
+        unknown, collects = self._pruner.recorder.inputs is None, self._collects_in(trainer.current_epoch, batch_idx)
+        if unknown or collects:
+            self._eagerly.start()
         if unknown:
             self._pruner.recorder.start()
-        if self._collects_in(trainer.current_epoch, batch_idx):
+        if collects:
             self._collection.find_classes(trainer, pl_module, batch, batch_idx)
             if not (unknown and self._pruner.granularity.slims_in_fit):  # or else as soon as it is known
                 self._collection.open(self._pruner.granularity.collector)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close them: what runs from here on recomputes, or belongs to somebody else."""
+        self._close()
+
+    def _close(self) -> None:
         self._collection.close()
+        if self._eagerly is not None:
+            self._eagerly.stop()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights, before they are clipped by norm."""
@@ -290,7 +299,7 @@ class ScreeningPruningCallback(Callback):
         Raises:
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
-        self._collection.close()
+        self._close()
         assert self._pruner is not None
         recorder = self._pruner.recorder
         recorder.stop()
@@ -364,6 +373,8 @@ class ScreeningPruningCallback(Callback):
         plan = self._pruner.slim(trainer) if self.slim and self.plan is None else None
         if plan is None:
             return
+        if self._eagerly is not None:
+            self._eagerly.recompile()
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, ScreeningPruningCallback) and other is not self and other._pruner is not None:
                 other._pruner.follow(plan)
@@ -417,6 +428,7 @@ class ScreeningPruningCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _remove_hooks(self) -> None:
+        self._close()
         self._collection.end()
         if self._pruner is not None:
             self._pruner.unwatch()

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.slimming.capture import named_tensors
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
@@ -34,6 +35,7 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    model = uncompiled(model)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
     try:
@@ -72,22 +74,23 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
     if _KEY not in metadata:
         raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
     plan = SlimmingPlan.from_json(metadata[_KEY])
-    plan.check(model)
-    expected = {name: planned_shape(plan, name, tensor) for name, tensor in _persistent(model).items()}
-    expected |= {join(name, "bias"): added_bias_shape(plan, model, name) for name in plan.biases}
+    network = uncompiled(model)
+    plan.check(network)
+    expected = {name: planned_shape(plan, name, tensor) for name, tensor in _persistent(network).items()}
+    expected |= {join(name, "bias"): added_bias_shape(plan, network, name) for name in plan.biases}
     for name in sorted({*expected, *saved}):
         if name not in saved:
-            raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(model).__name__} needs")
+            raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(network).__name__} needs")
         if name not in expected:
-            raise PlanError(f"{str(path)!r} has a tensor {name!r}, which {type(model).__name__} does not have")
+            raise PlanError(f"{str(path)!r} has a tensor {name!r}, which {type(network).__name__} does not have")
         if tuple(saved[name].shape) != expected[name]:
             found = tuple(saved[name].shape)
             raise PlanError(f"{str(path)!r}: tensor {name!r} has shape {found}, its plan says {expected[name]}")
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in named_tensors(network).items():
         if name in plan.cuts and name not in saved:  # a buffer that is not saved
             saved[name] = plan.cut(name, tensor)
-    install(model, plan, saved)
-    attach_plan(model, plan)
+    install(network, plan, saved)
+    attach_plan(network, plan)
     return model
 
 

@@ -122,8 +122,9 @@ class Weights(Granularity):
         self._candidates = [candidate for candidate in self._candidates if candidate.name in names]
 
     def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The smallest submodule that holds all layers."""
-        return [common_parent(model, self.names)]
+        """The smallest submodule that holds all layers, and what holds that, should it not be called itself."""
+        name, _ = common_parent(model, self.names)
+        return enclosing(model, name)
 
     def slim(
         self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]

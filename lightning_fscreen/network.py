@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.slimming.capture import CaptureError
 
 log = logging.getLogger(__name__)
@@ -41,20 +42,21 @@ def common_parent(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Modul
 
 
 def enclosing(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """A submodule and the modules around it, the outermost (`model` itself) first."""
+    """A submodule and the modules around it, the outermost (`model` itself) first; without those of torch.compile."""
     parts = name.split(".") if name else []
     names = [".".join(parts[:length]) for length in range(len(parts) + 1)]
-    return [(outer, model.get_submodule(outer)) for outer in names]
+    modules = [(outer, model.get_submodule(outer)) for outer in names]
+    return [(outer, module) for outer, module in modules if uncompiled(module) is module]
 
 
 class InputRecorder:
     """Remembers the first inputs that a network gets in training, cut to a few instances.
 
     Args:
-        networks: names and modules that may be the network, from the outermost to the innermost; it is the first that
-            is called.
-        on_inputs: called once the inputs are known, before the network runs on them; if it raises a `CaptureError`, the
-            next inner module may be the network.
+        networks: names and modules that may be the network, from the outermost to the innermost.
+        on_inputs: called once the inputs are known, before the network runs on them. The network is then the outermost
+            one that is called; if it raises a `CaptureError`, the next inner one. Without `on_inputs` it is the
+            innermost one that is called.
     """
 
     def __init__(self, networks: Sequence[tuple[str, nn.Module]], on_inputs: Callable[[], None] | None = None) -> None:
@@ -101,7 +103,8 @@ class InputRecorder:
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # Lightning lets DistributedDataParallel call training_step through a replaced forward.
-        if self.inputs is not None or "forward" in vars(module) or examined.get():
+        deeper = self._on_inputs is None and len(name) > len(self.name)
+        if (self.inputs is not None and not deeper) or "forward" in vars(module) or examined.get():
             return
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         batch_size = len(tensors[0]) if tensors else 0

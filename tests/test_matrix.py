@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen import ScreeningPruningCallback, find_gates, load_slimmed, save_slimmed, slim
 from tests.conftest import Classifier, digits, loader, trainer
 from tests.test_channel_fit import Block, residual_net
 from tests.test_resume import momentum
@@ -89,6 +89,16 @@ def plain(net):
     return Classifier(net, momentum)
 
 
+def compiled_part(net):
+    net[3] = torch.compile(net[3], backend="aot_eager")
+    return plain(net)
+
+
+def compiled_in_place(net):
+    net.compile(backend="aot_eager")
+    return plain(net)
+
+
 def several_loaders():
     return CombinedLoader({"a": loader(32, 128), "b": loader(32, 128)}, "min_size")
 
@@ -106,6 +116,14 @@ CELLS = {
     "activation checkpointing": (Recomputes, {}, {}),
     "configure_model": (ConfiguredLater, {}, {}),
     "channels_last": (ChannelsLast, {}, {}),
+    "torch.compile": (lambda net: Classifier(torch.compile(net, backend="aot_eager"), momentum), {}, {}),
+    "torch.compile of a part": (compiled_part, {}, {}),
+    "torch.compile in place": (compiled_in_place, {}, {}),
+    "torch.compile, some batches": (
+        lambda net: Classifier(torch.compile(net, backend="aot_eager"), momentum),
+        {},
+        {"collect_every": 2},
+    ),
     "overfit_batches": (plain, {"overfit_batches": 2}, {}),
     "limit_train_batches": (plain, {"limit_train_batches": 3}, {}),
     "fast_dev_run": (plain, {"fast_dev_run": 2}, {}),
@@ -128,7 +146,7 @@ class Around(pl.Callback):
         self.callback, self.before, self.after = callback, None, None
 
     def outputs(self, model):
-        network = copy.deepcopy(model.net).double().eval()
+        network = copy.deepcopy(getattr(model.net, "_orig_mod", model.net)).double().eval()
         with torch.no_grad():
             return network(digits(64)[0].double())
 
@@ -139,6 +157,31 @@ class Around(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.after is None and self.callback.plan is not None:
             self.after = self.outputs(pl_module)
+
+
+@pytest.mark.parametrize("granularity", list(AMOUNT))
+def test_a_compiled_lightning_module(granularity):
+    model, amount = plain(residual_net()), AMOUNT[granularity]
+    callback = ScreeningPruningCallback(granularity, amount=amount, end_epoch=2)
+    trainer([callback]).fit(torch.compile(model, backend="aot_eager"), loader(batch_size=48))
+    report = callback.report()
+    assert abs(report.kept - round((1 - amount) * report.total)) <= 1
+    assert callback.plan and report.after.params == sum(p.numel() for p in model.parameters()) < report.before.params
+
+
+def test_a_compiled_network_is_slimmed_saved_and_loaded_as_what_it_wraps(tmp_path):
+    network, x = residual_net().eval(), digits(8)[0]
+    compiled = torch.compile(network, backend="aot_eager")
+    assert [gate.name for gate in find_gates(compiled, x)] == [gate.name for gate in find_gates(network, x)]
+    expected = compiled(x)
+    slim(compiled, {"2.norm1": torch.arange(8) < 8, "4": torch.arange(16) < 16}, x)
+    assert torch.equal(compiled(x), expected)
+    slim(compiled, {"2.norm1": torch.arange(8) < 5}, x)
+    torch.testing.assert_close(compiled(x), network(x))
+    save_slimmed(compiled, tmp_path / "slim.safetensors")
+    for fresh in (residual_net(), torch.compile(residual_net(), backend="aot_eager")):
+        load_slimmed(fresh, tmp_path / "slim.safetensors")
+        torch.testing.assert_close(fresh.eval()(x), network(x))
 
 
 @pytest.mark.parametrize("granularity", list(AMOUNT))

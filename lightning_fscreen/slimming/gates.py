@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off, operator_name
 from lightning_fscreen.slimming.operators import ACTIVATIONS
@@ -57,6 +58,7 @@ def find_gates(model: nn.Module, example_inputs: Any) -> list[Gate]:
     Raises:
         CaptureError: the model cannot be captured.
     """
+    model = uncompiled(model)
     args, kwargs = call_arguments(example_inputs)
     return gates_of(model, capture_training(model, args, kwargs))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.slimming.apply import apply_change
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
@@ -47,6 +48,7 @@ def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias
         VerificationError: outputs differ in float64, or forward fails on the smaller network.
         The model is untouched after an error.
     """
+    model = uncompiled(model)
     check_keep(model, keep)
     check_bias(bias)
     args, kwargs = call_arguments(example_inputs)

@@ -1,0 +1,53 @@
+"""Networks under torch.compile: what a callback wants to look at runs eagerly."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def uncompiled(module: Module) -> Module:
+    """The module that `torch.compile` has wrapped; any other as it is."""
+    original = module._modules.get("_orig_mod")
+    return module if original is None else original  # type: ignore[return-value]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module, or a part of it, is compiled."""
+    if getattr(model, "_compiler_ctx", None) is not None:  # how Lightning keeps torch.compile(pl_module)
+        return True
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+
+
+class Eagerly:
+    """Lets compiled code run as it was written, between `start` and `stop`.
+
+    Compiled graphs do not see hooks that came after them. Nothing is thrown away: the graphs are used again afterwards.
+
+    Args:
+        model: nothing is done unless it is compiled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._compiled = is_compiled(model)
+        self._stack = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Run eagerly from here on."""
+        if self._compiled:
+            self.stop()
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def stop(self) -> None:
+        """Use compiled code again."""
+        self._stack.close()
+
+    def recompile(self) -> None:
+        """Compile what has changed when it runs next."""
+        if self._compiled:
+            torch.compiler.reset()
