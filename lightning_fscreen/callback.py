@@ -17,13 +17,13 @@ from lightning_fscreen.budget import Budget
 from lightning_fscreen.collect import FeatureStatistics
 from lightning_fscreen.collection import Collection
 from lightning_fscreen.compiled import Eagerly
-from lightning_fscreen.criteria import Ranked, resolve_criterion
+from lightning_fscreen.criteria import Criterion, Ranked, resolve_criterion
 from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, gather
 from lightning_fscreen.granularity import Channels, Granularity, Weights
 from lightning_fscreen.labels import find_labels
-from lightning_fscreen.optim import check_optimizers, order_of, restore_order
+from lightning_fscreen.optim import check_optimizers, check_state, order_of, restore_order
 from lightning_fscreen.pruner import Pruner
-from lightning_fscreen.ranking import SCOPES
+from lightning_fscreen.ranking import SCOPES, check_floors
 from lightning_fscreen.report import PruningReport
 from lightning_fscreen.resume import resize_on_load
 from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
@@ -150,7 +150,7 @@ class ScreeningPruningCallback(Callback):
         self.connections = connections
         self.bias = bias
         self.rewind_lr = rewind_lr
-        self._criterion = resolve_criterion(criterion)
+        resolve_criterion(criterion)
         # Lightning asks for it around every hook.
         self._key = self._generate_state_key(granularity=granularity, include=include, exclude=exclude)
 
@@ -202,6 +202,8 @@ class ScreeningPruningCallback(Callback):
         self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), lambda: self._met(trainer))
         self._budget.total = self._pruner.total
         self._budget.target = state.get("target", self._pruner.pruned)
+        if not self._pruner.granularity.slims_in_fit:
+            self._check_floors()
         if "optimizers" in state:
             restore_order(trainer.optimizers, pl_module, state["optimizers"])
         self._pruner.watch(trainer.optimizers)
@@ -232,8 +234,18 @@ class ScreeningPruningCallback(Callback):
         """The network is being called for the first time, and its candidates are known."""
         assert self._pruner is not None
         self._budget.total = self._pruner.total
+        self._check_floors()
         if self._collects_in(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx):
             self._collection.open(self._pruner.granularity.collector)
+
+    def _check_floors(self) -> None:
+        if self._pruner is not None and self.plan is None:
+            totals = {name: mask.numel() for name, mask in self._pruner.kept.items()}
+            check_floors(totals, self.amount, self.min_channels)
+
+    @property
+    def _criterion(self) -> Criterion:
+        return resolve_criterion(self.criterion)
 
     # ---- the training step
 
@@ -333,6 +345,8 @@ class ScreeningPruningCallback(Callback):
     def _end_epoch(self, trainer: Trainer, epoch: int) -> None:
         assert self._pruner is not None
         if self._prunes_after(epoch):
+            if self.slim and self._pruner.granularity.slims_in_fit:
+                check_state(trainer.optimizers, self._pruner.parameters)
             statistics = self._collection.statistics(trainer)
             if not statistics and self._criterion.needs_statistics(self.screening_weight):
                 raise ValueError(f"epoch {epoch} had no training batch, so there is nothing to rank by")

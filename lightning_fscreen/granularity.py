@@ -194,7 +194,8 @@ class Channels(Granularity):
     def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """What holds all batch norms, and what holds that: what reads the last channels must be part of the network."""
         name, _ = common_parent(model, self.names)
-        return enclosing(model, name)
+        around = enclosing(model, name)
+        return around[:-1] if name in self.names and len(around) > 1 else around
 
     def slim(
         self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]
@@ -219,7 +220,10 @@ class Channels(Granularity):
         self.not_pruned |= excluded
         if not self._candidates:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.not_pruned.items())
-            raise ValueError(f"nothing to prune in {recorder.describe()}: none of its batch norms can be:{reasons}")
+            raise ValueError(
+                f"nothing to prune in {recorder.describe()}: none of its batch norms can be:{reasons}\n"
+                'Check include=/exclude= and requires_grad, or use granularity="weight".'
+            )
 
     def masks(self) -> Masks:
         """Masks of the scales γ; the shifts β go with them where pruned channels are to be silent."""

@@ -126,6 +126,11 @@ class Pruner:
     # ---- masks
 
     @property
+    def parameters(self) -> dict[Tensor, str]:
+        """Names of the model's parameters."""
+        return {parameter: name for name, parameter in self._model.named_parameters()}
+
+    @property
     def total(self) -> int:
         """Number of candidates, at full size."""
         return sum(mask.numel() for mask in self.kept.values())

@@ -69,6 +69,22 @@ def rank_and_prune(
     return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
 
 
+def check_floors(totals: Mapping[str, int], amount: float, min_kept: int) -> None:
+    """Check, before anything is pruned, that a floor leaves enough to prune.
+
+    Args:
+        totals: layer → number of candidates.
+        amount: fraction of them that is pruned in the end.
+        min_kept: candidates that every layer keeps.
+
+    Raises:
+        ValueError: it does not.
+    """
+    total = sum(totals.values())
+    floor = sum(min(min_kept, count) for count in totals.values())
+    _check_floors(amount, total - round(amount * total), total, floor, min_kept, len(totals))
+
+
 def _prune_units(
     scores: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],

@@ -54,6 +54,8 @@ def screen(
         ValueError: an empty loader, labels not found or out of range, patterns that match nothing, nothing to screen,
             NaN or inf activations (names the layer and the batch), a layer that never runs.
     """
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2 (the F-statistic compares classes), got {num_classes}")
     layers = {
         name: module
         for name, module in model.named_modules()
