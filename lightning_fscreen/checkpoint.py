@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
 
-_KEY = "fscreen_plan"
+_KEY, _DIGEST = "fscreen_plan", "fscreen_sha256"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -39,7 +42,8 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
     try:
-        save_file(tensors, partial, metadata={_KEY: plan_of(model).to_json()})
+        plan = plan_of(model).to_json()
+        save_file(tensors, partial, metadata={_KEY: plan, _DIGEST: digest(plan, tensors)})
         os.replace(partial, path)
     except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
         raise OSError(f"cannot write {str(path)!r}: {error}") from error
@@ -73,6 +77,8 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
         raise PlanError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
     if _KEY not in metadata:
         raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
+    if metadata.get(_DIGEST) != digest(metadata[_KEY], saved):
+        raise PlanError(f"{str(path)!r} is damaged: its contents do not have the checksum that it was written with")
     plan = SlimmingPlan.from_json(metadata[_KEY])
     network = uncompiled(model)
     plan.check(network)
@@ -92,6 +98,16 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
     install(network, plan, saved)
     attach_plan(network, plan)
     return model
+
+
+def digest(plan: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a plan and of tensors on the CPU: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256(plan.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _persistent(model: nn.Module) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from lightning_fscreen import (
     screen,
     slim,
 )
+from lightning_fscreen.checkpoint import digest
 from lightning_fscreen.slimming import CaptureError, PlanError
 from lightning_fscreen.slimming.plan import plan_of
 from tests.conftest import Classifier, digits, loader, mlp, trainer
@@ -83,7 +84,8 @@ class World:
         network = load_slimmed(residual_net(), self.file)
         path = self.folder / "damaged.safetensors"
         text = json.dumps(json.loads(plan_of(network).to_json()) | plan)
-        save_file(load_file(self.file), path, metadata={"fscreen_plan": text})
+        tensors = load_file(self.file)
+        save_file(tensors, path, metadata={"fscreen_plan": text, "fscreen_sha256": digest(text, tensors)})
         return path
 
     def state(self) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lightning_fscreen.checkpoint as checkpoint
 from lightning_fscreen import load_slimmed, save_slimmed
+from lightning_fscreen.checkpoint import digest
 from lightning_fscreen.slimming import PlanError, SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.plan import plan_of
 from tests.slimming import outputs, snapshot, untouched, zero_columns, zero_rows
@@ -252,7 +253,8 @@ def test_a_model_with_more_or_fewer_tensors_is_refused(tmp_path: Path) -> None:
 def damaged(path: Path, **plan: Any) -> Path:
     """The saved file with some fields of its plan replaced."""
     data = json.loads(plan_of(slimmed()).to_json()) | plan
-    save_file(load_file(path), path, metadata={"fscreen_plan": json.dumps(data)})
+    text, tensors = json.dumps(data), load_file(path)
+    save_file(tensors, path, metadata={"fscreen_plan": text, "fscreen_sha256": digest(text, tensors)})
     return path
 
 
