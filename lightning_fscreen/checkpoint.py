@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fscreen.compiled import uncompiled
+from lightning_fscreen.files import replacing
 from lightning_fscreen.slimming.capture import named_tensors
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
@@ -35,20 +36,14 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot save to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
     model = uncompiled(model)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
-    try:
+    with replacing(path) as partial:
+        tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
         plan = plan_of(model).to_json()
-        save_file(tensors, partial, metadata={_KEY: plan, _DIGEST: digest(plan, tensors)})
-        os.replace(partial, path)
-    except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
-        raise OSError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            save_file(tensors, partial, metadata={_KEY: plan, _DIGEST: digest(plan, tensors)})
+        except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
+            raise OSError(f"cannot write {str(path)!r}: {error}") from error
 
 
 def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -106,7 +101,7 @@ def digest(plan: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return found.hexdigest()
 
 

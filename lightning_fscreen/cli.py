@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.data import ImageDataModule
 from lightning_fscreen.export import export_onnx
+from lightning_fscreen.files import replacing
 from lightning_fscreen.models.classifier import ImageClassifier
 from lightning_fscreen.outputs import (
     latency_report,
@@ -70,7 +71,8 @@ def _run(config: DictConfig) -> float | None:
     fit_to_data(config, data)
     config.paths.output_dir = str(folder)  # the folder itself, where ${hydra:…} cannot be resolved any more
     if first:
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        with replacing(folder / "config.yaml") as partial:
+            OmegaConf.save(config, partial, resolve=True)
         if config.extras.print_config:
             print_config(config)
 

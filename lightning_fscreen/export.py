@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_fscreen.files import replacing
 from lightning_fscreen.slimming.capture import evaluating
 
 
@@ -27,16 +27,11 @@ def export_onnx(network: nn.Module, args: tuple[Any, ...], path: str | os.PathLi
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"ONNX files need {package}; install it with: pip install lightning-fscreen[onnx]")
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.onnx")
     batch = torch.export.Dim("batch")
-    try:
+    with replacing(path) as partial:
         with evaluating(network), torch.no_grad():
             program = torch.onnx.export(
                 network, args, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in args), verbose=False
             )
         assert program is not None
         program.save(partial, external_data=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

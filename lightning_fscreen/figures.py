@@ -7,7 +7,6 @@ the extra `cli` and is imported when the first figure is made.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_fscreen.files import replacing
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -224,12 +225,8 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         path = folder / f"{name}.png"
-        beside = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            figure.savefig(beside, format="png", dpi=_DPI)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=_DPI)
         paths.append(path)
     return paths
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from lightning_fscreen.figures import (
     schedule_figure,
     weights_figure,
 )
+from lightning_fscreen.files import replacing
 from lightning_fscreen.latency import measure_latency
 from lightning_fscreen.schedule import scheduled_fraction
 
@@ -80,9 +80,8 @@ _REPORTED = ("test/error", "test/loss", "val/error", "val/loss", "train/loss")
 def write_outputs(folder: Path, report: Mapping[str, Any], network: nn.Module) -> None:
     """Write report.json and model.safetensors, each beside its place and renamed."""
     save_slimmed(network, folder / "model.safetensors")
-    partial = folder / f".report.json.{os.getpid()}.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, folder / "report.json")
+    with replacing(folder / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def write_figures(
