@@ -64,12 +64,13 @@ class InputRecorder:
         self._on_inputs = on_inputs
         self.name, self.network = self._networks[-1]
         self.inputs: Inputs | None = None
+        self.dtype = torch.float32  # of the parameters when they were recorded
         self.instances = _INSTANCES
         self._handles: list[RemovableHandle] = []
 
-    def set(self, name: str, network: nn.Module, inputs: Inputs) -> None:
-        """The network and its inputs are known from before."""
-        self.name, self.network, self.inputs = name, network, inputs
+    def set(self, name: str, network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
+        """The network, its inputs, and the dtype of its parameters then, are known from before."""
+        self.name, self.network, self.inputs, self.dtype = name, network, inputs, dtype
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
         self.instances = min(len(tensors[0]), _INSTANCES) if tensors else 1
 
@@ -88,9 +89,13 @@ class InputRecorder:
         self._handles.clear()
 
     def inputs_on_device(self) -> Inputs:
-        """The inputs, on the device where the network is now."""
-        device = next(self.network.parameters()).device
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self.inputs)
+        """The inputs, as the network would get them now: it may have been moved, or converted to another dtype."""
+        parameter = next(self.network.parameters())
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(parameter if tensor.dtype == self.dtype else parameter.device)
+
+        args, kwargs = pytree.tree_map_only(Tensor, move, self.inputs)
         return args, kwargs
 
     def plain_inputs(self) -> Inputs | None:
@@ -114,7 +119,7 @@ class InputRecorder:
             first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
             return first.detach().clone()
 
-        self.name, self.network = name, module
+        self.name, self.network, self.dtype = name, module, next(module.parameters()).dtype
         self.inputs = pytree.tree_map_only(torch.Tensor, cut, (tuple(args), dict(kwargs)))
         if self._on_inputs is None:
             return

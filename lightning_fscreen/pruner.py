@@ -62,7 +62,7 @@ class Pruner:
         self._before = Size(*self._state["sizes"]) if self.plan is not None else self._after
         if self._state.get("inputs") is not None:
             name = self._state["network"]
-            self.recorder.set(name, model.get_submodule(name), self._state["inputs"])
+            self.recorder.set(name, model.get_submodule(name), self._state["inputs"], self._state["dtype"])
             if self.granularity.slims_in_fit:
                 self._look()
         self._take_over()
@@ -267,6 +267,7 @@ class Pruner:
             "not_removed": self.not_removed,
             "network": self.recorder.name,
             "inputs": self.recorder.plain_inputs(),
+            "dtype": self.recorder.dtype,
         }
 
 

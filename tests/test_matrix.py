@@ -204,3 +204,37 @@ def test_the_fit_ends_on_budget_and_slimming_changes_nothing(cell, granularity):
     torch.testing.assert_close(after, around.before, rtol=tolerance, atol=tolerance * float(around.before.abs().max()))
     listed = {id(p) for optimizer in fit.optimizers for group in optimizer.param_groups for p in group["params"]}
     assert granularity == "weight" or listed == set(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("granularity", list(AMOUNT))
+def test_a_second_fit_after_a_change_of_dtype(granularity):
+    model, amount = plain(residual_net()), AMOUNT[granularity]
+    callback = ScreeningPruningCallback(granularity, amount=amount, end_epoch=2)
+    trainer([callback], max_epochs=3).fit(model, loader(batch_size=48))
+    first = callback.report()
+    trainer([callback], max_epochs=3, precision="64-true").fit(model.double(), loader(batch_size=48))
+    second = callback.report()
+    assert second.kept == first.kept and second.after.params == first.after.params
+    assert next(model.parameters()).dtype == torch.float64
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert (zeros > 0) == (granularity == "weight")
+    assert second.after.nonzero == second.after.params - zeros
+    listed = trainer([callback], max_epochs=3)
+    listed.fit(model.float(), loader(batch_size=48))
+    assert callback.report().kept == first.kept
+
+
+def test_repeated_saving_changes_nothing(tmp_path):
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            for weights_only in (False, True):
+                trainer.save_checkpoint(tmp_path / "again.ckpt", weights_only=weights_only)
+
+    models = []
+    for callbacks in ([], [Saves()]):
+        torch.manual_seed(0)
+        model = plain(residual_net())
+        trainer([ScreeningPruningCallback(amount=0.5, end_epoch=2), *callbacks]).fit(model, loader(batch_size=48))
+        models.append(model)
+    for (name, first), second in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(first, second), name
