@@ -28,7 +28,6 @@ from lightning_fscreen.report import PruningReport
 from lightning_fscreen.resume import resize_on_load
 from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
 from lightning_fscreen.slimming import SlimmingPlan
-from lightning_fscreen.slimming.plan import plan_of
 from lightning_fscreen.surgery import LearningRates, forget_scores
 
 log = logging.getLogger(__name__)
@@ -222,13 +221,8 @@ class ScreeningPruningCallback(Callback):
 
     def _present_state(self, pl_module: LightningModule) -> dict[str, Any]:
         """What another fit of the same model goes on from; empty for a new one."""
-        pruner = self._pruner
-        if pruner is None or all(module is not pruner.recorder.network for module in pl_module.modules()):
-            return {}
-        state = pruner.state_dict()
-        if bool(plan_of(pl_module)) != bool(self.plan):  # a checkpoint of another size was loaded since
-            state |= {"plan": "", "since": ""}
-        return {"pruner": state, "target": self._budget.target}
+        state = self._pruner.present_state(pl_module) if self._pruner is not None else {}
+        return {"pruner": state, "target": self._budget.target} if state else {}
 
     def _met(self, trainer: Trainer) -> None:
         """The network is being called for the first time, and its candidates are known."""

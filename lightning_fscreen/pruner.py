@@ -256,6 +256,22 @@ class Pruner:
             not_removed=self.not_removed,
         )
 
+    def present_state(self, model: LightningModule) -> dict[str, Any]:
+        """As `state_dict`, for another fit; empty for another model, or if another size was loaded into this one."""
+        if all(module is not self.recorder.network for module in model.modules()):
+            return {}
+        parameters = dict(model.named_parameters())
+
+        def fit(masks: Mapping[str, Tensor]) -> bool:
+            return all(
+                f"{name}.weight" in parameters and parameters[f"{name}.weight"].shape == mask.shape
+                for name, mask in masks.items()
+            )
+
+        if fit(self._current()):
+            return self.state_dict()
+        return self.state_dict() | {"plan": "", "since": ""} if fit(self.kept) else {}  # a dense checkpoint was loaded
+
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and inputs, as tensors and primitives."""
         return {

@@ -106,6 +106,7 @@ def several_loaders():
 CELLS = {
     "plain": (plain, {}, {}),
     "bf16-mixed": (plain, {"precision": "bf16-mixed"}, {}),
+    "16-mixed": (plain, {"precision": "16-mixed"}, {}),
     "bf16-true": (plain, {"precision": "bf16-true"}, {}),
     "64-true": (plain, {"precision": "64-true"}, {}),
     "accumulation": (plain, {"accumulate_grad_batches": 3}, {}),

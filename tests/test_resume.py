@@ -248,6 +248,22 @@ def test_two_callbacks_with_different_layers_slim_one_after_another(tmp_path):
     fresh = Scheduled(residual_net(), momentum)
     evaluate(fresh, tmp_path / "both.ckpt")
     assert equal(dict(fresh.state_dict()), dict(model.state_dict()))
+    trainer([first, second], max_epochs=3).fit(model, Batches())  # goes on as it is
+    assert size == sum(p.numel() for p in model.parameters())
+
+
+def test_another_fit_goes_on_from_what_was_loaded(tmp_path):
+    model, callback, run = fit("channel", tmp_path, every_n_epochs=1)
+    slim = callback.report()
+    dense = min(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    run.test(model, loader(), ckpt_path=dense, weights_only=True, verbose=False)
+    assert sum(p.numel() for p in model.parameters()) == slim.before.params
+    trainer([callback], max_epochs=EPOCHS).fit(model, Batches())
+    assert callback.report().kept == slim.kept and callback.plan
+    assert callback.report().after.params == sum(p.numel() for p in model.parameters()) < slim.before.params
+    fresh = Scheduled(residual_net(), momentum)
+    trainer([callback], max_epochs=EPOCHS).fit(fresh, Batches())
+    assert callback.report().kept == slim.kept and callback.plan
 
 
 @pytest.mark.slow
