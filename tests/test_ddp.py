@@ -1,5 +1,6 @@
 """Two processes decide the same, end the same, and do it again the same way."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -142,6 +143,19 @@ def test_synchronised_batch_norms_still_select_their_channels():
     assert not plan_of(network).selects
     reattach(network, plan)
     assert torch.equal(network.eval()(x), expected) and plan_of(network).selects == plan.selects
+
+
+def test_synchronised_batch_norms_are_slimmed_without_talking_to_other_processes(tmp_path):
+    plain = residual_net().double()
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    keep, x = {"2.norm1": torch.arange(8) < 5, "3.norm1": torch.arange(8) > 1}, torch.randn(4, 1, 8, 8).double()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:  # with a group they would refuse to run on a CPU
+        assert slim(network, keep, x) == slim(plain, keep, x)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(network[2].norm1) is nn.SyncBatchNorm
+    assert torch.equal(network.eval()(x), plain.eval()(x))
 
 
 if __name__ == "__main__":

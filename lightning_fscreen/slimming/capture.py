@@ -51,7 +51,7 @@ def capture(
         CaptureError: torch.export cannot follow the network's forward; the message holds what it said.
     """
     try:
-        with in_mode(network, training), _without_cumulative_averages(network), torch.no_grad():
+        with in_mode(network, training), plain_norms(network), _without_cumulative_averages(network), torch.no_grad():
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
         raise CaptureError(
@@ -72,6 +72,24 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class _PlainNorm(_BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def plain_norms(network: nn.Module) -> Iterator[None]:
+    """Synchronised batch norms work for themselves inside: what other processes do is no part of the network."""
+    norms = [(module, type(module)) for module in network.modules() if isinstance(module, nn.SyncBatchNorm)]
+    for module, _ in norms:
+        module.__class__ = _PlainNorm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, own in norms:
+            module.__class__ = own
 
 
 @contextlib.contextmanager

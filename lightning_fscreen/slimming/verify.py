@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.capture import in_mode, named_tensors
+from lightning_fscreen.slimming.capture import in_mode, named_tensors, plain_norms
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class Verification:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(in_mode(self._network, training))
+            stack.enter_context(plain_norms(self._network))
             if training:  # noise must be the same before and after
                 device_type = next(iter(devices)).type if devices else "cuda"
                 stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
