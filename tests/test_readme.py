@@ -60,7 +60,7 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
     slim.save_checkpoint("best.ckpt")
     names = {
         "model": MyModule(), "datamodule": Data(), "MyNet": my_net, "MyModule": MyModule,
-        "images": loader().dataset[:4][0], "dataloader": loader(count=128), "quiet": quiet,
+        "images": loader().dataset[:4][0], "dataloader": loader(count=128), "quiet": quiet, "torch": torch,
     }  # fmt: skip
     found = blocks("python")
     assert len(found) == 5
