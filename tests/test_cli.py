@@ -138,6 +138,22 @@ def test_resumes_from_a_checkpoint(tmp_path):
     assert abs(report["candidates"]["kept"] - 0.05 * report["candidates"]["total"]) <= 1
 
 
+def test_resumes_after_slimming(tmp_path):
+    common = ["experiment=digits_channel", *QUIET]
+    for epochs, checkpoint, folder in ((3, "null", "run"), (4, f"{tmp_path}/run/checkpoints/last.ckpt", "again")):
+        run(
+            composed(
+                *common,
+                f"trainer.max_epochs={epochs}",
+                f"ckpt_path={checkpoint}",
+                f"paths.output_dir={tmp_path / folder}",
+            )
+        )
+    first, second = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("run", "again"))
+    assert first["params"] == second["params"] and first["candidates"] == second["candidates"]
+    load_slimmed(models.resnet20(in_channels=1), tmp_path / "again" / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("overrides", "check"),
     [
