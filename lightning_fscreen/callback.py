@@ -214,7 +214,7 @@ class ScreeningPruningCallback(Callback):
                 "train with a new ScreeningPruningCallback"
             )
 
-    def _find(self, model: nn.Module) -> Granularity:
+    def _find(self, model: nn.Module) -> Granularity[Any]:
         if self.granularity == "channel":
             return Channels(model, self.include, self.exclude, self.bias)
         return Weights(model, self.include, self.exclude, self.connections == "exact")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates import PrunableWeight, find_weights
-from lightning_fscreen.channels import find_channels, refine
+from lightning_fscreen.channels import PrunableChannels, find_channels, refine
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
 from lightning_fscreen.criteria import Ranked
 from lightning_fscreen.masks import Masks
@@ -23,8 +23,10 @@ from lightning_fscreen.slimming.gates import activations_of, capture_training, g
 from lightning_fscreen.slimming.plan import join
 from lightning_fscreen.surgery import slim_in_fit
 
+Candidate = TypeVar("Candidate", PrunableWeight, PrunableChannels)
 
-class Granularity(ABC):
+
+class Granularity(ABC, Generic[Candidate]):
     """The candidates of one model.
 
     Attributes:
@@ -35,18 +37,22 @@ class Granularity(ABC):
     slims_in_fit: ClassVar[bool]
     """Whether the network can become smaller while it is trained; else when the fit has ended."""
 
+    _candidates: list[Candidate]
+
     @property
-    @abstractmethod
     def names(self) -> list[str]:
         """Layers with candidates, by their names in the model."""
+        return [candidate.name for candidate in self._candidates]
 
-    @abstractmethod
     def keep_only(self, names: Collection[str]) -> None:
         """Forget the candidates of all other layers."""
+        self._candidates = [candidate for candidate in self._candidates if candidate.name in names]
 
-    @abstractmethod
     def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Names and submodules that may be the network, from the outermost to the innermost; see `InputRecorder`."""
+        name, _ = common_parent(model, self.names)
+        around = enclosing(model, name)
+        return around[:-1] if name in self.names and len(around) > 1 else around  # one layer is no network
 
     @abstractmethod
     def slim(
@@ -73,7 +79,7 @@ class Granularity(ABC):
     def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
         """What a criterion needs to know, by layer."""
 
-    def meet(self, recorder: InputRecorder) -> None:  # noqa: B027 not all need it
+    def meet(self, recorder: InputRecorder) -> None:
         """The network has been called, its inputs are known."""
 
     def prune(
@@ -82,13 +88,13 @@ class Granularity(ABC):
         """New masks for a budget; see `rank_and_prune`."""
         return rank_and_prune(scores, kept, amount, scope=scope, min_kept=min_kept)
 
-    def after_pruning(  # noqa: B027 not all need it
+    def after_pruning(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]
     ) -> None:
         """Masks have changed."""
 
 
-class Weights(Granularity):
+class Weights(Granularity[PrunableWeight]):
     """Connections of linear and convolution layers.
 
     Args:
@@ -111,20 +117,6 @@ class Weights(Granularity):
         self._exact = exact
 
     slims_in_fit = False
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers."""
-        return [candidate.name for candidate in self._candidates]
-
-    def keep_only(self, names: Collection[str]) -> None:
-        """Forget the candidates of all other layers."""
-        self._candidates = [candidate for candidate in self._candidates if candidate.name in names]
-
-    def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The smallest submodule that holds all layers, and what holds that, should it not be called itself."""
-        name, _ = common_parent(model, self.names)
-        return enclosing(model, name)
 
     def slim(
         self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]
@@ -156,7 +148,7 @@ class Weights(Granularity):
         }
 
 
-class Channels(Granularity):
+class Channels(Granularity[PrunableChannels]):
     """Channels of batch norms.
 
     Args:
@@ -181,21 +173,6 @@ class Channels(Granularity):
         self._bias = bias
 
     slims_in_fit = True
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the batch norms."""
-        return [candidate.name for candidate in self._candidates]
-
-    def keep_only(self, names: Collection[str]) -> None:
-        """Forget the candidates of all other batch norms."""
-        self._candidates = [candidate for candidate in self._candidates if candidate.name in names]
-
-    def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """What holds all batch norms, and what holds that: what reads the last channels must be part of the network."""
-        name, _ = common_parent(model, self.names)
-        around = enclosing(model, name)
-        return around[:-1] if name in self.names and len(around) > 1 else around
 
     def slim(
         self, trainer: Trainer, model: LightningModule, recorder: InputRecorder, kept: Mapping[str, Tensor]

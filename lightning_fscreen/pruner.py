@@ -39,7 +39,7 @@ class Pruner:
     def __init__(
         self,
         model: LightningModule,
-        find: Callable[[nn.Module], Granularity],
+        find: Callable[[nn.Module], Granularity[Any]],
         state: Mapping[str, Any],
         on_met: Callable[[], None],
     ) -> None:
@@ -67,7 +67,7 @@ class Pruner:
                 self._look()
         self._take_over()
 
-    def _found(self) -> Granularity:
+    def _found(self) -> Granularity[Any]:
         granularity = self._find(self._model)
         for name, reason in granularity.not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
