@@ -107,7 +107,6 @@ def compare(network, keep, bias, x, other):
     seconds = time.perf_counter() - start
     errors = {"eval": error(evaluate(masked, x), evaluate(slimmed, x))}
     errors["resolution"] = error(evaluate(masked, other), evaluate(slimmed, other))
-    before = copy.deepcopy(masked.state_dict()), copy.deepcopy(slimmed.state_dict())
     outputs = train(masked, x)
     errors["train"] = error(outputs, train(slimmed, x))
     own = dict(slimmed.named_parameters())
@@ -131,7 +130,6 @@ def compare(network, keep, bias, x, other):
     nothing = type(plan)()
     errors["statistics"] = error(running(masked, plan), running(slimmed, nothing))
     reference = *reference, running(masked, nothing)
-    masked.load_state_dict(before[0]), slimmed.load_state_dict(before[1])
     return errors, plan, seconds, slimmed, reference
 
 
@@ -175,6 +173,7 @@ def measure(name):
                 del slimmed
             if len(references) == 2:
                 row["rounding"] = rounding(*references)
+            references.clear()
             network.to(torch.float32)
             yield row
 
