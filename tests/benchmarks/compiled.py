@@ -1,6 +1,6 @@
 """What the callback costs a network under torch.compile, and what that is worth: ResNet-20 on random 32 × 32 images.
 
-    python tests/benchmarks/compiled.py
+    PYTHONPATH=. python tests/benchmarks/compiled.py
 
 Seconds per epoch of 1,280 images in batches of 64, median over the epochs of a kind: dense epochs in which nothing is
 gathered, those in which statistics are gathered (compiled code runs eagerly there), and epochs of fine-tuning (half of
