@@ -102,7 +102,9 @@ def _selects(modules: Mapping[str, nn.Module], slots: SlotGraph, kept: Tensor) -
         present = kept[stream.labels]
         places = present.cumsum(0) - 1
         indices = places[stream.indices[kept[slots.gates[name]]]].tolist()
-        if indices != list(range(int(present.sum()))) or selected(modules[name]) is not None:
+        present_select = selected(modules[name])
+        now = list(range(int(present.sum()))) if present_select is None else present_select.tolist()
+        if indices != now:
             selects[name] = tuple(indices)
     return selects
 
