@@ -73,7 +73,10 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
     if _KEY not in metadata:
         raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
     if metadata.get(_DIGEST) != digest(metadata[_KEY], saved):
-        raise PlanError(f"{str(path)!r} is damaged: its contents do not have the checksum that it was written with")
+        raise PlanError(
+            f"{str(path)!r} is damaged: its contents do not have the checksum that it was written "
+            "with; copy it again from where it came, or save the model again"
+        )
     plan = SlimmingPlan.from_json(metadata[_KEY])
     network = uncompiled(model)
     plan.check(network)
