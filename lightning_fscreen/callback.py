@@ -162,6 +162,7 @@ class ScreeningPruningCallback(Callback):
         self._eagerly: Eagerly | None = None
         self._tuning = False  # fine-tuning has begun
         self._epoch: int | None = None  # that has begun, and has not ended
+        self._gathers = False  # in the running step
         self._restored: dict[str, Any] = {}
         self._loading: RemovableHandle | None = None
 
@@ -198,7 +199,7 @@ class ScreeningPruningCallback(Callback):
         self._remove_hooks()
         self._tuning, self._epoch = bool(state.get("tuning", False)), state.get("epoch")
         self._rates, self._eagerly = LearningRates(trainer), Eagerly(pl_module)
-        self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), lambda: self._met(trainer))
+        self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), self._met)
         self._budget.total = self._pruner.total
         self._budget.target = state.get("target", self._pruner.pruned)
         if not self._pruner.granularity.slims_in_fit:
@@ -224,12 +225,12 @@ class ScreeningPruningCallback(Callback):
         state = self._pruner.present_state(pl_module) if self._pruner is not None else {}
         return {"pruner": state, "target": self._budget.target} if state else {}
 
-    def _met(self, trainer: Trainer) -> None:
+    def _met(self) -> None:
         """The network is being called for the first time, and its candidates are known."""
         assert self._pruner is not None
         self._budget.total = self._pruner.total
         self._check_floors()
-        if self._collects_in(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx):
+        if self._gathers:
             self._collection.open(self._pruner.granularity.collector)
 
     def _check_floors(self) -> None:
@@ -273,12 +274,13 @@ class ScreeningPruningCallback(Callback):
         if self._epoch != trainer.current_epoch:
             self._begin_epoch(trainer, pl_module)
         assert self._pruner is not None and self._eagerly is not None
-        unknown, collects = self._pruner.recorder.inputs is None, self._collects_in(trainer.current_epoch, batch_idx)
-        if unknown or collects:
+        unknown = self._pruner.recorder.inputs is None
+        self._gathers = batch_idx % self.collect_every == 0 and self._collects(trainer.current_epoch)
+        if unknown or self._gathers:
             self._eagerly.start()
         if unknown:
             self._pruner.recorder.start()
-        if collects:
+        if self._gathers:
             self._collection.find_classes(trainer, pl_module, batch, batch_idx)
             if not (unknown and self._pruner.granularity.slims_in_fit):  # or else as soon as it is known
                 self._collection.open(self._pruner.granularity.collector)
@@ -314,11 +316,8 @@ class ScreeningPruningCallback(Callback):
                 f"{recorder.describe()} was not called in training_step, so it is not known how its batch "
                 "norms are connected; call the module that holds them as a whole, self.net(x)"
             )
-        if self._collects_in(trainer.current_epoch, batch_idx):
+        if self._gathers:
             self._collection.add(trainer, batch, batch_idx)
-
-    def _collects_in(self, epoch: int, batch_idx: int) -> bool:
-        return batch_idx % self.collect_every == 0 and self._collects(epoch)
 
     def _collects(self, epoch: int) -> bool:
         wanted = self._criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
