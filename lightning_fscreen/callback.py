@@ -337,6 +337,7 @@ class ScreeningPruningCallback(Callback):
 
     def _end_epoch(self, trainer: Trainer, epoch: int) -> None:
         assert self._pruner is not None
+        self._pruner.apply_masks()  # somebody may have changed gradients after us
         if self._prunes_after(epoch):
             if self.slim and self._pruner.granularity.slims_in_fit:
                 check_state(trainer.optimizers, self._pruner.parameters)

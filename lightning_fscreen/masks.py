@@ -6,17 +6,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+# Where value, gradient and state are zero, these leave a zero, whatever their options: it need not be written again.
+_FIXED_AT_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RMSprop, optim.Adagrad)
 
 class Masks:
     """Boolean masks over parameters, True where a value is kept, and their enforcement.
 
-    Pruned values are set to zero when they are pruned, and again after every optimizer step (weight decay, momentum and
-    noise would move them). Their optimizer state is zeroed with them and their gradients before every step, so that
-    the others are updated as if the pruned ones did not exist, clipping by norm included.
+    Pruned values are set to zero when they are pruned, their optimizer state with them and their gradients before every
+    step, so that the others are updated as if the pruned ones did not exist, clipping by norm included. After the step
+    of an optimizer that might move them nevertheless (of another kind, or with gradients that nobody has masked) they
+    are set to zero again.
 
     Args:
         parameters: name → parameter.
@@ -35,6 +38,7 @@ class Masks:
         # faster than filling by a boolean one.
         self._factors: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: list[RemovableHandle] = []
+        self._gradients_masked = False  # since the last step
 
     @property
     def _masked(self) -> list[tuple[str, nn.Parameter]]:
@@ -87,12 +91,15 @@ class Masks:
         present = [(parameter.grad, factor) for parameter, factor in self._factors if parameter.grad is not None]
         if present:
             torch._foreach_mul_([gradient for gradient, _ in present], [factor for _, factor in present])
+        self._gradients_masked = True
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Zero the pruned weights after every step of these optimizers, until `unwatch`."""
+        """Keep the pruned weights at zero through every step of these optimizers, until `unwatch`."""
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self.apply()
+            if not self._gradients_masked or type(optimizer) not in _FIXED_AT_ZERO:
+                self.apply()
+            self._gradients_masked = False
 
         self._handles += [optimizer.register_step_post_hook(after_step) for optimizer in optimizers]
 

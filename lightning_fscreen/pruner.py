@@ -172,6 +172,10 @@ class Pruner:
         """Zero the gradients of what is pruned."""
         self._masks.mask_gradients()
 
+    def apply_masks(self) -> None:
+        """Zero what is pruned, whatever has happened to it."""
+        self._masks.apply()
+
     def rank(
         self,
         score: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
