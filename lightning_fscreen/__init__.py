@@ -1,6 +1,7 @@
 """Prune PyTorch Lightning classifiers by what their activations say about the classes."""
 
 from lightning_fscreen import functional, models
+from lightning_fscreen import fusion as fusion  # registers the screening criteria
 from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.checkpoint import load_slimmed, save_slimmed
 from lightning_fscreen.criteria import register_criterion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fscreen.arguments import check_arguments
 from lightning_fscreen.budget import Budget
 from lightning_fscreen.collect import FeatureStatistics
 from lightning_fscreen.collection import Collection
 from lightning_fscreen.compiled import Eagerly
 from lightning_fscreen.criteria import Criterion, Ranked, resolve_criterion
 from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, gather
+from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Channels, Granularity, Weights
 from lightning_fscreen.labels import find_labels
 from lightning_fscreen.optim import check_optimizers, check_state, order_of, restore_order
 from lightning_fscreen.pruner import Pruner
-from lightning_fscreen.ranking import SCOPES, check_floors
+from lightning_fscreen.ranking import check_floors
 from lightning_fscreen.report import PruningReport
 from lightning_fscreen.resume import resize_on_load
 from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
@@ -31,10 +34,6 @@ from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.surgery import LearningRates, forget_scores
 
 log = logging.getLogger(__name__)
-
-GRANULARITIES = ("channel", "weight")
-CONNECTIONS = ("factored", "exact")
-BIASES = ("zero", "fold", "mean")
 
 
 class ScreeningPruningCallback(Callback):
@@ -49,13 +48,15 @@ class ScreeningPruningCallback(Callback):
     Args:
         granularity: "channel": channels of batch norms; "weight": connections of linear and convolution layers.
         amount: fraction of the candidates pruned in the end, 0 ≤ amount < 1; met exactly (±1 candidate).
-        screening_weight: λ of Eq. 5/6: 0 ranks by magnitude alone, 1 by the F-statistic alone.
-        schedule: "logistic", "one_shot", "linear", "cubic", or a callable progress ∈ [0, 1] → fraction of the amount.
+        screening_weight: λ of the screening criteria: 0 ranks by magnitude alone, 1 by the F-statistic alone.
+        schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable
+            progress ∈ [0, 1] → fraction of the amount.
         start_epoch: first epoch of the annealing window.
         end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
-            training.
+            training; 0 to prune at initialisation, by the first training step alone.
         scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer.
-        criterion: ranking metric: "screening", "magnitude", "random", or one registered by `register_criterion`.
+        criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
+            "magnitude", "activation", "gradient", "taylor", "random", or one registered by `register_criterion`.
         min_channels: candidates that every layer keeps at least; the others still meet the budget.
         include: glob patterns over module names, one of which a layer must match.
         exclude: glob patterns over module names, none of which a layer may match.
@@ -71,6 +72,9 @@ class ScreeningPruningCallback(Callback):
         bias: what pruned channels put out until training makes up for them: "zero" nothing (γ = β = 0); "fold" their
             shift β, carried into the layers that read them; "mean" their mean activation, likewise. For channels only.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
+        rewind_weights: put what is left back to where it was when the fit began, learning rates too (lottery ticket).
+        soft: until the window ends, zero what is ranked lowest at the end of an epoch but let it grow again (soft
+            filter pruning, arXiv 1808.06866); of channels the scales γ, so that those with a positive shift can.
 
     Raises:
         ValueError: an argument outside its range; the message names the allowed values.
@@ -102,34 +106,10 @@ class ScreeningPruningCallback(Callback):
         connections: str = "factored",
         bias: str = "zero",
         rewind_lr: bool = False,
+        rewind_weights: bool = False,
+        soft: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice("granularity", granularity, GRANULARITIES)
-        _check_choice("scope", scope, SCOPES)
-        _check_choice("connections", connections, CONNECTIONS)
-        _check_choice("bias", bias, BIASES)
-        if not 0 <= amount < 1:
-            raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {amount}")
-        if not 0 <= screening_weight <= 1:
-            raise ValueError(f"screening_weight (λ) must lie in [0, 1], got {screening_weight}")
-        if min_channels < 0:
-            raise ValueError(f"min_channels must not be negative, got {min_channels}")
-        if collect_every < 1:
-            raise ValueError(f"collect_every must be at least 1 (every batch), got {collect_every}")
-        if collect_epochs < 1:
-            raise ValueError(f"collect_epochs must be at least 1 (the epoch before a pruning), got {collect_epochs}")
-        if granularity == "channel" and connections == "exact":
-            raise ValueError(
-                'connections="exact" is for granularity="weight"; channels have no connections of their own'
-            )
-        if granularity == "weight" and bias != "zero":
-            raise ValueError(f'bias={bias!r} is for granularity="channel"; pruned weights are zero')
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch must not be negative, got {start_epoch}")
-        if end_epoch is not None and end_epoch <= start_epoch:
-            raise ValueError(f"end_epoch must lie after start_epoch={start_epoch}, got {end_epoch}")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2 (the F-statistic compares classes), got {num_classes}")
         self.granularity = granularity
         self.amount = amount
         self.screening_weight = screening_weight
@@ -149,7 +129,9 @@ class ScreeningPruningCallback(Callback):
         self.connections = connections
         self.bias = bias
         self.rewind_lr = rewind_lr
-        resolve_criterion(criterion)
+        self.rewind_weights = rewind_weights
+        self.soft = soft
+        check_arguments(self)
         # Lightning asks for it around every hook.
         self._key = self._generate_state_key(granularity=granularity, include=include, exclude=exclude)
 
@@ -163,6 +145,8 @@ class ScreeningPruningCallback(Callback):
         self._tuning = False  # fine-tuning has begun
         self._epoch: int | None = None  # that has begun, and has not ended
         self._gathers = False  # in the running step
+        self._first: tuple[Any, int] | None = None  # the first batch, which is to decide alone
+        self._origin: dict[str, Tensor] = {}  # to rewind to
         self._restored: dict[str, Any] = {}
         self._loading: RemovableHandle | None = None
 
@@ -208,7 +192,11 @@ class ScreeningPruningCallback(Callback):
             restore_order(trainer.optimizers, pl_module, state["optimizers"])
         self._pruner.watch(trainer.optimizers)
         # Resumed within an epoch, or between its last batch and its end.
-        self._collection.load_state(trainer, state.get("collections", []), self._pruner.granularity.collector)
+        granularity = self._pruner.granularity
+        sums = state.get("collections", [])
+        self._collection.load_state(trainer, sums, granularity.collector, granularity.gradients)
+        if self.rewind_weights and not self._tuning:
+            self._origin = state.get("origin") or copy.deepcopy(_tensors(pl_module))
         if self.plan is not None and self._budget.asks_for_more(self._budget.window[1]):
             log.warning(
                 "the network was made smaller in an earlier fit, so no more is pruned in this one; to prune more, "
@@ -263,10 +251,13 @@ class ScreeningPruningCallback(Callback):
         if self._pruner.granularity.slims_in_fit and self._pruner.recorder.inputs is None:
             return  # resumed with inputs that no checkpoint can hold: known after one more batch
         self._tuning = True
+        if self.rewind_weights:
+            self._pruner.rewind(self._origin, trainer.optimizers)
+            self._origin = {}
         if self._pruner.granularity.slims_in_fit:
             self._slim(trainer)
         forget_scores(trainer)
-        if self.rewind_lr and self._rates is not None:
+        if (self.rewind_lr or self.rewind_weights) and self._rates is not None:
             self._rates.rewind(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -275,7 +266,10 @@ class ScreeningPruningCallback(Callback):
             self._begin_epoch(trainer, pl_module)
         assert self._pruner is not None and self._eagerly is not None
         unknown = self._pruner.recorder.inputs is None
-        self._gathers = batch_idx % self.collect_every == 0 and self._collects(trainer.current_epoch)
+        collects = batch_idx % self.collect_every == 0 and self._collects(trainer.current_epoch)
+        self._gathers = collects and self._wants_activations
+        at_start = self._budget.window[1] == 0 and self._prunes_after(trainer.current_epoch)
+        self._first = (batch, batch_idx) if at_start else None
         if unknown or self._gathers:
             self._eagerly.start()
         if unknown:
@@ -295,9 +289,18 @@ class ScreeningPruningCallback(Callback):
             self._eagerly.stop()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Zero the gradients of pruned weights, before they are clipped by norm."""
-        if self._pruner is not None:
+        """Zero the gradients of pruned weights, before they are clipped by norm; gather the others."""
+        if self._pruner is None:
+            return
+        self._pruner.mask_gradients()
+        if self._criterion.needs_gradients and self._collects(trainer.current_epoch):
+            self._collection.add_gradients(self._pruner.granularity.gradients, optimizer)
+        if self._first is not None:
+            batch, batch_idx = self._first
+            self._add(trainer, batch, batch_idx)
+            self._prune(trainer, trainer.current_epoch)
             self._pruner.mask_gradients()
+            self._gathers, self._first = False, None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -308,6 +311,9 @@ class ScreeningPruningCallback(Callback):
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
         self._close()
+        self._add(trainer, batch, batch_idx)
+
+    def _add(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         assert self._pruner is not None
         recorder = self._pruner.recorder
         recorder.stop()
@@ -319,8 +325,12 @@ class ScreeningPruningCallback(Callback):
         if self._gathers:
             self._collection.add(trainer, batch, batch_idx)
 
+    @property
+    def _wants_activations(self) -> bool:
+        return self._criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+
     def _collects(self, epoch: int) -> bool:
-        wanted = self._criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+        wanted = self._wants_activations or self._criterion.needs_gradients
         return wanted and any(self._prunes_after(last) for last in range(epoch, epoch + self.collect_epochs))
 
     # ---- the end of an epoch
@@ -339,27 +349,41 @@ class ScreeningPruningCallback(Callback):
         assert self._pruner is not None
         self._pruner.apply_masks()  # somebody may have changed gradients after us
         if self._prunes_after(epoch):
-            if self.slim and self._pruner.granularity.slims_in_fit:
-                check_state(trainer.optimizers, self._pruner.parameters)
-            statistics = self._collection.statistics(trainer)
-            if not statistics and self._criterion.needs_statistics(self.screening_weight):
-                raise ValueError(f"epoch {epoch} had no training batch, so there is nothing to rank by")
-            kept = decide_once(trainer, lambda: self._decide(epoch, statistics))
-            self._pruner.prune(kept, statistics, trainer)
-            self._budget.met(epoch)
-            self._collection.reset()
+            self._prune(trainer, epoch)
         self._epoch = None
         applied = self._pruner.pruned / self._pruner.total
         self.history.append({"epoch": epoch, "scheduled": self._budget.fraction(epoch), "applied": applied})
 
-    def _decide(self, epoch: int, statistics: Mapping[str, FeatureStatistics]) -> dict[str, Tensor]:
+    def _prune(self, trainer: Trainer, epoch: int) -> None:
+        assert self._pruner is not None
+        if self.slim and self._pruner.granularity.slims_in_fit:
+            check_state(trainer.optimizers, self._pruner.parameters)
+        statistics, gradients = self._collection.statistics(trainer), self._collection.gradients()
+        if not statistics and self._criterion.needs_statistics(self.screening_weight):
+            raise ValueError(f"epoch {epoch} had no training batch, so there is nothing to rank by")
+        if not gradients and self._criterion.needs_gradients:
+            raise ValueError(f"epoch {epoch} had no optimizer step, so there are no gradients to rank by")
+        kept = decide_once(trainer, lambda: self._decide(epoch, statistics, gradients))
+        hold = not self.soft or epoch + 1 >= self._budget.window[1]
+        self._pruner.prune(kept, statistics, trainer, hold)
+        if hold:
+            self._budget.met(epoch)
+        self._collection.reset()
+
+    def _decide(
+        self,
+        epoch: int,
+        statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
+    ) -> dict[str, Tensor]:
         assert self._pruner is not None
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63 + epoch)
 
         def score(ranked: Mapping[str, Ranked]) -> Mapping[str, Tensor]:
             return self._criterion.score(ranked, self.screening_weight, generator)
 
-        return self._pruner.rank(score, statistics, self._budget.fraction(epoch), self.scope, self.min_channels)
+        fraction = self._budget.fraction(epoch)
+        return self._pruner.rank(score, statistics, gradients, fraction, self.scope, self.min_channels)
 
     def _prunes_after(self, epoch: int) -> bool:
         return self.plan is None and self._budget.asks_for_more(epoch)
@@ -444,6 +468,11 @@ class ScreeningPruningCallback(Callback):
     # ---- what others ask for
 
     @property
+    def fine_tuning(self) -> bool:
+        """Whether the whole amount is pruned, and what is left is being trained."""
+        return self._tuning
+
+    @property
     def state_key(self) -> str:
         """Tells several of these callbacks apart in a checkpoint."""
         return self._key
@@ -477,6 +506,7 @@ class ScreeningPruningCallback(Callback):
         """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""
         state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "tuning": self._tuning}
         state |= {"target": self._budget.target, "epoch": self._epoch}
+        state |= {"origin": self._origin} if self._origin else {}
         return state if self._pruner is None else state | {"pruner": self._pruner.state_dict()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -492,6 +522,5 @@ class ScreeningPruningCallback(Callback):
         self.history = [dict(entry) for entry in state_dict["history"]]
 
 
-def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {argument} {value!r}; choose one of {list(allowed)}")
+def _tensors(model: LightningModule) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -74,11 +74,13 @@ class FeatureStatistics:
         f: (features,) F-statistics; for exact connections, of the weight's shape.
         mean: (features,) mean activation.
         mean_square: (features,) mean squared activation.
+        degrees: degrees of freedom of F, between and within the classes: (C − 1, n − C).
     """
 
     f: Tensor
     mean: Tensor
     mean_square: Tensor
+    degrees: tuple[float, float]
 
 
 class ActivationCollector:
@@ -197,7 +199,10 @@ class ActivationCollector:
             if probe.name in self._exact:
                 connections = self._exact[probe.name]
                 probe_f = f_statistic_compute(merge(connections.class_sums())).view(connections.shift.shape)
-            statistics[probe.name] = FeatureStatistics(probe_f, mean[columns], mean_square[columns])
+            present = merged.counts[:, columns.start]
+            between = float((present > 0).sum()) - 1
+            degrees = (between, float(present.sum()) - between - 1)
+            statistics[probe.name] = FeatureStatistics(probe_f, mean[columns], mean_square[columns], degrees)
         return statistics
 
     def state_dict(self) -> dict[str, Any]:

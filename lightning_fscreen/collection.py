@@ -1,4 +1,4 @@
-"""The statistics of a fit: when the hooks are open, and which labels the activations get."""
+"""The statistics of a fit: when the hooks are open, which labels the activations get, and which gradients are added."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics
 from lightning_fscreen.distributed import merge_processes
+from lightning_fscreen.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.labels import infer_num_classes
 
 
@@ -26,6 +28,7 @@ class Collection:
         self._labels = labels
         self._num_classes = num_classes
         self._collector: ActivationCollector | None = None
+        self._gradients: GradientSums | None = None
 
     def find_classes(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Find the number of classes, unless it is known.
@@ -65,6 +68,20 @@ class Collection:
             with _naming_batch(batch_idx, trainer):
                 self._collector.update(self._labels(batch))
 
+    def add_gradients(self, make_sums: Callable[[], GradientSums], optimizer: Optimizer) -> None:
+        """Add the gradients that an optimizer is about to use."""
+        if self._gradients is None:
+            self._gradients = make_sums()
+        self._gradients.add(optimizer)
+
+    def gradients(self) -> Mapping[str, GradientStatistics]:
+        """Of the steps gathered, by layer; empty if there were none. DDP has averaged them already.
+
+        Raises:
+            ValueError: a layer without gradients.
+        """
+        return {} if self._gradients is None else self._gradients.statistics()
+
     def statistics(self, trainer: Trainer) -> Mapping[str, FeatureStatistics]:
         """Of all processes, by layer; empty if nothing was gathered.
 
@@ -75,34 +92,43 @@ class Collection:
 
     def reset(self) -> None:
         """Start the sums afresh."""
+        self._gradients = None
         if self._collector is not None:
             self._collector.reset()
 
     def end(self) -> None:
         """Take the hooks away, and forget the sums."""
+        self._gradients = None
         if self._collector is not None:
             self._collector.remove()
             self._collector = None
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, as tensors and primitives; empty if there are none."""
-        return {} if self._collector is None else self._collector.state_dict()
+        parts = {"activations": self._collector, "gradients": self._gradients}
+        return {name: sums.state_dict() for name, sums in parts.items() if sums is not None}
 
     def load_state(
         self,
         trainer: Trainer,
         states: Sequence[Mapping[str, Any]],
         make_collector: Callable[[int], ActivationCollector],
+        make_sums: Callable[[], GradientSums],
     ) -> None:
         """Continue from what `state_dict` gave in every process; additional processes begin with nothing."""
         if not any(states):
             return
-        self._num_classes = states[0]["num_classes"]
-        self.open(make_collector)
-        self.close()
-        assert self._collector is not None
-        if trainer.global_rank < len(states):
-            self._collector.load_state_dict(states[trainer.global_rank])
+        own = states[trainer.global_rank] if trainer.global_rank < len(states) else {}
+        if "activations" in states[0]:
+            self._num_classes = states[0]["activations"]["num_classes"]
+            self.open(make_collector)
+            self.close()
+            assert self._collector is not None
+            if own:
+                self._collector.load_state_dict(own["activations"])
+        if "gradients" in states[0]:
+            self._gradients = make_sums()
+            self._gradients.load_state_dict(states[0]["gradients"])  # the same in every process
 
 
 @contextlib.contextmanager

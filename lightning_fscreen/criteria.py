@@ -19,12 +19,20 @@ class Ranked:
     Attributes:
         weight: the values: connection weights w, or scales γ of batch-norm channels.
         kept: boolean mask of the same shape, False where a candidate is pruned already.
-        f: F-statistics, broadcastable to the same shape; None if no statistics were collected.
+        f: F-statistics of the activations, broadcastable to the same shape; None if no statistics were collected.
+        degrees: degrees of freedom of F, between and within classes: (C − 1, n − C).
+        mean_square: mean squared activation, like `f`.
+        gradient: mean |∂L/∂w| over the steps gathered, of the weight's shape; None if no gradients were.
+        taylor: mean |w·∂L/∂w|, likewise; of batch-norm channels |γ·∂L/∂γ + β·∂L/∂β|.
     """
 
     weight: Tensor
     kept: Tensor
     f: Tensor | None = None
+    degrees: tuple[float, float] | None = None
+    mean_square: Tensor | None = None
+    gradient: Tensor | None = None
+    taylor: Tensor | None = None
 
 
 Scores = dict[str, Tensor]
@@ -37,18 +45,23 @@ class Criterion:
     Attributes:
         score: (layers, screening_weight, generator) → {layer: scores}, higher is more important; the scores of
             candidates that are pruned already do not matter.
-        needs_statistics: whether it wants `Ranked.f`, for a given screening_weight.
+        needs_statistics: whether it wants what activations say (`f`, `degrees`, `mean_square`), for a given
+            screening_weight.
+        needs_gradients: whether it wants `gradient` and `taylor`.
     """
 
     score: Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]
     needs_statistics: Callable[[float], bool]
+    needs_gradients: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
 def register_criterion(
-    name: str, needs_statistics: Callable[[float], bool] = lambda screening_weight: False
+    name: str,
+    needs_statistics: Callable[[float], bool] = lambda screening_weight: False,
+    needs_gradients: bool = False,
 ) -> Callable[[Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]], Callable[..., Scores]]:
     """Decorator that makes a scoring function available as `criterion=name`.
 
@@ -59,7 +72,7 @@ def register_criterion(
     def register(score: Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]) -> Callable[..., Scores]:
         if name in CRITERIA:
             raise ValueError(f"a criterion named {name!r} is registered already; choose another name")
-        CRITERIA[name] = Criterion(score, needs_statistics)
+        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients)
         return score
 
     return register
@@ -74,28 +87,6 @@ def resolve_criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; choose one of {sorted(CRITERIA)} or register your own")
     return CRITERIA[name]
-
-
-@register_criterion("screening", needs_statistics=lambda screening_weight: screening_weight > 0)
-def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
-    """R = λ·F̂ + (1 − λ)·|w|^, the paper's fused metric (Eq. 5 and 6), λ = `screening_weight`.
-
-    ^ divides by the mean over the candidates that are left, in all layers: F and magnitudes have different units, and
-    the paper does not say how it scales them. An infinite F counts as the largest finite one.
-    """
-    dtypes = {name: torch.promote_types(layer.weight.dtype, torch.float32) for name, layer in layers.items()}
-    magnitudes = _normalised({name: layer.weight.abs().to(dtypes[name]) for name, layer in layers.items()}, layers)
-    if screening_weight == 0:
-        return magnitudes
-    f = {}
-    for name, layer in layers.items():
-        if layer.f is None:
-            raise ValueError(f"criterion 'screening' needs the F-statistics of layer {name!r}, none were collected")
-        f[name] = layer.f.to(layer.weight.device, dtypes[name])
-    finite = [values[torch.isfinite(values)] for values in f.values()]
-    largest = max((float(values.max()) for values in finite if len(values)), default=0.0) or 1.0
-    f = _normalised({name: values.clamp(max=largest) for name, values in f.items()}, layers)
-    return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
 
 
 @register_criterion("magnitude")
@@ -113,9 +104,44 @@ def random(layers: Mapping[str, Ranked], screening_weight: float, generator: tor
     }
 
 
-def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
-    """Divide by the mean over all candidates that are left."""
-    total = sum(float((value * layers[name].kept).sum(dtype=torch.float64)) for name, value in values.items())
-    mean = total / max(sum(int(layer.kept.sum()) for layer in layers.values()), 1)
-    scale = 1 / mean if mean > 0 else 1.0
-    return {name: value * scale for name, value in values.items()}
+@register_criterion("gradient", needs_gradients=True)
+def gradient(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = mean |∂L/∂w| over the steps gathered: gradient magnitude."""
+    return {name: required(layer.gradient, "gradients", name) for name, layer in layers.items()}
+
+
+@register_criterion("taylor", needs_gradients=True)
+def taylor(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = mean |w·∂L/∂w|: how much the loss would change without w, to first order (Molchanov et al. 2019).
+
+    With one step at initialisation (`end_epoch=0`) this is SNIP's connection sensitivity (Lee et al. 2019).
+    """
+    return {name: required(layer.taylor, "gradients", name) for name, layer in layers.items()}
+
+
+@register_criterion("activation", needs_statistics=lambda screening_weight: True)
+def activation(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = |w|·√(mean x²): magnitude scaled by the activation that it multiplies (as in Sun et al. 2024)."""
+    return {
+        name: layer.weight.abs().to(scoring_dtype(layer))
+        * required(layer.mean_square, "activations", name).to(layer.weight.device, scoring_dtype(layer)).sqrt()
+        for name, layer in layers.items()
+    }
+
+
+def scoring_dtype(layer: Ranked) -> torch.dtype:
+    """At least float32: what is multiplied or summed may overflow a half precision."""
+    return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
+def required(values: Tensor | None, kind: str, name: str) -> Tensor:
+    """What a criterion cannot do without.
+
+    Raises:
+        ValueError: it was not gathered.
+    """
+    if values is None:
+        raise ValueError(
+            f"the criterion needs the {kind} of layer {name!r}, and none were gathered; register it with what it needs"
+        )
+    return values

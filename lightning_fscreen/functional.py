@@ -8,6 +8,8 @@ of its own, the first value seen, which removes that cancellation and makes cons
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -222,3 +224,25 @@ def f_statistic_compute(sums: ClassSums) -> Tensor:
 
 def _per_feature(counts: Tensor) -> Tensor:
     return counts.unsqueeze(1) if counts.ndim == 1 else counts
+
+
+def f_critical(level: float, between: float, within: float) -> float:
+    """The F-statistic that a feature without any bearing on the classes exceeds with probability `level`.
+
+    Paulson's approximation (Annals of Mathematical Statistics 13, 1942): the cube root of F is nearly normal.
+
+    Args:
+        level: probability, 0 < level < ½.
+        between: degrees of freedom between classes, C − 1.
+        within: degrees of freedom within classes, n − C; may be inf.
+
+    Returns:
+        The critical value; inf where `within` is so small that the approximation has none.
+    """
+    z = NormalDist().inv_cdf(1 - level)
+    a, b = 2 / (9 * between), 2 / (9 * within)
+    curvature = (1 - b) ** 2 - z**2 * b
+    if b >= 1 or curvature <= 0:
+        return math.inf
+    root = ((1 - a) * (1 - b) + z * math.sqrt(a * (1 - b) ** 2 + b * (1 - a) ** 2 - a * b * z**2)) / curvature
+    return float(root**3)

@@ -14,6 +14,7 @@ from lightning_fscreen.candidates import PrunableWeight, find_weights
 from lightning_fscreen.channels import PrunableChannels, find_channels, refine
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
 from lightning_fscreen.criteria import Ranked
+from lightning_fscreen.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder, common_parent, enclosing
 from lightning_fscreen.ranking import rank_and_prune
@@ -76,7 +77,16 @@ class Granularity(ABC, Generic[Candidate]):
         """Sums over the activations that belong to the candidates."""
 
     @abstractmethod
-    def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
+    def gradients(self) -> GradientSums:
+        """Sums over the gradients of the candidates."""
+
+    @abstractmethod
+    def ranked(
+        self,
+        kept: Mapping[str, Tensor],
+        statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
+    ) -> dict[str, Ranked]:
         """What a criterion needs to know, by layer."""
 
     def meet(self, recorder: InputRecorder) -> None:
@@ -133,19 +143,28 @@ class Weights(Granularity[PrunableWeight]):
         probes = [Probe(candidate.name, candidate.module) for candidate in self._candidates]
         return ActivationCollector(probes, num_classes, self._candidates if self._exact else ())
 
-    def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
-        """Weights, and F of the inputs that they multiply."""
+    def gradients(self) -> GradientSums:
+        """Sums over the gradients of the weights."""
+        return GradientSums({candidate.name: [candidate.weight] for candidate in self._candidates})
 
-        def f_of(candidate: PrunableWeight) -> Tensor | None:
-            if candidate.name not in statistics:
-                return None
-            f = statistics[candidate.name].f
-            return f if f.shape == candidate.weight.shape else candidate.per_connection(f)
-
-        return {
-            candidate.name: Ranked(candidate.weight.detach(), kept[candidate.name], f_of(candidate))
-            for candidate in self._candidates
-        }
+    def ranked(
+        self,
+        kept: Mapping[str, Tensor],
+        statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
+    ) -> dict[str, Ranked]:
+        """Weights, and the statistics of the inputs that they multiply."""
+        ranked = {}
+        for candidate in self._candidates:
+            weight, found = candidate.weight.detach(), statistics.get(candidate.name)
+            f = mean_square = None
+            if found is not None:
+                f = found.f if found.f.shape == weight.shape else candidate.per_connection(found.f)
+                mean_square = candidate.per_connection(found.mean_square)
+            ranked[candidate.name] = _ranked(
+                weight, kept[candidate.name], f, mean_square, found, gradients.get(candidate.name)
+            )
+        return ranked
 
 
 class Channels(Granularity[PrunableChannels]):
@@ -212,16 +231,26 @@ class Channels(Granularity[PrunableChannels]):
         """Sums over the batch norms' activations."""
         return ActivationCollector([candidate.probe() for candidate in self._candidates], num_classes)
 
-    def ranked(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> dict[str, Ranked]:
-        """Scales, and F of the channels."""
-        return {
-            candidate.name: Ranked(
-                candidate.scale.detach(),
-                kept[candidate.name],
-                statistics[candidate.name].f if candidate.name in statistics else None,
+    def gradients(self) -> GradientSums:
+        """Sums over the gradients of scales and shifts."""
+        return GradientSums({candidate.name: [candidate.scale, candidate.shift] for candidate in self._candidates})
+
+    def ranked(
+        self,
+        kept: Mapping[str, Tensor],
+        statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
+    ) -> dict[str, Ranked]:
+        """Scales, and the statistics of the channels."""
+        ranked = {}
+        for candidate in self._candidates:
+            found = statistics.get(candidate.name)
+            f, mean_square = (None, None) if found is None else (found.f, found.mean_square)
+            scale = candidate.scale.detach()
+            ranked[candidate.name] = _ranked(
+                scale, kept[candidate.name], f, mean_square, found, gradients.get(candidate.name)
             )
-            for candidate in self._candidates
-        }
+        return ranked
 
     def prune(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: str, min_kept: int
@@ -240,3 +269,17 @@ class Channels(Granularity[PrunableChannels]):
                 if candidate.name in statistics:
                     gone = before[candidate.name] & ~after[candidate.name]
                     candidate.put_out(statistics[candidate.name].mean, gone)
+
+
+def _ranked(
+    weight: Tensor,
+    kept: Tensor,
+    f: Tensor | None,
+    mean_square: Tensor | None,
+    statistics: FeatureStatistics | None,
+    gradients: GradientStatistics | None,
+) -> Ranked:
+    degrees = None if statistics is None else statistics.degrees
+    if gradients is None:
+        return Ranked(weight, kept, f, degrees, mean_square)
+    return Ranked(weight, kept, f, degrees, mean_square, gradients.gradient, gradients.taylor)

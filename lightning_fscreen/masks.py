@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 # Where value, gradient and state are zero, these leave a zero, whatever their options: it need not be written again.
 _FIXED_AT_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RMSprop, optim.Adagrad)
 
+
 class Masks:
     """Boolean masks over parameters, True where a value is kept, and their enforcement.
 
@@ -78,6 +79,12 @@ class Masks:
             for tensor, state in optimizer.state.items():
                 if tensor in by_parameter:
                     _mask_state(state, by_parameter[tensor])
+
+    @torch.no_grad()
+    def zero_once(self, kept: Mapping[str, Tensor]) -> None:
+        """Zero what these masks prune, without companions and state, and let it grow again."""
+        for name, parameter in self._parameters.items():
+            parameter.mul_(kept[name].to(parameter))
 
     @torch.no_grad()
     def apply(self) -> None:

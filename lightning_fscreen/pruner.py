@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fscreen.collect import FeatureStatistics
+from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Granularity
 from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder
@@ -180,6 +181,7 @@ class Pruner:
         self,
         score: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
         statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
         fraction: float,
         scope: str,
         min_kept: int,
@@ -188,25 +190,48 @@ class Pruner:
 
         Args:
             score: layer → what a criterion needs to know; returns scores by layer.
-            statistics: by layer.
+            statistics: of activations, by layer.
+            gradients: by layer.
             fraction: of the candidates at full size.
             scope: "global" or "layer".
             min_kept: floor by layer.
         """
         kept = self._masks.kept
         total, present = self.total, sum(mask.numel() for mask in kept.values())
-        gone = self.pruned - (present - sum(self._masks.num_kept.values()))  # pruned, and removed by another callback
         if present < total:
+            pruned = total - sum(int(mask.sum()) for mask in self.kept.values())
+            gone = pruned - (present - sum(self._masks.num_kept.values()))  # pruned, and removed by another callback
             fraction = min(max((fraction * total - gone) / present, 0.0), 1.0)
-        return self.granularity.prune(score(self.granularity.ranked(kept, statistics)), kept, fraction, scope, min_kept)
+        scores = score(self.granularity.ranked(kept, statistics, gradients))
+        return self.granularity.prune(scores, kept, fraction, scope, min_kept)
 
-    def prune(self, kept: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics], trainer: Trainer) -> None:
-        """Replace the masks by those that `rank` gave."""
+    def prune(
+        self,
+        kept: Mapping[str, Tensor],
+        statistics: Mapping[str, FeatureStatistics],
+        trainer: Trainer,
+        hold: bool = True,
+    ) -> None:
+        """Replace the masks by those that `rank` gave; or, unless they are to `hold`, zero once what they prune."""
+        if not hold:
+            self._masks.zero_once(kept)
+            self.num_kept = {name: int(self._full_size(name, mask).sum()) for name, mask in kept.items()}
+            return
         before = self._masks.kept
         self._masks.set(kept, trainer.optimizers)
         self.granularity.after_pruning(before, self._masks.kept, statistics)
         self.kept = {name: self._full_size(name, mask) for name, mask in self._masks.kept.items()}
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
+
+    @torch.no_grad()
+    def rewind(self, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+        """Put what is left back to earlier values (of a state dict at full size); optimizers begin afresh."""
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if isinstance(value, Tensor) and name in weights:
+                value.copy_(self._since.cut(name, weights[name].to(value.device)))
+        self._masks.apply()
+        for optimizer in optimizers:
+            optimizer.state.clear()
 
     def _full_size(self, name: str, current: Tensor) -> Tensor:
         full = self.kept[name]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 Schedule = Callable[[float], float]
 
 _STEEPNESS = 10.0
+_ROUNDS = 5
 
 
 def logistic(progress: float) -> float:
@@ -42,7 +43,24 @@ def cubic(progress: float) -> float:
     return 1 - (1 - progress) ** 3
 
 
-SCHEDULES: dict[str, Schedule] = {"logistic": logistic, "one_shot": one_shot, "linear": linear, "cubic": cubic}
+def iterative(progress: float) -> float:
+    """Prune and retrain in five rounds: the k-th leaves 1 − k/5 of the way (Han et al. 2015)."""
+    return math.floor(_ROUNDS * progress + 1e-9) / _ROUNDS
+
+
+def constant(progress: float) -> float:
+    """Everything at once, at the end of the first epoch of the window."""
+    return 1.0 if progress > 0 else 0.0
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "logistic": logistic,
+    "one_shot": one_shot,
+    "linear": linear,
+    "cubic": cubic,
+    "iterative": iterative,
+    "constant": constant,
+}
 
 
 def resolve_schedule(schedule: str | Schedule) -> Schedule:
@@ -92,13 +110,15 @@ def resolve_window(
 
     Args:
         start_epoch: first epoch.
-        end_epoch: first epoch after it; None for half of the training.
+        end_epoch: first epoch after it; None for half of the training; 0 for no window, pruning before the training.
         max_epochs: length of the training; None or negative for one without an end.
         single: squeeze the window into one epoch.
 
     Raises:
         ValueError: a window that ends after the training, or none given for a training without an end.
     """
+    if end_epoch == 0:
+        return 0, 0
     if single:
         return start_epoch, start_epoch + 1
     if max_epochs is None or max_epochs < 0:

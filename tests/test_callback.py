@@ -343,7 +343,7 @@ BAD_ARGUMENTS = [
     ({"screening_weight": 1.5}, r"screening_weight .*\[0, 1\], got 1.5"),
     ({"min_channels": -1}, "min_channels .*-1"),
     ({"start_epoch": -1}, "start_epoch .*-1"),
-    ({"start_epoch": 3, "end_epoch": 3}, "end_epoch must lie after start_epoch=3, got 3"),
+    ({"start_epoch": 3, "end_epoch": 3}, "end_epoch must lie after start_epoch=3 .*, got 3"),
     ({"num_classes": 1}, "num_classes must be at least 2"),
     ({"collect_every": 0}, "collect_every must be at least 1"),
 ]

@@ -321,3 +321,20 @@ def test_a_run_folder_that_cannot_be_written_names_it_and_the_remedy(tmp_path):
     done = fscreen(tmp_path, f"hydra.run.dir={tmp_path}/file/run", check=False)
     assert done.returncode != 0
     assert "hydra.run.dir=" in done.stderr
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize("method", GROUPS["method"])
+def test_every_comparator_prunes_the_digits_to_the_same_budget(tmp_path, method, granularity):
+    if granularity == "weight" and method == "network_slimming":
+        pytest.skip("it is about batch norms, LeNet-300-100 has none")
+    experiment = [f"experiment=digits_{granularity}", f"method={method}", "callbacks.fscreen.amount=0.5"]
+    short = ["trainer.max_epochs=4", "+trainer.limit_train_batches=4", "extras.print_report=false"]
+    run(composed(*experiment, *QUIET, *short, f"paths.output_dir={tmp_path}"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    candidates = report["candidates"]
+    assert report["granularity"] == granularity
+    assert candidates["total"] - candidates["kept"] == pytest.approx(0.5 * candidates["total"], abs=2)
+    assert 0 <= report["test_error"] <= 1
+    if granularity == "channel":
+        assert report["params"]["after"] < report["params"]["before"]

@@ -1,0 +1,113 @@
+"""Ways to join the F-statistic with magnitude: λ, the `screening_weight`, goes from magnitude (0) to F alone (1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.criteria import Ranked, Scores, register_criterion, required, scoring_dtype
+from lightning_fscreen.functional import f_critical
+
+# A feature without any bearing on the classes passes for significant once in a thousand times.
+_LEVEL = 1e-3
+# What is not significant keeps its order, far below the rest.
+_INSIGNIFICANT = 1e-6
+
+
+def _wanted(screening_weight: float) -> bool:
+    return screening_weight > 0
+
+
+@register_criterion("screening", needs_statistics=_wanted)
+def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = |w|^(1 − λ) · s(F)^λ with the shrunken F-statistic s(F) = (1 − F*/F)₊, λ = `screening_weight`.
+
+    F* is the critical value of the F-test at level 0.001. A relevant feature has F far above it, so s ≈ 1 and magnitude
+    decides; a feature that says nothing of the classes has s = 0 and goes first, whatever its weights. (For F* = 1, s
+    would be the ANOVA estimate of the variance between classes, as a share of their mean square.) What is not
+    significant keeps the order of F, as if s(F) = 10⁻⁶·F/F*.
+    """
+    if screening_weight == 0:
+        return _magnitudes(layers)
+    if screening_weight == 1:  # shrinking would only round
+        return {name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}
+    scores = {}
+    for name, layer in layers.items():
+        f = _f(layer, name)
+        between, within = layer.degrees or (1.0, float("inf"))
+        ratio = f / f_critical(_LEVEL, between, within)
+        shrunken = torch.maximum(1 - 1 / ratio.clamp(min=1), _INSIGNIFICANT * ratio.clamp(max=1))
+        scores[name] = _geometric(layer, shrunken, screening_weight)
+    return scores
+
+
+@register_criterion("screening_product", needs_statistics=_wanted)
+def screening_product(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = |w|^(1 − λ) · F^λ; λ = 1/3 ranks like |w|·√F. An infinite F counts as the largest finite one."""
+    if screening_weight == 0:
+        return _magnitudes(layers)
+    return {name: _geometric(layers[name], f, screening_weight) for name, f in _finite(layers).items()}
+
+
+@register_criterion("screening_sum", needs_statistics=_wanted)
+def screening_sum(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = λ·F̂ + (1 − λ)·|w|^, the paper's fused metric (Eq. 5 and 6 of arXiv 2502.07189).
+
+    ^ divides by the mean over the candidates that are left, in all layers: F and magnitudes have different units, and
+    the paper does not say how it scales them. An infinite F counts as the largest finite one.
+    """
+    magnitudes = _normalised(_magnitudes(layers), layers)
+    if screening_weight == 0:
+        return magnitudes
+    f = _normalised(_finite(layers), layers)
+    return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
+
+
+@register_criterion("screening_rank", needs_statistics=_wanted)
+def screening_rank(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = λ·rank(F) + (1 − λ)·rank(|w|) among the candidates left in all layers; equal values have equal ranks."""
+    magnitudes = _ranks(_magnitudes(layers), layers)
+    if screening_weight == 0:
+        return magnitudes
+    f = _ranks({name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}, layers)
+    return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
+
+
+def _magnitudes(layers: Mapping[str, Ranked]) -> Scores:
+    return {name: layer.weight.abs().to(scoring_dtype(layer)) for name, layer in layers.items()}
+
+
+def _f(layer: Ranked, name: str) -> Tensor:
+    return required(layer.f, "activations", name).to(layer.weight.device, scoring_dtype(layer))
+
+
+def _finite(layers: Mapping[str, Ranked]) -> Scores:
+    f = {name: _f(layer, name) for name, layer in layers.items()}
+    finite = [values[torch.isfinite(values)] for values in f.values()]
+    largest = max((float(values.max()) for values in finite if len(values)), default=0.0) or 1.0
+    return {name: values.clamp(max=largest) for name, values in f.items()}
+
+
+def _geometric(layer: Ranked, f: Tensor, screening_weight: float) -> Tensor:
+    """|w|^(1 − λ) · f^λ."""
+    magnitude = layer.weight.abs().to(f.dtype)
+    return magnitude.pow(1 - screening_weight) * f.pow(screening_weight)
+
+
+def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
+    """Divide by the mean over all candidates that are left."""
+    total = sum(float((value * layers[name].kept).sum(dtype=torch.float64)) for name, value in values.items())
+    mean = total / max(sum(int(layer.kept.sum()) for layer in layers.values()), 1)
+    scale = 1 / mean if mean > 0 else 1.0
+    return {name: value * scale for name, value in values.items()}
+
+
+def _ranks(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
+    """Share of the candidates left that are smaller."""
+    left = torch.cat([values[name][layer.kept] for name, layer in layers.items()]).sort().values
+    return {
+        name: torch.searchsorted(left, value.contiguous()).to(value.dtype) / max(len(left), 1)
+        for name, value in values.items()
+    }
