@@ -35,9 +35,7 @@ class ScaleL1(Callback):
             ValueError: no batch norm with a scale.
         """
         if stage == "fit" and not _norms(pl_module):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no batch norm with a scale; leave out ScaleL1"
-            )
+            raise ValueError(f"{type(pl_module).__name__} has no batch norm with a scale; leave out ScaleL1")
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -1,20 +1,27 @@
-"""Image data sets as Lightning data modules."""
+"""Data sets as Lightning data modules."""
 
 from lightning_fscreen.data.augment import random_crop, random_horizontal_flip
 from lightning_fscreen.data.cifar import CIFAR10DataModule
 from lightning_fscreen.data.datamodule import ImageDataModule
 from lightning_fscreen.data.digits import DigitsDataModule
+from lightning_fscreen.data.features import FeatureDataModule, FeatureSet
 from lightning_fscreen.data.folder import ImageFolderDataModule
 from lightning_fscreen.data.images import ImageSet, TensorImages
+from lightning_fscreen.data.khan import KhanDataModule
 from lightning_fscreen.data.mnist import MNISTDataModule
+from lightning_fscreen.data.noisy import NoisyMNISTDataModule
 
 __all__ = [
     "CIFAR10DataModule",
     "DigitsDataModule",
+    "FeatureDataModule",
+    "FeatureSet",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageSet",
+    "KhanDataModule",
     "MNISTDataModule",
+    "NoisyMNISTDataModule",
     "TensorImages",
     "random_crop",
     "random_horizontal_flip",

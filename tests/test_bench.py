@@ -1,0 +1,119 @@
+"""Tables of runs: which runs they have, that an interrupted one goes on, and what they look like."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from lightning_fscreen.bench import bench, load_results, missing_runs, runs_of
+from lightning_fscreen.tables import curves, markdown
+
+TABLES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "table").glob("*.yaml"))
+TABLE = {
+    "name": "small",
+    "experiment": "digits_weight",
+    "overrides": ["trainer.max_epochs=2"],
+    "settings": {"few": ["+trainer.limit_train_batches=2"], "more": ["+trainer.limit_train_batches=4"]},
+    "methods": {"ours": ["method=screening"], "random": ["method=random"], "dense": ["~callbacks.fscreen"]},
+    "amounts": [0.5, 0.9],
+    "seeds": [0, 1],
+}
+
+
+def composed(*overrides):
+    with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
+        return compose("bench", overrides=list(overrides))
+
+
+def line(run, error):
+    named = {"setting": run.setting, "method": run.method, "amount": run.amount, "seed": run.seed}
+    return named | {"test_error": error, "command": run.command}
+
+
+def test_all_combinations_are_run_and_the_dense_network_once_for_all_amounts():
+    runs = list(runs_of(TABLE))
+    assert len(runs) == len({run.command for run in runs}) == 2 * (2 * (2 * 2 + 1))
+    assert runs[0].command == (
+        "fscreen experiment=digits_weight trainer.max_epochs=2 +trainer.limit_train_batches=2 method=screening "
+        "callbacks.fscreen.amount=0.5 seed=0"
+    )
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_run_of_every_table_composes(table):
+    content = OmegaConf.to_container(composed(f"table={table}").table, resolve=True)
+    with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
+        for run in runs_of(content):
+            if run.seed == content["seeds"][0]:
+                compose("train", overrides=list(run.overrides))
+    assert content["name"] == table
+
+
+def test_what_is_there_is_not_run_again_and_only_chooses():
+    runs = list(runs_of(TABLE))
+    results = [line(run, 0.1) for run in runs[:5]]
+    assert missing_runs(TABLE, results) == runs[5:]
+    assert {run.method for run in missing_runs(TABLE, [], ["dense"])} == {"dense"}
+    with pytest.raises(ValueError, match="'dens'.*choose of.*dense"):
+        missing_runs(TABLE, [], ["dens"])
+
+
+def test_the_table_and_the_curves_show_mean_and_deviation():
+    results = [line(run, 0.1 * (1 + run.seed) if run.method == "ours" else 0.5) for run in runs_of(TABLE)]
+    rows = markdown(TABLE, results).splitlines()
+    assert rows[0] == "| | few, 50 % pruned | few, 90 % pruned | more, 50 % pruned | more, 90 % pruned |"
+    assert rows[2] == "| ours | " + " | ".join(["15.00 ± 7.07"] * 4) + " |"
+    assert rows[4] == "| dense | " + " | ".join(["50.00 ± 0.00"] * 4) + " |"
+    assert "2 seeds" in rows[-1]
+    panels = curves(TABLE, results).axes
+    assert [axes.get_title() for axes in panels] == ["few", "more"]
+    assert panels[0].lines[0].get_xdata().tolist() == pytest.approx([50, 10])
+    assert panels[0].lines[0].get_ydata().tolist() == pytest.approx([15, 15])
+
+
+def test_unequal_numbers_of_seeds_are_shown():
+    results = [line(run, 0.1) for run in runs_of(TABLE) if run.seed == 0 or run.method == "ours"]
+    text = markdown(TABLE, results)
+    assert "| ours | 10.00 ± 0.00 (2)" in text and "| random | 10.00 (1)" in text and "in brackets" in text
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(ValueError, match="line 2 of .*a.jsonl.*delete that line"):
+        load_results(tmp_path / "a.jsonl")
+
+
+def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
+    config = composed(f"results={tmp_path}", "only=[random]", 'extra=["trainer.log_every_n_steps=1"]')
+    config.table = TABLE | {"seeds": [3], "settings": {"": ["+trainer.limit_train_batches=2"]}, "amounts": [0.5]}
+    bench(config)
+    path = tmp_path / "small.jsonl"
+    (result,) = load_results(path)
+    assert result["command"].startswith("fscreen experiment=digits_weight trainer.max_epochs=2")
+    assert result["command"].endswith("method=random callbacks.fscreen.amount=0.5 seed=3")
+    assert result["candidates"]["kept"] == pytest.approx(0.5 * result["candidates"]["total"], abs=1)
+    assert 0 <= result["test_error"] <= 1 and result["seconds"] > 0
+    assert set(result["versions"]) == {"lightning_fscreen", "torch", "lightning", "python"}
+    assert (tmp_path / "small.md").read_text().startswith("| | 50 % pruned |")
+    assert (tmp_path / "small.png").stat().st_size > 1000
+    before = path.read_text()
+    bench(config)  # nothing left to run
+    assert path.read_text() == before
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_recorded(tmp_path):
+    config = composed(f"results={tmp_path}")
+    config.table = {
+        **TABLE,
+        "seeds": [0],
+        "amounts": [0.5],
+        "settings": {"": ["+trainer.limit_train_batches=2"]},
+        "methods": {"bad": ["callbacks.fscreen.scope=nowhere"], "good": ["method=magnitude"]},
+    }
+    with pytest.raises(RuntimeError, match="scope=nowhere"):
+        bench(config)
+    (result,) = [json.loads(text) for text in (tmp_path / "small.jsonl").read_text().splitlines()]
+    assert result["method"] == "good"
