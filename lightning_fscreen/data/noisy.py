@@ -38,8 +38,8 @@ class NoisyMNISTDataModule(FeatureDataModule):
         **common: Any,
     ) -> None:
         super().__init__(val_size=val_size, standardize=False, **common)
-        if not 1 <= train_size <= 60_000 - val_size:
-            raise ValueError(f"train_size must lie in 1..60,000 − val_size ({60_000 - val_size}), got {train_size}")
+        if train_size < 1:
+            raise ValueError(f"train_size must be at least 1, got {train_size}")
         if noise_columns < 0:
             raise ValueError(f"noise_columns must not be negative, got {noise_columns}")
         self.train_size = train_size
@@ -51,10 +51,20 @@ class NoisyMNISTDataModule(FeatureDataModule):
         self._source.prepare_data()
 
     def load_train(self) -> FeatureSet:
-        """Draw the training images, and put those for validation behind them; raises like :class:`MNISTDataModule`."""
+        """Draw the training images, and put those for validation behind them.
+
+        Raises:
+            ValueError: if there are not so many images.
+            FileNotFoundError, RuntimeError: like :class:`MNISTDataModule`.
+        """
         images = self._source.load_train()
         generator = self._generator(0)
         first = len(images) - int(self.val_size)
+        if self.train_size > first:
+            raise ValueError(
+                f"train_size={self.train_size} and val_size={self.val_size} are more than MNIST's {len(images)} training "
+                "images; lower one of them"
+            )
         drawn = torch.randperm(first, generator=generator)[: self.train_size]
         index = torch.cat([drawn, torch.arange(first, len(images))])
         pixels, labels = images.__getitems__(index)
