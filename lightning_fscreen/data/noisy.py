@@ -62,8 +62,8 @@ class NoisyMNISTDataModule(FeatureDataModule):
         first = len(images) - int(self.val_size)
         if self.train_size > first:
             raise ValueError(
-                f"train_size={self.train_size} and val_size={self.val_size} are more than MNIST's {len(images)} training "
-                "images; lower one of them"
+                f"train_size={self.train_size} and val_size={self.val_size} are more than the {len(images)} training "
+                "images of MNIST; lower one of them"
             )
         drawn = torch.randperm(first, generator=generator)[: self.train_size]
         index = torch.cat([drawn, torch.arange(first, len(images))])

@@ -12,9 +12,8 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     for part, size in SIZES.items():
         header = ",".join(f'"V{i}"' for i in range(12))
-        np.savetxt(
-            tmp_path / f"Khan_x{part}.csv", rng.normal(size=(size, 12)), delimiter=",", header=header, comments=""
-        )
+        genes = rng.normal(size=(size, 12))
+        np.savetxt(tmp_path / f"Khan_x{part}.csv", genes, delimiter=",", header=header, comments="")
         np.savetxt(tmp_path / f"Khan_y{part}.csv", np.arange(size) % 4 + 1, fmt="%d", header='"x"', comments="")
     return tmp_path
 

@@ -13,9 +13,8 @@ def everything(loader):
 @pytest.fixture
 def make(root):  # noqa: F811
     def make(**arguments):
-        data = NoisyMNISTDataModule(
-            root=str(root), **{"train_size": 20, "noise_columns": 500, "val_size": 10, **arguments}
-        )
+        small = {"train_size": 20, "noise_columns": 500, "val_size": 10}
+        data = NoisyMNISTDataModule(root=str(root), **{**small, **arguments})
         data.prepare_data()
         data.setup("fit")
         return data
@@ -49,9 +48,10 @@ def test_validation_and_test_have_the_same_columns_and_their_own_noise(make):
 
 def test_the_split_seed_decides_and_no_global_generator_is_touched(make):
     state = torch.get_rng_state()
-    one, same, other = (everything(make(split_seed=seed).val_dataloader())[0] for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    made = [make(split_seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
+    one, same, other = (everything(data.val_dataloader())[0] for data in made)
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_more_images_than_there_are_is_an_error(make):
