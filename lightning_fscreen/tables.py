@@ -34,10 +34,10 @@ def markdown(table: Mapping[str, Any], results: Results) -> str:
     amounts = table["amounts"]
     columns = [(setting, amount) for setting in table["settings"] for amount in amounts]
     seeds = sorted({len(values) for values in groups.values()})
-    names = [
-        f"{setting}, {100 * amount:g} % pruned" if setting else f"{100 * amount:g} % pruned"
-        for setting, amount in columns
-    ]
+    names = [f"{100 * amount:g} % pruned" for _, amount in columns]
+    if all(table["settings"]):
+        single = len(amounts) == 1
+        names = [column[0] if single else f"{column[0]}, {name}" for column, name in zip(columns, names, strict=True)]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
     for method in table["methods"]:
         cells = []

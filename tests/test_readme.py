@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback, find_gates, models
+from tests.benchmarks.readme import updated
 from tests.conftest import loader, trainer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -76,15 +77,21 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
 
 
 COMMANDS = [
-    line.split("#")[0].split()[1:]
+    line.split("#")[0].split()
     for block in blocks("console")
     for line in block.splitlines()
     if line.startswith("fscreen") and "--help" not in line
 ]
 
 
-@pytest.mark.parametrize("overrides", COMMANDS, ids=" ".join)
-def test_the_commands_have_valid_overrides(overrides):
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_commands_have_valid_overrides(command):
+    program, *overrides = command
     single = [re.sub(r"=([^=,]*),.*", r"=\1", override) for override in overrides if override != "-m"]
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
-        assert compose("train", overrides=single)
+        assert compose({"fscreen": "train", "fscreen-bench": "bench"}[program], overrides=single)
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    assert README.count("<!-- results:") == README.count("<!-- end of results -->") >= 1
+    assert updated(README) == README  # else: PYTHONPATH=. python tests/benchmarks/readme.py
