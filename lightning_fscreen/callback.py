@@ -442,8 +442,7 @@ class ScreeningPruningCallback(Callback):
             if self.slim:
                 log.warning("nothing was physically removed: %s", self._pruner.not_removed)
             return
-        if self.granularity == "weight":
-            self._pruner.measure()
+        self._pruner.measure()
         if self.granularity == "weight" or self._pruner.pruned:  # channels: if no epoch of fine-tuning came
             self._slim(trainer)
             self._remove_hooks()

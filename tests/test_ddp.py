@@ -27,6 +27,14 @@ OPTIONS = {
     "views": {"gradient_as_bucket_view": True},
     "accumulation": {},
     "clipping": {},
+    "gradients": {},
+    "at-start": {},
+    "rewinding": {},
+}
+RECIPES = {
+    "gradients": {"criterion": "taylor"},
+    "at-start": {"criterion": "taylor", "end_epoch": 0},
+    "rewinding": {"rewind_weights": True},
 }
 TRAINER = {"accumulation": {"accumulate_grad_batches": 3}, "clipping": {"gradient_clip_val": 0.1}}
 NETS = {"channel": residual_net, "weight": ConvNet}
@@ -64,7 +72,8 @@ def train(granularity, option, processes=2):
     model = Classifier(Unused(net) if option == "find-unused" else net, momentum)
     amount = 0.5 if granularity == "channel" else 0.98
     exclude = "*unused" if (granularity, option) == ("weight", "find-unused") else None
-    callback = ScreeningPruningCallback(granularity, amount=amount, end_epoch=2, exclude=exclude)
+    recipe = {"end_epoch": 2, **RECIPES.get(option, {})}
+    callback = ScreeningPruningCallback(granularity, amount=amount, exclude=exclude, **recipe)
     strategy = {"strategy": DDPStrategy(**OPTIONS[option]), "devices": processes} if processes > 1 else {}
     run = trainer([callback], **strategy, **TRAINER.get(option, {}))
     run.fit(model, loader(batch_size=24, count=250))

@@ -74,6 +74,10 @@ CASES = {
     "channel-one-shot": lambda: (residual_net(), adamw, {"schedule": "one_shot", "rewind_lr": True}),
     "weight": lambda: (ConvNet(), momentum, {"granularity": "weight", "amount": 0.98}),
     "weight-exact": lambda: (ConvNet(), adamw, {"granularity": "weight", "connections": "exact", "amount": 0.8}),
+    "taylor": lambda: (residual_net(), momentum, {"criterion": "taylor", "collect_epochs": 2}),
+    "snip": lambda: (ConvNet(), adamw, {"granularity": "weight", "criterion": "taylor", "end_epoch": 0}),
+    "lottery": lambda: (residual_net(), momentum, {"schedule": "one_shot", "rewind_weights": True}),
+    "soft": lambda: (ConvNet(), adamw, {"granularity": "weight", "soft": True, "schedule": "constant"}),
 }
 
 
