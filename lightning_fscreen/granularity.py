@@ -77,17 +77,38 @@ class Granularity(ABC, Generic[Candidate]):
         """Sums over the activations that belong to the candidates."""
 
     @abstractmethod
+    def _parameters(self, candidate: Candidate) -> list[nn.Parameter]:
+        """What is ranked, and what is pruned with it, of the same shape."""
+
+    def _per_candidate(self, candidate: Candidate, values: Tensor) -> Tensor:
+        """Statistics of features as those of candidates, broadcastable to the shape of what is ranked."""
+        return values
+
     def gradients(self) -> GradientSums:
         """Sums over the gradients of the candidates."""
+        return GradientSums({candidate.name: self._parameters(candidate) for candidate in self._candidates})
 
-    @abstractmethod
     def ranked(
         self,
         kept: Mapping[str, Tensor],
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
     ) -> dict[str, Ranked]:
-        """What a criterion needs to know, by layer."""
+        """What a criterion needs to know, by layer: values, statistics of activations, gradients."""
+        ranked = {}
+        for candidate in self._candidates:
+            name = candidate.name
+            found, steps = statistics.get(name), gradients.get(name)
+            ranked[name] = Ranked(
+                weight=self._parameters(candidate)[0].detach(),
+                kept=kept[name],
+                f=None if found is None else self._per_candidate(candidate, found.f),
+                degrees=None if found is None else found.degrees,
+                mean_square=None if found is None else self._per_candidate(candidate, found.mean_square),
+                gradient=None if steps is None else steps.gradient,
+                taylor=None if steps is None else steps.taylor,
+            )
+        return ranked
 
     def meet(self, recorder: InputRecorder) -> None:
         """The network has been called, its inputs are known."""
@@ -143,28 +164,11 @@ class Weights(Granularity[PrunableWeight]):
         probes = [Probe(candidate.name, candidate.module) for candidate in self._candidates]
         return ActivationCollector(probes, num_classes, self._candidates if self._exact else ())
 
-    def gradients(self) -> GradientSums:
-        """Sums over the gradients of the weights."""
-        return GradientSums({candidate.name: [candidate.weight] for candidate in self._candidates})
+    def _parameters(self, candidate: PrunableWeight) -> list[nn.Parameter]:
+        return [candidate.weight]
 
-    def ranked(
-        self,
-        kept: Mapping[str, Tensor],
-        statistics: Mapping[str, FeatureStatistics],
-        gradients: Mapping[str, GradientStatistics],
-    ) -> dict[str, Ranked]:
-        """Weights, and the statistics of the inputs that they multiply."""
-        ranked = {}
-        for candidate in self._candidates:
-            weight, found = candidate.weight.detach(), statistics.get(candidate.name)
-            f = mean_square = None
-            if found is not None:
-                f = found.f if found.f.shape == weight.shape else candidate.per_connection(found.f)
-                mean_square = candidate.per_connection(found.mean_square)
-            ranked[candidate.name] = _ranked(
-                weight, kept[candidate.name], f, mean_square, found, gradients.get(candidate.name)
-            )
-        return ranked
+    def _per_candidate(self, candidate: PrunableWeight, values: Tensor) -> Tensor:
+        return values if values.shape == candidate.weight.shape else candidate.per_connection(values)
 
 
 class Channels(Granularity[PrunableChannels]):
@@ -231,26 +235,8 @@ class Channels(Granularity[PrunableChannels]):
         """Sums over the batch norms' activations."""
         return ActivationCollector([candidate.probe() for candidate in self._candidates], num_classes)
 
-    def gradients(self) -> GradientSums:
-        """Sums over the gradients of scales and shifts."""
-        return GradientSums({candidate.name: [candidate.scale, candidate.shift] for candidate in self._candidates})
-
-    def ranked(
-        self,
-        kept: Mapping[str, Tensor],
-        statistics: Mapping[str, FeatureStatistics],
-        gradients: Mapping[str, GradientStatistics],
-    ) -> dict[str, Ranked]:
-        """Scales, and the statistics of the channels."""
-        ranked = {}
-        for candidate in self._candidates:
-            found = statistics.get(candidate.name)
-            f, mean_square = (None, None) if found is None else (found.f, found.mean_square)
-            scale = candidate.scale.detach()
-            ranked[candidate.name] = _ranked(
-                scale, kept[candidate.name], f, mean_square, found, gradients.get(candidate.name)
-            )
-        return ranked
+    def _parameters(self, candidate: PrunableChannels) -> list[nn.Parameter]:
+        return [candidate.scale, candidate.shift]
 
     def prune(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: str, min_kept: int
@@ -269,17 +255,3 @@ class Channels(Granularity[PrunableChannels]):
                 if candidate.name in statistics:
                     gone = before[candidate.name] & ~after[candidate.name]
                     candidate.put_out(statistics[candidate.name].mean, gone)
-
-
-def _ranked(
-    weight: Tensor,
-    kept: Tensor,
-    f: Tensor | None,
-    mean_square: Tensor | None,
-    statistics: FeatureStatistics | None,
-    gradients: GradientStatistics | None,
-) -> Ranked:
-    degrees = None if statistics is None else statistics.degrees
-    if gradients is None:
-        return Ranked(weight, kept, f, degrees, mean_square)
-    return Ranked(weight, kept, f, degrees, mean_square, gradients.gradient, gradients.taylor)

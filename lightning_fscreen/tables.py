@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Results = Sequence[Mapping[str, Any]]
@@ -52,28 +53,56 @@ def markdown(table: Mapping[str, Any], results: Results) -> str:
 
 
 def curves(table: Mapping[str, Any], results: Results) -> Figure:
-    """Error against what is kept, a line for every method and a panel for every setting."""
+    """A panel for every setting: error against what is kept, a line for every method; of a single amount, a dot."""
     groups = grouped(results)
     settings = list(table["settings"])
-    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(settings), squeeze=False)[0]
+    methods = [name for name in table["methods"] if any(method == name for _, method, _ in groups)]
+    single = len(table["amounts"]) == 1
+    height = 1.6 + 0.3 * len(methods) if single else 4.2
+    figure = Figure(figsize=(2.2 + 3.4 * len(settings), height), layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False, sharex=single, sharey=single)[0]
     for axes, setting in zip(panels, settings, strict=True):
-        for method in table["methods"]:
-            points = [
-                (100 * (1 - amount), values)
-                for amount in sorted(table["amounts"])
-                if (values := groups.get((setting, method, amount)))
-            ]
-            if points:
-                means = [statistics.fmean(values) for _, values in points]
-                spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-                axes.errorbar([kept for kept, _ in points], means, spread, label=method, marker="o", ms=4, capsize=2)
-            if dense := groups.get((setting, method, None)):
-                axes.axhline(statistics.fmean(dense), color="grey", ls="--", lw=1, label=method)
-        axes.set_xscale("log")
-        axes.set_xlabel("candidates kept [%]")
+        if single:
+            _draw_dots(axes, groups, setting, methods, table["amounts"][0])
+        else:
+            _draw_lines(axes, groups, setting, methods, sorted(table["amounts"]))
         axes.set_title(setting)
-    panels[0].set_ylabel("test error [%]")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    if not single:
+        panels[0].set_ylabel("test error [%]")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+Groups = Mapping[tuple[str, str, float | None], Sequence[float]]
+
+
+def _draw_dots(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], amount: float) -> None:
+    there = [name for name in methods if any((setting, name, key) in groups for key in (amount, None))]
+    for place, method in enumerate(reversed(there)):
+        values = groups.get((setting, method, amount)) or groups[setting, method, None]
+        axes.errorbar(statistics.fmean(values), place, xerr=_deviation(values), marker="o", capsize=3, color="C0")
+    axes.set_yticks(range(len(there)), there[::-1])
+    axes.set_xlabel(f"test error [%], {100 * amount:g} % pruned")
+
+
+def _draw_lines(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], amounts: Sequence[float]) -> None:
+    for method in methods:
+        points = [(amount, values) for amount in amounts if (values := groups.get((setting, method, amount)))]
+        if points:
+            kept = [100 * (1 - amount) for amount, _ in points]
+            means = [statistics.fmean(values) for _, values in points]
+            spread = [_deviation(values) for _, values in points]
+            axes.errorbar(kept, means, spread, label=method, marker="o", ms=4, capsize=2)
+        if dense := groups.get((setting, method, None)):
+            axes.axhline(statistics.fmean(dense), color="grey", ls="--", lw=1, label=method)
+    axes.set_xscale("log")
+    kept = [100 * (1 - amount) for amount in amounts]
+    axes.set_xticks(kept, [f"{value:.3g}" for value in kept])
+    axes.minorticks_off()
+    axes.set_xlabel("candidates kept [%]")
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
