@@ -46,8 +46,8 @@ def pruned(network, data, amount, screening_weight):
             collector.update(labels)
     collector.remove()
     statistics, kept = collector.statistics(), channels.masks().kept
-    scores = resolve_criterion("screening").score(
-        channels.ranked(kept, statistics), screening_weight, torch.Generator()
+    scores = resolve_criterion("screening_sum").score(
+        channels.ranked(kept, statistics, {}), screening_weight, torch.Generator()
     )
     return recorder.inputs[0], channels.prune(scores, kept, amount, "global", 1), statistics
 
