@@ -121,8 +121,15 @@ class Pruner:
             self.watch(self._optimizers)
 
     def _current(self) -> dict[str, Tensor]:
-        """The masks at the size that the network has now."""
-        return {name: self._since.cut(f"{name}.weight", mask) for name, mask in self.kept.items()}
+        """The masks at the size that the network has now; constants that slimming put into pruned places are kept."""
+        masks = {name: self._since.cut(f"{name}.weight", mask) for name, mask in self.kept.items()}
+        if self._since:
+            parameters = dict(self._model.named_parameters())
+            for name, mask in masks.items():
+                weight = parameters.get(f"{name}.weight")
+                if weight is not None and weight.shape == mask.shape:
+                    masks[name] = mask | (weight.detach() != 0).to(mask.device)
+        return masks
 
     # ---- masks
 

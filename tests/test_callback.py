@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.schedule import SCHEDULES
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
+from tests.test_channel_fit import residual_net
 
 WeightPruning = functools.partial(ScreeningPruningCallback, granularity="weight")
 
@@ -437,3 +438,30 @@ def test_config_lists_every_argument_with_its_default():
     config.pop("_target_")
     signature = inspect.signature(ScreeningPruningCallback)
     assert config == {name: parameter.default for name, parameter in signature.parameters.items()}
+
+
+def test_constants_that_slimming_put_into_pruned_weights_stay_in_this_fit_and_in_the_next():
+    """Where zero padding meets a constant, a retained channel carries it into a weight whose connection is pruned."""
+    torch.manual_seed(0)
+    model = Classifier(residual_net(), OPTIMIZERS["sgd"])
+    masked = {}
+
+    class Keep(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            masked["net"] = copy.deepcopy(pl_module.net).double().eval()
+
+    callback = WeightPruning(amount=0.97, end_epoch=2)
+    trainer([callback, Keep()], limit_train_batches=3).fit(model, loader(batch_size=48))
+    x = digits(64)[0].double()
+    weights = dict(model.named_modules())
+    carried = sum(
+        int((weights[name].weight[~callback.plan.cut(f"{name}.weight", kept)] != 0).sum())
+        for name, kept in callback.masks.items()
+    )
+    assert carried > 0
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(model.net).double().eval()(x), masked["net"](x), rtol=1e-6, atol=1e-8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    trainer([callback], max_epochs=3).fit(model, loader(batch_size=48))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
