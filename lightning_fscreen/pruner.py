@@ -284,7 +284,7 @@ class Pruner:
         """What pruning has done so far."""
         return PruningReport(
             granularity=granularity,
-            layers=tuple(LayerReport(name, mask.numel(), self.num_kept[name]) for name, mask in self.kept.items()),
+            layers=tuple(LayerReport(name, mask.numel(), int(mask.sum())) for name, mask in self.kept.items()),
             before=self._before,
             after=self._after,
             removed=dict(self.plan.removed) if self.plan is not None else {},

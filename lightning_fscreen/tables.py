@@ -21,12 +21,12 @@ def grouped(results: Results) -> dict[tuple[str, str, float | None], list[float]
     return groups
 
 
-def summary(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± (sample) standard deviation, with the number of values where it is not known from elsewhere."""
+def summary(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; a dash for no values."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def markdown(table: Mapping[str, Any], results: Results) -> str:
