@@ -23,7 +23,7 @@ demo: $(CLI) ## set up, then train, screen and prune on the embedded digits; ARG
 	$(VENV)/bin/fscreen $(ARGS)
 
 test: $(DEV) ## set up, then run the tests; ARGS="-m 'not slow'"
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(DEV) ## check style and types
 	$(RUN) -m ruff check .

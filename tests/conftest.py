@@ -3,6 +3,11 @@
 import os
 import warnings
 
+# Before torch is imported: workers share the processors, and so do the processes that they start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+
 import lightning.pytorch as pl
 import pytest
 import torch
