@@ -19,8 +19,8 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 from lightning_fscreen.slimming import CaptureError, Gate, find_gates, slim
 from lightning_fscreen.slimming.gates import STAYS
 from tests.slimming import difference, outputs, snapshot, untouched
+from tests.slimming.masked import CASES, KINDS, Dag, masked_copy, randomize
 from tests.slimming.networks import Function
-from tests.slimming.test_slim import CASES, KINDS, Dag, masked_copy, randomize
 
 X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
