@@ -1,12 +1,13 @@
 """Accuracy, size and latency of channels pruned in different ways, after equal training; Torch-Pruning among them.
 
-    PYTHONPATH=. python tests/benchmarks/finetune.py RESULTS.jsonl EXPERIMENT SEED[,SEED...] [OVERRIDES...]  # resumable
-    PYTHONPATH=. python tests/benchmarks/finetune.py RESULTS.jsonl                                          # the table
+    PYTHONPATH=. python tests/benchmarks/finetune.py RESULTS.jsonl EXPERIMENT SEED METHOD[,METHOD...] [OVERRIDES...]
+    PYTHONPATH=. python tests/benchmarks/finetune.py RESULTS.jsonl  # the table
 
-Needs torch-pruning==1.6.1. All methods train for as many epochs under the same learning rates and prune at half of
-them. Until one epoch before that their trainings are the same, but for the L1 penalty on the scales that network
-slimming and Torch-Pruning's BN-scale pruner want, so those epochs are trained once for each seed. Torch-Pruning takes
-the amount as pruning_ratio, of its groups of coupled channels; it cannot let a batch norm select from a stream.
+Resumable: what has a line in RESULTS.jsonl is not repeated. Needs torch-pruning==1.6.1. All methods train for as many
+epochs under the same learning rates, and prune at half of them. Until one epoch before that their trainings are the
+same, but for the L1 penalty on the scales that network slimming and Torch-Pruning's BN-scale pruner want, so those
+epochs are trained once for each seed. Torch-Pruning takes the amount as pruning_ratio, of its groups of coupled
+channels; it cannot let a batch norm select from a stream.
 The speed-up is the latency of the dense network over that of the smaller one, measured in turns after the training.
 """
 
@@ -33,16 +34,17 @@ FSCREEN = "callbacks.fscreen"
 ONE_SHOT = [f"{FSCREEN}.schedule=one_shot"]
 L1 = ["+callbacks.l1._target_=lightning_fscreen.l1.ScaleL1", "+callbacks.l1.strength=1e-4"]
 PEER = [f"~{FSCREEN}", f"+callbacks.peer._target_={__name__}.TorchPruning"]
-# label: training until then, and what follows
+# Training until then, and what follows. "screening" and "sum" (the paper's) gather statistics in the epoch between;
+# "masks" is the former without slimming, "slimming" is network slimming, "Torch-Pruning" its BNScalePruner.
 METHODS = {
     "dense": ("plain", [f"~{FSCREEN}"]),
     "screening": ("plain", ["method=screening", *ONE_SHOT]),
-    "screening, masks only": ("plain", ["method=screening", *ONE_SHOT, f"{FSCREEN}.slim=false"]),
-    "sum (paper)": ("plain", ["method=screening_sum", *ONE_SHOT]),
+    "masks": ("plain", ["method=screening", *ONE_SHOT, f"{FSCREEN}.slim=false"]),
+    "sum": ("plain", ["method=screening_sum", *ONE_SHOT]),
     "magnitude": ("plain", ["method=magnitude", *ONE_SHOT]),
     "random": ("plain", ["method=random", *ONE_SHOT]),
-    "network slimming": ("L1", ["method=network_slimming"]),
-    "Torch-Pruning, BN-scale": ("L1", PEER),
+    "slimming": ("L1", ["method=network_slimming"]),
+    "Torch-Pruning": ("L1", PEER),
 }
 BEFORE = {"plain": [f"~{FSCREEN}"], "L1": [f"~{FSCREEN}", *L1]}
 
@@ -174,23 +176,23 @@ def table(results):
     return "\n".join(rows)
 
 
-def main(results, experiment, seeds, *overrides):
+def main(results, experiment, seed, methods, *overrides):
     path = Path(results)
+    shared = path.absolute().with_suffix(".work") / seed  # trainings until one epoch before half
     half = half_of(experiment, overrides)
-    for seed in map(int, seeds.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            for method, (before, _) in METHODS.items():
-                checkpoint = Path(folder) / before / "checkpoints" / "last.ckpt"
-                for amount in [None] if method == "dense" else AMOUNTS:
-                    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-                    if (method, amount, seed) in {(line["method"], line["amount"], line["seed"]) for line in lines}:
-                        continue
-                    if not checkpoint.exists():
-                        stop = [f"+callbacks.stop._target_={__name__}.Stop", f"+callbacks.stop.epochs={half - 1}"]
-                        train(Path(folder) / before, experiment, [*BEFORE[before], *stop, f"seed={seed}", *overrides])
-                    line = measure(experiment, seed, method, amount, checkpoint, list(overrides))
-                    with path.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+    for method in methods.split(","):
+        before, _ = METHODS[method]
+        checkpoint = shared / before / "checkpoints" / "last.ckpt"
+        for amount in [None] if method == "dense" else AMOUNTS:
+            lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+            if (method, amount, int(seed)) in {(line["method"], line["amount"], line["seed"]) for line in lines}:
+                continue
+            if not checkpoint.exists():
+                stop = [f"+callbacks.stop._target_={__name__}.Stop", f"+callbacks.stop.epochs={half - 1}"]
+                train(shared / before, experiment, [*BEFORE[before], *stop, f"seed={seed}", *overrides])
+            line = measure(experiment, int(seed), method, amount, checkpoint, list(overrides))
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
