@@ -1,7 +1,8 @@
 """`fscreen-bench`: the runs of a table, one after another or side by side, and the table that they make.
 
-Every run is the command `fscreen` in a process of its own; what it reports becomes one line of a JSON-lines file. Runs
-whose line is there already are not repeated, so an interrupted table goes on where it was.
+Every run is the command `fscreen` in a process of its own (forked from one that has imported everything, where the
+system can); what it reports becomes one line of a JSON-lines file. Runs whose line is there already are not repeated,
+so an interrupted table goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +27,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_fscreen
+from lightning_fscreen.cli import main as fscreen
 from lightning_fscreen.files import replacing
 from lightning_fscreen.tables import curves, markdown
 
 log = logging.getLogger(__name__)
+
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 @dataclass(frozen=True)
@@ -103,19 +107,15 @@ def run_one(run: Run, extra: Sequence[str], threads: int) -> dict[str, Any]:
             "extras.figures=false",
             "extras.latency=false",
         ]
-        command = [
-            sys.executable,
-            "-m",
-            "lightning_fscreen.cli",
-            *run.overrides,
-            *quiet,
-            *extra,
-            f"hydra.run.dir={folder}",
-        ]
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{run.command} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+        said = Path(folder) / "said.txt"
+        context: Any = multiprocessing.get_context(_START)
+        context.set_forkserver_preload([__name__])
+        arguments = [*run.overrides, *quiet, *extra, f"hydra.run.dir={folder}"]
+        process = context.Process(target=_fscreen, args=(arguments, threads, said))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"{run.command} failed:\n{said.read_text()[-4000:] if said.exists() else ''}")
         report = json.loads((Path(folder) / "report.json").read_text())
     wanted = ("test_error", "candidates", "params", "macs", "layers", "seconds")
     return {
@@ -132,6 +132,17 @@ def run_one(run: Run, extra: Sequence[str], threads: int) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _fscreen(arguments: Sequence[str], threads: int, said: Path) -> None:
+    """The command `fscreen`, in this process; what it says goes to a file."""
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    sys.argv = ["fscreen", *arguments]
+    fscreen()
 
 
 def missing_runs(table: Mapping[str, Any], results: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> list[Run]:
