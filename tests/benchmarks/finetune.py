@@ -13,6 +13,7 @@ The speed-up is the latency of the dense network over that of the smaller one, m
 
 import copy
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -132,7 +133,7 @@ def measure(experiment, seed, method, amount, checkpoint, overrides):
     size = measure_size(Keep.network, inputs, 2)
     return {
         "experiment": experiment,
-        "overrides": overrides,
+        "overrides": [override for override in overrides if not override.startswith("data.root=")],
         "method": method,
         "amount": amount,
         "seed": seed,
@@ -188,8 +189,11 @@ def main(results, experiment, seed, methods, *overrides):
             if (method, amount, int(seed)) in {(line["method"], line["amount"], line["seed"]) for line in lines}:
                 continue
             if not checkpoint.exists():
+                shutil.rmtree(shared / f"{before}.unfinished", ignore_errors=True)
                 stop = [f"+callbacks.stop._target_={__name__}.Stop", f"+callbacks.stop.epochs={half - 1}"]
-                train(shared / before, experiment, [*BEFORE[before], *stop, f"seed={seed}", *overrides])
+                unfinished = shared / f"{before}.unfinished"
+                train(unfinished, experiment, [*BEFORE[before], *stop, f"seed={seed}", *overrides])
+                unfinished.rename(shared / before)
             line = measure(experiment, int(seed), method, amount, checkpoint, list(overrides))
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
