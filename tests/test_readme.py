@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback, find_gates, models
-from tests.benchmarks.readme import updated
+from tests.benchmarks.readme import digest, digest_of_picture, updated
 from tests.conftest import loader, trainer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -95,3 +95,7 @@ def test_the_commands_have_valid_overrides(command):
 def test_the_tables_are_those_of_the_committed_results():
     assert README.count("<!-- results:") == README.count("<!-- end of results -->") >= 1
     assert updated(README) == README  # else: PYTHONPATH=. python tests/benchmarks/readme.py
+
+
+def test_the_first_picture_was_made_of_the_committed_results():
+    assert digest_of_picture() == digest()
