@@ -115,7 +115,8 @@ def run_one(run: Run, extra: Sequence[str], threads: int) -> dict[str, Any]:
         process.start()
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"{run.command} failed:\n{said.read_text()[-4000:] if said.exists() else ''}")
+            text = said.read_text()[-4000:] if said.exists() else ""
+            raise RuntimeError(f"{run.command} failed with exit status {process.exitcode}:\n{text}")
         report = json.loads((Path(folder) / "report.json").read_text())
     wanted = ("test_error", "candidates", "params", "macs", "layers", "seconds")
     return {

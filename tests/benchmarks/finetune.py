@@ -29,6 +29,7 @@ from torch import nn
 from lightning_fscreen.cli import run
 from lightning_fscreen.latency import measure_latency
 from lightning_fscreen.report import measure_size
+from lightning_fscreen.tables import summary
 
 AMOUNTS = (0.5, 0.7)
 FSCREEN = "callbacks.fscreen"
@@ -161,13 +162,12 @@ def table(results):
         for method in METHODS:
             if lines := groups.get((method, amount)):
                 errors = [100 * line["test_error"] for line in lines]
-                spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
                 params, macs = (statistics.fmean(line[key] for line in lines) for key in ("params", "macs"))
                 faster = [statistics.fmean(line["speedup"].get(size, 1.0) for line in lines) for size in ("1", "64")]
                 cells = (
                     method,
                     f"{100 * (amount or 0):g} %",
-                    f"{statistics.fmean(errors):.2f}{spread} %",
+                    f"{summary(errors)} %",
                     f"{params:,.0f}",
                     f"{macs / 1e6:.2f} M",
                     f"{faster[0]:.2f} / {faster[1]:.2f} ×",
@@ -189,9 +189,9 @@ def main(results, experiment, seed, methods, *overrides):
             if (method, amount, int(seed)) in {(line["method"], line["amount"], line["seed"]) for line in lines}:
                 continue
             if not checkpoint.exists():
-                shutil.rmtree(shared / f"{before}.unfinished", ignore_errors=True)
                 stop = [f"+callbacks.stop._target_={__name__}.Stop", f"+callbacks.stop.epochs={half - 1}"]
                 unfinished = shared / f"{before}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
                 train(unfinished, experiment, [*BEFORE[before], *stop, f"seed={seed}", *overrides])
                 unfinished.rename(shared / before)
             line = measure(experiment, int(seed), method, amount, checkpoint, list(overrides))
