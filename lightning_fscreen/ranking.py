@@ -48,7 +48,7 @@ def rank_and_prune(
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}; choose one of {list(SCOPES)}")
     for name, score in scores.items():
-        if bool(torch.isnan(score[kept[name]]).any()):
+        if bool((torch.isnan(score) & kept[name]).any()):
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     if units is not None:
         return _prune_units(scores, kept, amount, scope, min_kept, units)
@@ -63,10 +63,11 @@ def rank_and_prune(
     drop = sum(left.values()) - budget
     if drop <= 0:
         return {name: mask.clone() for name, mask in kept.items()}
-    removable = torch.cat([_removable(scores[name], mask, floors[name]).flatten() for name, mask in kept.items()])
-    pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), removable, drop)
-    parts = pruned.split(list(totals.values()))
-    return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
+    masks = _drop_lowest_of_all(scores, kept, kept, drop)
+    if any(int(mask.sum()) < floors[name] for name, mask in masks.items()):  # seldom, and slow to look for beforehand
+        removable = {name: _removable(scores[name], mask, floors[name]) for name, mask in kept.items()}
+        masks = _drop_lowest_of_all(scores, kept, removable, drop)
+    return masks
 
 
 def check_floors(totals: Mapping[str, int], amount: float, min_kept: int) -> None:
@@ -124,6 +125,15 @@ def _removable(scores: Tensor, kept: Tensor, floor: int) -> Tensor:
     return _lowest(scores.flatten(), kept.flatten(), spare).view_as(kept) if spare > 0 else torch.zeros_like(kept)
 
 
+def _drop_lowest_of_all(
+    scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], removable: Mapping[str, Tensor], drop: int
+) -> dict[str, Tensor]:
+    eligible = torch.cat([removable[name].flatten() for name in kept])
+    pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), eligible, drop)
+    parts = pruned.split([mask.numel() for mask in kept.values()])
+    return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
+
+
 def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
     return kept & ~_lowest(scores.flatten(), kept.flatten(), drop).view_as(kept) if drop > 0 else kept.clone()
 
@@ -131,9 +141,10 @@ def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
 def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     """Mask of the `count` lowest eligible scores; among equal ones the first positions."""
     threshold = scores[eligible].kthvalue(count).values
-    lower = eligible & (scores < threshold)
-    tied = eligible & (scores == threshold)
-    return lower | (tied & (tied.cumsum(0) <= count - lower.sum()))
+    lowest = eligible & (scores < threshold)
+    tied = (eligible & (scores == threshold)).nonzero().flatten()
+    lowest[tied[: count - int(lowest.sum())]] = True
+    return lowest
 
 
 def _shares(

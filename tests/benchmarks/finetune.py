@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch_pruning as tp
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from torch import nn
@@ -80,6 +79,8 @@ class TorchPruning(Callback):
         self.amount, self.epoch = amount, epoch
 
     def on_train_start(self, trainer, pl_module):
+        import torch_pruning as tp  # only this method needs it, and the README's tables do not
+
         network = pl_module.net
         last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
         images = torch.zeros(2, *trainer.datamodule.image_shape)
@@ -174,7 +175,7 @@ def table(results):
                     str(len(lines)),
                 )
                 rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
 
 
 def main(results, experiment, seed, methods, *overrides):
@@ -200,4 +201,4 @@ def main(results, experiment, seed, methods, *overrides):
 
 
 if __name__ == "__main__":
-    print(table(*sys.argv[1:])) if len(sys.argv) == 2 else main(*sys.argv[1:])
+    print(table(*sys.argv[1:]), end="") if len(sys.argv) == 2 else main(*sys.argv[1:])

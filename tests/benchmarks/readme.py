@@ -17,6 +17,7 @@ from PIL import Image
 
 from lightning_fscreen.bench import load_results, runs_of
 from lightning_fscreen.tables import grouped, markdown
+from tests.benchmarks import finetune
 
 ROOT = Path(__file__).parents[2]
 README, RESULTS = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "results"
@@ -33,9 +34,16 @@ def table_and_results(name):
     return table, [line for line in load_results(RESULTS / f"{name}.jsonl") if line["command"] in commands]
 
 
+def rendered(name):
+    """The results as a table of Markdown: of `fscreen-bench`, or of finetune.py."""
+    if name == "finetune":
+        return finetune.table(RESULTS / "finetune.jsonl")
+    return markdown(*table_and_results(name))
+
+
 def updated(text):
     """The README with its tables as the results are now."""
-    return BLOCK.sub(lambda block: f"{block[1]}{markdown(*table_and_results(block[2]))}{block[3]}", text)
+    return BLOCK.sub(lambda block: f"{block[1]}{rendered(block[2])}{block[3]}", text)
 
 
 def digest():
