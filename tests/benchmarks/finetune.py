@@ -4,10 +4,10 @@
     PYTHONPATH=. python tests/benchmarks/finetune.py RESULTS.jsonl  # the table
 
 Resumable: what has a line in RESULTS.jsonl is not repeated. Needs torch-pruning==1.6.1. All methods train for as many
-epochs under the same learning rates, and prune at half of them. Until one epoch before that their trainings are the
-same, but for the L1 penalty on the scales that network slimming and Torch-Pruning's BN-scale pruner want, so those
-epochs are trained once for each seed. Torch-Pruning takes the amount as pruning_ratio, of its groups of coupled
-channels; it cannot let a batch norm select from a stream.
+epochs under the same learning rates, and prune at half of them, "annealed" ones a little after every epoch until then.
+The others' trainings are the same until one epoch before that, but for the L1 penalty on the scales that network
+slimming and Torch-Pruning's BN-scale pruner want, so those epochs are trained once for each seed. Torch-Pruning takes
+the amount as pruning_ratio, of its groups of coupled channels; it cannot let a batch norm select from a stream.
 The speed-up is the latency of the dense network over that of the smaller one, measured in turns after the training.
 """
 
@@ -32,19 +32,21 @@ from lightning_fscreen.tables import summary
 
 AMOUNTS = (0.5, 0.7)
 FSCREEN = "callbacks.fscreen"
-ONE_SHOT = [f"{FSCREEN}.schedule=one_shot"]
+ONE_SHOT, ANNEALED = [f"{FSCREEN}.schedule=one_shot"], [f"{FSCREEN}.schedule=cubic"]
 L1 = ["+callbacks.l1._target_=lightning_fscreen.l1.ScaleL1", "+callbacks.l1.strength=1e-4"]
 PEER = [f"~{FSCREEN}", f"+callbacks.peer._target_={__name__}.TorchPruning"]
-# Training until then, and what follows. "screening" and "sum" (the paper's) gather statistics in the epoch between;
-# "masks" is the former without slimming, "slimming" is network slimming, "Torch-Pruning" its BNScalePruner.
+# What is trained until then, and what follows. Those that screen gather statistics in the epoch between; "masks only"
+# is screening without slimming, "Torch-Pruning" its BNScalePruner.
 METHODS = {
     "dense": ("plain", [f"~{FSCREEN}"]),
     "screening": ("plain", ["method=screening", *ONE_SHOT]),
-    "masks": ("plain", ["method=screening", *ONE_SHOT, f"{FSCREEN}.slim=false"]),
-    "sum": ("plain", ["method=screening_sum", *ONE_SHOT]),
+    "masks only": ("plain", ["method=screening", *ONE_SHOT, f"{FSCREEN}.slim=false"]),
+    "sum (paper)": ("plain", ["method=screening_sum", *ONE_SHOT]),
     "magnitude": ("plain", ["method=magnitude", *ONE_SHOT]),
+    "annealed screening": (None, ["method=screening", *ANNEALED]),
+    "annealed magnitude": (None, ["method=magnitude", *ANNEALED]),
     "random": ("plain", ["method=random", *ONE_SHOT]),
-    "slimming": ("L1", ["method=network_slimming"]),
+    "network slimming": ("L1", ["method=network_slimming"]),
     "Torch-Pruning": ("L1", PEER),
 }
 BEFORE = {"plain": [f"~{FSCREEN}"], "L1": [f"~{FSCREEN}", *L1]}
@@ -129,8 +131,9 @@ def measure(experiment, seed, method, amount, checkpoint, overrides):
     peer = f"+callbacks.peer.epoch={half}", f"+callbacks.peer.amount={amount}"
     own = METHODS[method][1]
     own = [*own, *([] if amount is None else peer if own is PEER else target)]
+    own += [] if checkpoint is None else [f"ckpt_path={checkpoint}"]
     with tempfile.TemporaryDirectory() as folder:
-        error, seconds = train(folder, experiment, [*own, f"seed={seed}", f"ckpt_path={checkpoint}", *overrides])
+        error, seconds = train(folder, experiment, [*own, f"seed={seed}", *overrides])
     inputs = (torch.zeros(2, *Keep.shape),), {}
     size = measure_size(Keep.network, inputs, 2)
     return {
@@ -184,12 +187,12 @@ def main(results, experiment, seed, methods, *overrides):
     half = half_of(experiment, overrides)
     for method in methods.split(","):
         before, _ = METHODS[method]
-        checkpoint = shared / before / "checkpoints" / "last.ckpt"
+        checkpoint = shared / before / "checkpoints" / "last.ckpt" if before else None
         for amount in [None] if method == "dense" else AMOUNTS:
             lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
             if (method, amount, int(seed)) in {(line["method"], line["amount"], line["seed"]) for line in lines}:
                 continue
-            if not checkpoint.exists():
+            if checkpoint is not None and not checkpoint.exists():
                 stop = [f"+callbacks.stop._target_={__name__}.Stop", f"+callbacks.stop.epochs={half - 1}"]
                 unfinished = shared / f"{before}.unfinished"
                 shutil.rmtree(unfinished, ignore_errors=True)
