@@ -24,6 +24,7 @@ from typing import Any
 import hydra
 import lightning
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 import lightning_fscreen
@@ -167,9 +168,22 @@ def run_table(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: 
     """Run what is missing, and add a line to the file for every run as it ends.
 
     Raises:
-        RuntimeError: runs that failed, after all others have been tried.
+        RuntimeError: another process is running this table into this file (it would do the same runs twice); runs that
+            failed, after all others have been tried.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    try:
+        with FileLock(lock, timeout=0):
+            _run_missing(table, path, extra, jobs, only)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another fscreen-bench is adding to {path} ({lock} is locked); wait for it, use jobs=2 for runs side by "
+            "side, or another results=FOLDER"
+        ) from error
+
+
+def _run_missing(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: int, only: Sequence[str]) -> None:
     todo = missing_runs(table, load_results(path), only)
     failures = []
     threads = max((os.cpu_count() or 1) // jobs, 1)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -102,6 +103,12 @@ def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
     before = path.read_text()
     bench(config)  # nothing left to run
     assert path.read_text() == before
+
+
+def test_a_table_that_is_being_run_is_not_run_a_second_time(tmp_path):
+    with FileLock(tmp_path / "noisy_mnist.lock"), pytest.raises(RuntimeError, match=r"another .*noisy_mnist.jsonl"):
+        bench(composed("table=noisy_mnist", f"results={tmp_path}"))
+    assert not (tmp_path / "noisy_mnist.jsonl").exists()
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_recorded(tmp_path):
