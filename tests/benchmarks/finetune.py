@@ -33,21 +33,24 @@ from lightning_fscreen.tables import summary
 AMOUNTS = (0.5, 0.7)
 FSCREEN = "callbacks.fscreen"
 ONE_SHOT, ANNEALED = [f"{FSCREEN}.schedule=one_shot"], [f"{FSCREEN}.schedule=cubic"]
+BY_LAYER = [*ONE_SHOT, f"{FSCREEN}.scope=layer"]
 L1 = ["+callbacks.l1._target_=lightning_fscreen.l1.ScaleL1", "+callbacks.l1.strength=1e-4"]
 PEER = [f"~{FSCREEN}", f"+callbacks.peer._target_={__name__}.TorchPruning"]
 # What is trained until then, and what follows. Those that screen gather statistics in the epoch between; "masks only"
-# is screening without slimming, "Torch-Pruning" its BNScalePruner.
+# is screening without slimming, "Torch-Pruning" its BNScalePruner. Screening and magnitude take the same share of every
+# layer, as Torch-Pruning does by default; what is called global, random and network slimming rank all layers together.
 METHODS = {
     "dense": ("plain", [f"~{FSCREEN}"]),
-    "screening": ("plain", ["method=screening", *ONE_SHOT]),
-    "masks only": ("plain", ["method=screening", *ONE_SHOT, f"{FSCREEN}.slim=false"]),
-    "sum (paper)": ("plain", ["method=screening_sum", *ONE_SHOT]),
-    "magnitude": ("plain", ["method=magnitude", *ONE_SHOT]),
-    "annealed screening": (None, ["method=screening", *ANNEALED]),
-    "annealed magnitude": (None, ["method=magnitude", *ANNEALED]),
+    "screening": ("plain", ["method=screening", *BY_LAYER]),
+    "masks only": ("plain", ["method=screening", *BY_LAYER, f"{FSCREEN}.slim=false"]),
+    "global screening": ("plain", ["method=screening", *ONE_SHOT]),
+    "annealed global screening": (None, ["method=screening", *ANNEALED]),
+    "global sum (paper)": ("plain", ["method=screening_sum", *ONE_SHOT]),
+    "magnitude": ("plain", ["method=magnitude", *BY_LAYER]),
     "random": ("plain", ["method=random", *ONE_SHOT]),
     "network slimming": ("L1", ["method=network_slimming"]),
     "Torch-Pruning": ("L1", PEER),
+    "global Torch-Pruning": ("L1", [*PEER, "+callbacks.peer.all_together=true"]),
 }
 BEFORE = {"plain": [f"~{FSCREEN}"], "L1": [f"~{FSCREEN}", *L1]}
 
@@ -77,8 +80,8 @@ class Keep(Callback):
 class TorchPruning(Callback):
     """Network slimming as in Torch-Pruning's documentation: L1 on the scales until then, BNScalePruner, fine-tuning."""
 
-    def __init__(self, amount, epoch):
-        self.amount, self.epoch = amount, epoch
+    def __init__(self, amount, epoch, all_together=False):
+        self.amount, self.epoch, self.all_together = amount, epoch, all_together
 
     def on_train_start(self, trainer, pl_module):
         import torch_pruning as tp  # only this method needs it, and the README's tables do not
@@ -90,7 +93,7 @@ class TorchPruning(Callback):
             network.eval(),
             images,
             importance=tp.importance.BNScaleImportance(),
-            global_pruning=True,
+            global_pruning=self.all_together,
             pruning_ratio=self.amount,
             ignored_layers=[last],
             reg=1e-4,
@@ -130,7 +133,7 @@ def measure(experiment, seed, method, amount, checkpoint, overrides):
     target = f"{FSCREEN}.end_epoch={half}", f"{FSCREEN}.amount={amount}"
     peer = f"+callbacks.peer.epoch={half}", f"+callbacks.peer.amount={amount}"
     own = METHODS[method][1]
-    own = [*own, *([] if amount is None else peer if own is PEER else target)]
+    own = [*own, *([] if amount is None else peer if PEER[0] in own else target)]
     own += [] if checkpoint is None else [f"ckpt_path={checkpoint}"]
     with tempfile.TemporaryDirectory() as folder:
         error, seconds = train(folder, experiment, [*own, f"seed={seed}", *overrides])

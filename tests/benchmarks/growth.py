@@ -84,7 +84,6 @@ def measure(count):
 
 
 def main():
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| weights | statistics | of the weights | step with / without | F of all layers |\n|---|---|---|---|---|")
     for count in COUNTS:
         memory, share, ratio, seconds = measure(count)

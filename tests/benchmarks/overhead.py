@@ -130,9 +130,9 @@ def main(experiment, rounds="5", *overrides):
             if places:
                 part = sum(seconds[place] for place in places) / sum(without[place] for place in places)
                 ratios.setdefault(f"{name}, epochs that gather", []).append(part)
-    print(f"{experiment}, {EPOCHS} epochs, {rounds} rounds, time against the training without the callback")
+    print(f"| `{experiment}`, {EPOCHS} epochs | time against the same without the callback |\n|---|---|")
     for name, values in ratios.items():
-        print(f"{name:32s} {statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f})")
+        print(f"| {name} | {statistics.median(values):.3f} × ({min(values):.3f}–{max(values):.3f}, {rounds} rounds) |")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Slimming next to Torch-Pruning (pip install torch-pruning==1.6.1), on the same networks and masks, on one thread.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/peers.py [NETWORK ...]
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/peers.py [NETWORK ...]
 
 Half of the channels go, at random, coupled ones together. "same masks": Torch-Pruning removes the same channels of the
 same batch norms, where it can without taking channels that stay (it cannot let a batch norm of a pre-activation network
-or a DenseNet select from its stream). "own choice": its own BN-scale pruner takes half of what it can prune, globally,
-which is another network. Sizes after, and seconds for everything from the network and one 64 × 64 batch to the smaller
-network; ours include the capture and the verification in float64.
+or a DenseNet select from its stream). "other channels": its own BN-scale pruner takes half of what it can prune,
+globally, which is another network. Sizes after (an error's name where there are none), and seconds for everything from
+the network and one 64 × 64 batch to the smaller network; ours include the capture and the verification in float64.
 """
 
 import copy
@@ -70,19 +70,19 @@ def prune_half(network, x):
     pruner.step()
 
 
-def channels(network):
-    return sum(module.num_features for module in network.modules() if isinstance(module, _BatchNorm))
+def pruned_by(attempt, network, x):
+    """Parameters and MACs in millions, seconds: as text. Whatever a peer raises is its result."""
+    start = time.perf_counter()
+    try:
+        attempt(network)
+        seconds = time.perf_counter() - start
+        params, macs = size(network, x)
+    except Exception as error:
+        return type(error).__name__, "–", "–"
+    return f"{params / 1e6:.2f} M", f"{macs / 1e6:.1f} M", f"{seconds:.2g}"
 
 
-def report(name, kind, network, seconds, x):
-    params, macs = size(network, x)
-    print(
-        f"| {name} | {kind} | {channels(network):,} | {params / 1e6:.3f} | {macs / 1e6:.2f} | {seconds:.2f} |",
-        flush=True,
-    )
-
-
-def compare(name):
+def rows(name):
     small = 32 if name in ("resnet164", "densenet40") else 64
     network = getattr(own_models, name)() if small == 32 else build(name)
     x = torch.randn(2, 3, small, small)
@@ -90,29 +90,23 @@ def compare(name):
         if isinstance(module, _BatchNorm):
             nn.init.uniform_(module.weight)
     gates, keep = masks(network, x)
-    report(name, "before", network, 0.0, x)
-    ours = copy.deepcopy(network)
-    start = time.perf_counter()
-    slim(ours, keep, x)
-    report(name, "lightning_fscreen", ours, time.perf_counter() - start, x)
-    attempts = {"same masks": lambda: prune_the_same(theirs, gates, keep, x)}
+    before = pruned_by(lambda network: None, copy.deepcopy(network), x)
+    ours = pruned_by(lambda network: slim(network, keep, x), copy.deepcopy(network), x)
+    same = pruned_by(lambda network: prune_the_same(network, gates, keep, x), copy.deepcopy(network), x)
+    yield name, before, ours, same
     if name in OWN:
-        attempts["own choice"] = lambda: prune_half(theirs, x)
-    for kind, attempt in attempts.items():
-        theirs = copy.deepcopy(network)
-        start = time.perf_counter()
-        try:
-            attempt()
-            seconds = time.perf_counter() - start
-            theirs.eval()(x)
-        except Exception as error:  # whatever a peer raises is its result
-            print(f"| {name} | Torch-Pruning, {kind} | {type(error).__name__}: {str(error)[:60]} | | | |", flush=True)
-            continue
-        report(name, f"Torch-Pruning, {kind}", theirs, seconds, x)
+        own = pruned_by(lambda network: prune_half(network, x), copy.deepcopy(network), x)
+        yield f"{name}, other channels", before, ("–", "–", "–"), own
+
+
+def main(names):
+    peer = f"Torch-Pruning {version('torch-pruning')}"
+    print(f"| | parameters | this | {peer} | MACs | this | {peer} | seconds: this | {peer} |\n{'|---' * 9}|")
+    for name in names:
+        for label, before, ours, theirs in rows(name):
+            cells = [label, *(column[part] for part in range(3) for column in (before, ours, theirs))]
+            print(f"| {' | '.join(cells[:7] + cells[8:])} |", flush=True)
 
 
 if __name__ == "__main__":
-    print(f"Torch-Pruning {version('torch-pruning')}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
-    print("| network | | BN channels | params (M) | MACs (M) | seconds |\n|---|---|---|---|---|---|")
-    for chosen in sys.argv[1:] or [*SAME, *OWN]:
-        compare(chosen)
+    main(sys.argv[1:] or [*SAME, *OWN])

@@ -35,7 +35,9 @@ def table_and_results(name):
 
 
 def rendered(name):
-    """The results as a table of Markdown: of `fscreen-bench`, or of finetune.py."""
+    """The results as a table of Markdown: what a benchmark printed, or that of finetune.py or `fscreen-bench`."""
+    if not (RESULTS / f"{name}.jsonl").exists():
+        return (RESULTS / f"{name}.md").read_text()
     if name == "finetune":
         return finetune.table(RESULTS / "finetune.jsonl")
     return markdown(*table_and_results(name))
