@@ -32,8 +32,8 @@ from lightning_fscreen.tables import summary
 
 AMOUNTS = (0.5, 0.7)
 FSCREEN = "callbacks.fscreen"
-ONE_SHOT, ANNEALED = [f"{FSCREEN}.schedule=one_shot"], [f"{FSCREEN}.schedule=cubic"]
-BY_LAYER = [*ONE_SHOT, f"{FSCREEN}.scope=layer"]
+BY_LAYER, GLOBAL = ([f"{FSCREEN}.schedule=one_shot", f"{FSCREEN}.scope={scope}"] for scope in ("layer", "global"))
+ANNEALED = [f"{FSCREEN}.schedule=cubic", f"{FSCREEN}.scope=global"]
 L1 = ["+callbacks.l1._target_=lightning_fscreen.l1.ScaleL1", "+callbacks.l1.strength=1e-4"]
 PEER = [f"~{FSCREEN}", f"+callbacks.peer._target_={__name__}.TorchPruning"]
 # What is trained until then, and what follows. Those that screen gather statistics in the epoch between; "masks only"
@@ -43,12 +43,12 @@ METHODS = {
     "dense": ("plain", [f"~{FSCREEN}"]),
     "screening": ("plain", ["method=screening", *BY_LAYER]),
     "masks only": ("plain", ["method=screening", *BY_LAYER, f"{FSCREEN}.slim=false"]),
-    "global screening": ("plain", ["method=screening", *ONE_SHOT]),
+    "global screening": ("plain", ["method=screening", *GLOBAL]),
     "annealed global screening": (None, ["method=screening", *ANNEALED]),
-    "global sum (paper)": ("plain", ["method=screening_sum", *ONE_SHOT]),
+    "global sum (paper)": ("plain", ["method=screening_sum", *GLOBAL]),
     "magnitude": ("plain", ["method=magnitude", *BY_LAYER]),
-    "random": ("plain", ["method=random", *ONE_SHOT]),
-    "network slimming": ("L1", ["method=network_slimming"]),
+    "random": ("plain", ["method=random", *GLOBAL]),
+    "network slimming": ("L1", ["method=network_slimming", *GLOBAL]),
     "Torch-Pruning": ("L1", PEER),
     "global Torch-Pruning": ("L1", [*PEER, "+callbacks.peer.all_together=true"]),
 }
