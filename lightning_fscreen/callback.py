@@ -54,8 +54,8 @@ class ScreeningPruningCallback(Callback):
         start_epoch: first epoch of the annealing window.
         end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
             training; 0 to prune at initialisation, by the first training step alone.
-        scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer: safer where much goes
-            at once, because it leaves no layer with next to nothing.
+        scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer: safer where much
+            goes at once, because it leaves no layer with next to nothing.
         criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
             "magnitude", "activation", "gradient", "taylor", "random", or one registered by `register_criterion`.
         min_channels: candidates that every layer keeps at least; the others still meet the budget.
