@@ -106,9 +106,11 @@ def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
 
 
 def test_a_table_that_is_being_run_is_not_run_a_second_time(tmp_path):
-    with FileLock(tmp_path / "noisy_mnist.lock"), pytest.raises(RuntimeError, match=r"another .*noisy_mnist.jsonl"):
-        bench(composed("table=noisy_mnist", f"results={tmp_path}"))
-    assert not (tmp_path / "noisy_mnist.jsonl").exists()
+    config = composed(f"results={tmp_path}", "only=[dense]")
+    config.table = TABLE
+    with FileLock(tmp_path / "small.lock"), pytest.raises(RuntimeError, match=r"another .*small.jsonl.* wait"):
+        bench(config)
+    assert not (tmp_path / "small.jsonl").exists()
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_recorded(tmp_path):

@@ -135,7 +135,7 @@ def measure(experiment, seed, method, amount, checkpoint, overrides):
     target = f"{FSCREEN}.end_epoch={half}", f"{FSCREEN}.amount={amount}"
     peer = f"+callbacks.peer.epoch={half}", f"+callbacks.peer.amount={amount}"
     own = METHODS[method][1]
-    own = [*own, *([] if amount is None else peer if PEER[0] in own else target)]
+    own = [*own, *([] if amount is None else peer if PEER[1] in own else target)]
     own += [] if checkpoint is None else [f"ckpt_path={checkpoint}"]
     with tempfile.TemporaryDirectory() as folder:
         error, seconds = train(folder, experiment, [*own, f"seed={seed}", *overrides])

@@ -70,16 +70,25 @@ def prune_half(network, x):
     pruner.step()
 
 
-def pruned_by(attempt, network, x):
-    """Parameters and MACs in millions, seconds: as text. Whatever a peer raises is its result."""
+NONE = ("–", "–", "–")
+
+
+def measured(prune, network, x):
+    """Parameters, MACs and seconds, as text."""
+    network = copy.deepcopy(network)
     start = time.perf_counter()
-    try:
-        attempt(network)
-        seconds = time.perf_counter() - start
-        params, macs = size(network, x)
-    except Exception as error:
-        return type(error).__name__, "–", "–"
+    prune(network)
+    seconds = time.perf_counter() - start
+    params, macs = size(network, x)
     return f"{params / 1e6:.2f} M", f"{macs / 1e6:.1f} M", f"{seconds:.2g}"
+
+
+def attempted(prune, network, x):
+    """The same of a peer: whatever it raises is its result."""
+    try:
+        return measured(prune, network, x)
+    except Exception as error:
+        return type(error).__name__, *NONE[1:]
 
 
 def rows(name):
@@ -90,22 +99,21 @@ def rows(name):
         if isinstance(module, _BatchNorm):
             nn.init.uniform_(module.weight)
     gates, keep = masks(network, x)
-    before = pruned_by(lambda network: None, copy.deepcopy(network), x)
-    ours = pruned_by(lambda network: slim(network, keep, x), copy.deepcopy(network), x)
-    same = pruned_by(lambda network: prune_the_same(network, gates, keep, x), copy.deepcopy(network), x)
-    yield name, before, ours, same
+    params, macs = size(network, x)
+    before = f"{params / 1e6:.2f} M", f"{macs / 1e6:.1f} M"
+    ours = measured(lambda network: slim(network, keep, x), network, x)
+    yield name, before, ours, attempted(lambda network: prune_the_same(network, gates, keep, x), network, x)
     if name in OWN:
-        own = pruned_by(lambda network: prune_half(network, x), copy.deepcopy(network), x)
-        yield f"{name}, other channels", before, ("–", "–", "–"), own
+        yield f"{name}, other channels", before, NONE, attempted(lambda network: prune_half(network, x), network, x)
 
 
 def main(names):
     peer = f"Torch-Pruning {version('torch-pruning')}"
     print(f"| | parameters | this | {peer} | MACs | this | {peer} | seconds: this | {peer} |\n{'|---' * 9}|")
     for name in names:
-        for label, before, ours, theirs in rows(name):
-            cells = [label, *(column[part] for part in range(3) for column in (before, ours, theirs))]
-            print(f"| {' | '.join(cells[:7] + cells[8:])} |", flush=True)
+        for label, (params, macs), ours, theirs in rows(name):
+            cells = label, params, ours[0], theirs[0], macs, ours[1], theirs[1], ours[2], theirs[2]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
