@@ -18,6 +18,8 @@ from lightning_fscreen.functional import ClassSums, accumulate_, accumulate_offs
 from lightning_fscreen.network import examined
 
 _NONE = 2**62  # later than any batch
+# Values activated at a time on CPUs, in float32: they stay in the cache until their mean is taken.
+_CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -42,28 +44,36 @@ class Probe:
         return num_inputs(self.module)
 
 
-def reduce_positions(activation: Tensor, module: nn.Module) -> Tensor:
+def reduce_positions(
+    activation: Tensor, module: nn.Module, function: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Mean over all positions: one value per instance and channel, (N, channels), detached.
 
     Linear layers have their features last, the others second; an unbatched activation is one instance.
+
+    Args:
+        activation: what the layer read or put out.
+        module: the layer.
+        function: an element-wise function to apply first.
     """
     activation = activation.detach()
     if isinstance(module, nn.Linear):
-        if activation.ndim == 2:
-            return activation
         if activation.ndim == 1:
-            return activation.unsqueeze(0)
-        positions = activation.flatten(1, -2)
-        return positions.mean(1, dtype=_mean_dtype(activation))
-    if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1:
-        activation = activation.unsqueeze(0)
-    if activation.ndim == 2:
-        return activation
-    return activation.flatten(2).mean(2, dtype=_mean_dtype(activation))
-
-
-def _mean_dtype(activation: Tensor) -> torch.dtype:
-    return torch.promote_types(activation.dtype, torch.float32)
+            activation = activation.unsqueeze(0)
+        positions = tuple(range(1, activation.ndim - 1))
+    else:
+        if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1:
+            activation = activation.unsqueeze(0)
+        positions = tuple(range(2, activation.ndim))
+    if not positions:
+        return activation if function is None else function(activation)
+    dtype = torch.promote_types(activation.dtype, torch.float32)
+    if function is None:
+        return activation.mean(positions, dtype=dtype)
+    if activation.device.type != "cpu":
+        return function(activation).mean(positions, dtype=dtype)
+    rows = max(_CHUNK // max(activation[:1].numel(), 1), 1)
+    return torch.cat([function(part.to(dtype)).mean(positions) for part in activation.split(rows)])
 
 
 @dataclass(frozen=True)
@@ -247,9 +257,7 @@ class ActivationCollector:
         return gather
 
     def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
-        if (function := self._probes[index].activation) is not None:
-            activation = function(activation.detach())
-        values = reduce_positions(activation, module)
+        values = reduce_positions(activation, module, self._probes[index].activation)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
             values = values.clone()

@@ -450,6 +450,18 @@ def test_positions_are_averaged_to_one_value_per_instance_and_channel(module, sh
     torch.testing.assert_close(reduced, expected(x.detach()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(9, 6, 300, 301), (500, 40, 30), (700, 3, 1), (600, 5), (0, 3, 4, 4)])
+def test_activations_are_averaged_whatever_their_size_and_stay_as_they_are(shape, dtype):
+    x = torch.randn(shape, dtype=dtype)
+    before = x.clone()
+    reduced = reduce_positions(x, nn.BatchNorm2d(shape[1]), torch.relu)
+    torch.testing.assert_close(
+        reduced.double(), x.double().relu().flatten(2).mean(2) if x.ndim > 2 else x.double().relu()
+    )
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_means_over_positions_of_half_precision_are_taken_in_float32(dtype):
     x = torch.full((2, 3, 100, 100), 300.0, dtype=dtype)

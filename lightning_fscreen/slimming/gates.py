@@ -131,8 +131,10 @@ def activations_of(captured: Capture) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _function(node: Any) -> Callable[[Tensor], Tensor]:
+    in_place = node.target._schema.is_mutable
+
     def apply(values: Tensor) -> Tensor:
-        result: Tensor = node.target(values.clone(), *node.args[1:], **node.kwargs)  # it may work in place
+        result: Tensor = node.target(values.clone() if in_place else values, *node.args[1:], **node.kwargs)
         return result
 
     return apply
