@@ -2,19 +2,22 @@
 
     PYTHONPATH=. python tests/benchmarks/overhead.py EXPERIMENT [ROUNDS] [OVERRIDES...]
 
-Trainings of 10 epochs in threads of one process, which take turns of 25 steps, shorter where these take over half a
-second, so that all of them meet the same moods of the machine: without the callback, with it as the experiment says but
-slim=false (the network keeps its size, so that only the work added is seen), with slimming, and with ModelPruning,
-which prunes weights by magnitude at the end of every epoch. Prints time as a ratio to the training without the
-callback, median and range over the rounds: of all epochs but the first, and of those that gather statistics, which end
-with the pruning.
+Trainings of 10 epochs, in a process each, which take turns of half a second, so that all of them meet the same moods of
+the machine: without the callback, with it as the experiment says but slim=false (the network keeps its size, so that
+only the work added is seen), with slimming, and with ModelPruning, which prunes weights by magnitude at the end of
+every epoch. Prints time as a ratio to the training without the callback, median and range over the rounds: of all
+epochs but the first, and of those that gather statistics, which end with the pruning.
+
+(Threads of one process would not do: OpenMP then has more threads than there are processors, and lets them sleep
+between any two operators.)
 """
 
+import multiprocessing
 import statistics
 import sys
 import tempfile
-import threading
 import time
+from multiprocessing.connection import Connection
 from typing import ClassVar
 
 from hydra import compose, initialize_config_module
@@ -24,7 +27,7 @@ from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.cli import run
 
 EPOCHS = 10
-STEPS, SECONDS = 25, 0.5  # a turn ends after so many, or so long
+SECONDS = 0.5  # of a turn
 PEER = "+callbacks.peer"
 VARIANTS = {
     "without": ["~callbacks.fscreen"],
@@ -39,36 +42,13 @@ VARIANTS = {
 }
 
 
-class Turns:
-    """Who may run; the others wait."""
-
-    def __init__(self, names):
-        self._names, self._changed = list(names), threading.Condition()
-
-    def wait(self, name):
-        with self._changed:
-            self._changed.wait_for(lambda: self._names[0] == name)
-
-    def pass_on(self):
-        with self._changed:
-            self._names.append(self._names.pop(0))
-            self._changed.notify_all()
-
-    def leave(self):
-        with self._changed:
-            self._names.pop(0)
-            self._changed.notify_all()
-
-
 class Watch(Callback):
     """Seconds of the epochs of one training, without those in which it waits, and which epochs gather statistics."""
 
-    turns: ClassVar[Turns]
-    of: ClassVar[dict] = {}
-
-    def __init__(self, name):
-        self.name, self.seconds, self.gathering = name, [], []
-        Watch.of[name] = self
+    turns: ClassVar[Connection]
+    seconds: ClassVar[list[float]] = []
+    gathering: ClassVar[list[bool]] = []
+    _turn = 0.0
 
     def on_train_epoch_start(self, trainer, pl_module):
         self._lap()
@@ -77,11 +57,10 @@ class Watch(Callback):
         self.gathering.append(any(c._collects(trainer.current_epoch) for c in own))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx % STEPS == 0 or time.perf_counter() - self._start > SECONDS:
+        if time.perf_counter() - self._turn > SECONDS:
             self._lap()
-            Watch.turns.pass_on()
-            Watch.turns.wait(self.name)
-            self._start = time.perf_counter()
+            wait(self.turns)
+            self._start = self._turn = time.perf_counter()
 
     def on_train_end(self, trainer, pl_module):
         self._lap()
@@ -93,32 +72,47 @@ class Watch(Callback):
         self._start = now
 
 
-def train(name, config):
-    Watch.turns.wait(name)
-    try:
-        run(config)
-    finally:
-        Watch.turns.leave()
+def wait(turns):
+    """Let the next one run, until it is this one's turn again."""
+    turns.send(None)
+    turns.recv()
+
+
+def train(turns, overrides):
+    """A training in a process of its own; sends seconds of the epochs, and which gather, when it is over."""
+    Watch.turns = turns
+    watch = [f"+callbacks.watch._target_={__name__}.Watch"]
+    with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
+        config = compose("train", [*overrides, *watch])
+    wait(turns)
+    run(config)
+    turns.send((Watch.seconds, Watch.gathering))
 
 
 def measure(experiment, overrides):
     """Seconds of the epochs, and which gather, by variant."""
-    Watch.turns = Turns(VARIANTS)
-    threads = []
+    quiet = [f"extras.{part}=false" for part in ("print_config", "print_report", "figures", "latency")]
+    quiet += ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false"]
+    context = multiprocessing.get_context("spawn")
+    training, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, own in VARIANTS.items():
-            quiet = [f"extras.{part}=false" for part in ("print_config", "print_report", "figures", "latency")]
-            quiet += ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false"]
             fixed = [f"experiment={experiment}", f"trainer.max_epochs={EPOCHS}", f"paths.output_dir={folder}/{name}"]
-            watch = [f"+callbacks.watch._target_={__name__}.Watch", f"+callbacks.watch.name={name}"]
-            with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
-                config = compose("train", [*fixed, *quiet, *watch, *own, *overrides])
-            threads.append(threading.Thread(target=train, args=(name, config)))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return {name: (watch.seconds, watch.gathering) for name, watch in Watch.of.items()}
+            connection, turns = context.Pipe()
+            process = context.Process(target=train, args=(turns, [*fixed, *quiet, *own, *overrides]))
+            process.start()
+            turns.close()
+            training[name] = process, connection
+        for _, connection in training.values():
+            connection.recv()  # it is ready
+        while training:
+            for name, (process, connection) in list(training.items()):
+                connection.send(None)
+                if (result := connection.recv()) is not None:
+                    results[name] = result
+                    process.join()
+                    del training[name]
+    return {name: results[name] for name in VARIANTS}
 
 
 def main(experiment, rounds="5", *overrides):
