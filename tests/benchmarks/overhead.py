@@ -89,17 +89,17 @@ def train(turns, overrides):
     turns.send((Watch.seconds, Watch.gathering))
 
 
-def measure(experiment, overrides):
-    """Seconds of the epochs, and which gather, by variant."""
+def measure(experiment, names, overrides):
+    """Seconds of the epochs, and which gather, by variant; they take turns in the order of these names."""
     quiet = [f"extras.{part}=false" for part in ("print_config", "print_report", "figures", "latency")]
     quiet += ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false"]
     context = multiprocessing.get_context("spawn")
     training, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, own in VARIANTS.items():
+        for name in names:
             fixed = [f"experiment={experiment}", f"trainer.max_epochs={EPOCHS}", f"paths.output_dir={folder}/{name}"]
             connection, turns = context.Pipe()
-            process = context.Process(target=train, args=(turns, [*fixed, *quiet, *own, *overrides]))
+            process = context.Process(target=train, args=(turns, [*fixed, *quiet, *VARIANTS[name], *overrides]))
             process.start()
             turns.close()
             training[name] = process, connection
@@ -117,8 +117,10 @@ def measure(experiment, overrides):
 
 def main(experiment, rounds="5", *overrides):
     ratios = {}
+    names = list(VARIANTS)
     for _ in range(int(rounds)):
-        results = measure(experiment, overrides)
+        results = measure(experiment, names, overrides)
+        names.append(names.pop(0))
         without, _ = results.pop("without")
         for name, (seconds, gathering) in results.items():
             ratios.setdefault(f"{name}, all epochs", []).append(sum(seconds[1:]) / sum(without[1:]))
