@@ -96,7 +96,7 @@ class FeatureStatistics:
 class ActivationCollector:
     """Online class sums of the activations at some probes.
 
-    `activations` are gathered while `active` is true, as the model runs; `update(labels)` then adds them, as one
+    Activations are gathered between `attach` and `remove`, as the model runs; `update(labels)` then adds them, as one
     batch, to the sums. A layer that runs several times in a step counts with the mean of its runs.
 
     Args:
@@ -106,7 +106,6 @@ class ActivationCollector:
     """
 
     def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[PrunableWeight] = ()) -> None:
-        self.active = False
         self.num_classes = num_classes
         self._probes = list(probes)
         self._sizes = [probe.num_features for probe in self._probes]
@@ -117,7 +116,9 @@ class ActivationCollector:
         self.reset()
 
     def attach(self) -> None:
-        """Register the hooks."""
+        """Register the hooks, unless they are."""
+        if self._handles:
+            return
         for index, probe in enumerate(self._probes):
             if probe.side == "input":
                 hook = probe.module.register_forward_pre_hook(self._input_hook(index), with_kwargs=True)
@@ -242,7 +243,7 @@ class ActivationCollector:
         probe = self._probes[index]
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.active and not examined.get():
+            if not examined.get():
                 self._gather(index, args[0] if args else kwargs["input"], module)
                 if probe.name in self._exact:
                     self._weights[index] = probe.module.get_parameter("weight").detach().clone()
@@ -251,7 +252,7 @@ class ActivationCollector:
 
     def _output_hook(self, index: int) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.active and not examined.get():
+            if not examined.get():
                 self._gather(index, output, module)
 
         return gather

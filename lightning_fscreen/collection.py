@@ -50,13 +50,12 @@ class Collection:
         if self._collector is None:
             assert self._num_classes is not None
             self._collector = make_collector(self._num_classes)
-            self._collector.attach()
-        self._collector.active = True
+        self._collector.attach()
 
     def close(self) -> None:
         """Gather nothing until the next `open`."""
         if self._collector is not None:
-            self._collector.active = False
+            self._collector.remove()  # even a hook that does nothing costs every forward pass some microseconds
 
     def add(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Add what was gathered to the sums.

@@ -79,13 +79,12 @@ def screen(
                 batch_labels = labels(batch)
                 if collector is None:
                     collector = ActivationCollector(probes, num_classes or _infer(model, batch_labels))
-                    collector.attach()
-                collector.active = True
+                collector.attach()
                 if forward is not None:
                     forward(model, batch)
                 else:
                     _call_with_inputs(model, batch, batch_labels)
-                collector.active = False
+                collector.remove()
                 collector.update(batch_labels)
     finally:
         if collector is not None:

@@ -94,15 +94,15 @@ def feed(collector, model, data, optimizer=None):
         if optimizer is None:
             records.append((model.recorded(x, extra), labels, weights(model)))
             state = copy.deepcopy(model.bn.state_dict())
-            collector.active = True
+            collector.attach()
             out = model(x, extra)
-            collector.active = False
+            collector.remove()
             model.bn.load_state_dict(state)
         else:
             records.append((model.recorded(x, extra), labels, weights(model)))
-            collector.active = True
+            collector.attach()
             out = model(x, extra)
-            collector.active = False
+            collector.remove()
             optimizer.zero_grad()
             cross_entropy(out, labels).backward()
             optimizer.step()
@@ -163,9 +163,9 @@ def test_float32_and_half_precision_activations_far_from_zero(attached):
         x = (torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) + 50).to(dtype)
         labels = torch.arange(300) % C
         for part in torch.arange(300).split(70):
-            collector.active = True
+            collector.attach()
             model(x[part])
-            collector.active = False
+            collector.remove()
             collector.update(labels[part])
         assert_equals_sklearn(collector.statistics()["fc"].f, x.double() - x.double().mean(0), labels, rtol=1e-5)
 
@@ -274,7 +274,7 @@ def test_nan_and_inf_activations_are_an_error_that_names_the_first_layer_and_bat
 def test_nan_at_an_output_names_the_side(attached):
     model = nn.Sequential(nn.BatchNorm1d(2))
     collector = attached(ActivationCollector([Probe("0", model[0], "output")], C))
-    collector.active = True
+    collector.attach()
     model(torch.tensor([[1.0, torch.nan], [2.0, 0.0]]))
     collector.update(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="at the output of layer '0'"):
@@ -302,9 +302,9 @@ def test_labels_that_do_not_fit_are_an_error_and_nothing_is_added(attached, labe
     collector = attached(ActivationCollector([Probe("0", model[0])], C))
 
     def step(x, labels):
-        collector.active = True
+        collector.attach()
         model(x)
-        collector.active = False
+        collector.remove()
         collector.update(labels)
 
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -323,16 +323,19 @@ def test_a_batch_without_instances_adds_nothing(attached):
     )
     collector = attached(ActivationCollector([Probe("0", model[0])], C))
     for part in (slice(0, 0), slice(0, 12), slice(12, 12), slice(12, 20)):
-        collector.active = True
+        collector.attach()
         model(x[part])
-        collector.active = False
+        collector.remove()
         collector.update(labels[part])
     assert_equals_sklearn(collector.statistics()["0"].f, x, labels)
 
 
-def test_inactive_hooks_gather_nothing_and_change_nothing(attached):
+def test_removed_hooks_gather_nothing_and_change_nothing():
     model, plain = network(), network()
-    collector = attached(collecting(model, exact=True))
+    collector = collecting(model, exact=True)
+    collector.attach()
+    collector.attach()
+    collector.remove()
     before = copy.deepcopy(collector.state_dict())
     rng_state = torch.get_rng_state()
     for x, labels, extra in batches():
@@ -347,11 +350,11 @@ def test_inactive_hooks_gather_nothing_and_change_nothing(attached):
         assert torch.equal(one.grad, other.grad)
 
 
-def test_active_hooks_leave_outputs_gradients_and_random_numbers_as_they_are(attached):
+def test_attached_hooks_leave_outputs_gradients_and_random_numbers_as_they_are(attached):
     model, plain = network(), network()
     collector = attached(collecting(model, exact=True))
     rng_state = torch.get_rng_state()
-    collector.active = True
+    collector.attach()
     for x, labels, extra in batches():
         out, expected = model(x, extra), plain(x, extra)
         assert torch.equal(out, expected)
@@ -383,9 +386,9 @@ def test_reset_and_discard_forget(attached):
     collector = attached(collecting(model, exact=True))
     feed(collector, model, batches(seed=1))
     collector.reset()
-    collector.active = True
+    collector.attach()
     model(next(batches(seed=2))[0])
-    collector.active = False
+    collector.remove()
     collector.discard()  # a step whose update never came
     records = feed(collector, model, batches(seed=3))
     statistics = collector.statistics()
@@ -403,14 +406,14 @@ def test_what_later_layers_do_in_place_does_not_reach_the_statistics(attached, s
     labels = torch.arange(30) % C
     probe = Probe("probed", bn if side == "output" else fc.double(), side)
     collector = attached(ActivationCollector([probe], C))
-    collector.active = True
+    collector.attach()
     with torch.no_grad():
         seen = bn(x) if side == "output" else x.clone()
         expected = seen.clone()
         if side == "input":
             fc(seen)
         relu(seen, inplace=True)
-    collector.active = False
+    collector.remove()
     collector.update(labels)
     assert_equals_sklearn(collector.statistics()["probed"].f, expected, labels)
 

@@ -40,9 +40,7 @@ def pruned(network, data, amount, screening_weight):
     network.eval()
     with torch.no_grad():
         for images, labels in data.train_dataloader():
-            collector.active = True
             network(data.normalize(images))
-            collector.active = False
             collector.update(labels)
     collector.remove()
     statistics, kept = collector.statistics(), channels.masks().kept
