@@ -176,17 +176,22 @@ def test_coupled_channels_are_pruned_as_one_and_the_budget_is_still_met():
 def test_statistics_are_collected_only_before_prunings():
     seen = []
 
+    def hooked(pl_module):
+        return any(module._forward_hooks for module in pl_module.modules())
+
     class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((trainer.current_epoch, hooked(pl_module)))
+
         def on_before_backward(self, trainer, pl_module, loss):
-            hooks = sum(len(module._forward_hooks) for module in pl_module.modules())
-            seen.append((trainer.current_epoch, hooks > 0))
+            assert not hooked(pl_module)
 
     callback = Pruning(end_epoch=3, schedule="one_shot", slim=False)
     fitted(callback, callbacks=[Watch()])
-    assert {epoch for epoch, hooked in seen if hooked} == {2}
+    assert {epoch for epoch, gathers in seen if gathers} == {2}
     seen.clear()
     fitted(Pruning(end_epoch=3, schedule="one_shot", slim=False, collect_epochs=2), callbacks=[Watch()])
-    assert {epoch for epoch, hooked in seen if hooked} == {1, 2}
+    assert {epoch for epoch, gathers in seen if gathers} == {1, 2}
 
 
 def test_learning_rates_are_rewound_when_fine_tuning_begins():
