@@ -54,7 +54,7 @@ def reduce_positions(
     Args:
         activation: what the layer read or put out.
         module: the layer.
-        function: an element-wise function to apply first.
+        function: an element-wise function to apply first; it must not change its argument.
     """
     activation = activation.detach()
     if isinstance(module, nn.Linear):

@@ -12,6 +12,7 @@ epochs but the first, and of those that gather statistics, which end with the pr
 between any two operators.)
 """
 
+import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -95,10 +96,12 @@ def measure(experiment, names, overrides):
     quiet += ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false"]
     context = multiprocessing.get_context("spawn")
     training, results = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
+    # Where one fails, closed connections end the others.
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as connections:
         for name in names:
             fixed = [f"experiment={experiment}", f"trainer.max_epochs={EPOCHS}", f"paths.output_dir={folder}/{name}"]
             connection, turns = context.Pipe()
+            connections.enter_context(connection)
             process = context.Process(target=train, args=(turns, [*fixed, *quiet, *VARIANTS[name], *overrides]))
             process.start()
             turns.close()
