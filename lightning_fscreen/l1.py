@@ -48,10 +48,10 @@ class _L1(Callback, ABC):
         if any(isinstance(other, ScreeningPruningCallback) and other.fine_tuning for other in callbacks):
             return
         used = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = [p for p in self._penalised if p in used and p.grad is not None]
-        if parameters:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=self.strength)
+        pairs = [(p.detach(), p.grad) for p in self._penalised if p in used and p.grad is not None]
+        if pairs:
+            values, gradients = (list(tensors) for tensors in zip(*pairs, strict=True))
+            torch._foreach_add_(gradients, torch._foreach_sign(values), alpha=self.strength)
 
 
 class ScaleL1(_L1):
