@@ -54,6 +54,11 @@ class ActivationBuffer:
         """Forget the running step."""
         self._running.clear()
 
+    def clear(self) -> None:
+        """Forget everything; the memory is used again."""
+        self._waiting, self._labels = 0, []
+        self.discard()
+
     def has_room(self, rows: int) -> bool:
         """Whether so many rows fit behind those that wait."""
         return not self._waiting or self._waiting + rows <= len(self._rows)

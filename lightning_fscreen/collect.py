@@ -113,6 +113,7 @@ class ActivationCollector:
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._scratch: Tensor | None = None
+        self._buffer = ActivationBuffer(self._sizes, self._device)
         self.reset()
 
     def attach(self) -> None:
@@ -134,17 +135,20 @@ class ActivationCollector:
 
     def reset(self) -> None:
         """Forget all sums."""
-        device = next((p.device for probe in self._probes for p in probe.module.parameters()), torch.device("cpu"))
-        total = sum(self._sizes)
-        zeros = torch.zeros(self.num_classes + 2, total, dtype=torch.float64, device=device)
+        device = self._device
+        zeros = torch.zeros(self.num_classes + 2, sum(self._sizes), dtype=torch.float64, device=device)
         self._sums = ClassSums(zeros[0], torch.zeros_like(zeros[2:]), zeros[2:], zeros[1])
-        self._buffer = ActivationBuffer(self._sizes, device)
+        self._buffer.clear()  # new memory would be mapped page by page, as it is written
         self._seen = [False] * len(self._probes)
         self._batches = 0  # that have been added
         self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
         for sums in self._exact.values():
             sums.reset()
         self._weights.clear()
+
+    @property
+    def _device(self) -> torch.device:
+        return next((p.device for probe in self._probes for p in probe.module.parameters()), torch.device("cpu"))
 
     def discard(self) -> None:
         """Forget the activations gathered since the last update."""
