@@ -395,8 +395,8 @@ def test_reset_and_discard_forget(attached, exact):
     statistics = collector.statistics()
     values, labels = reference(records, "head")
     torch.testing.assert_close(statistics["head"].mean, values.mean(0))
-    expected = f_statistic(values, labels)
-    torch.testing.assert_close(statistics["head"].f, expected.expand(C, 5) if exact else expected, rtol=1e-8, atol=1e-10)
+    f = f_statistic(values, labels)
+    torch.testing.assert_close(statistics["head"].f, f.expand(C, 5) if exact else f, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
