@@ -97,7 +97,7 @@ class WeightL1(_L1):
 
     def __init__(
         self,
-        strength: float = 4e-5,
+        strength: float = 3e-5,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ) -> None:
