@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_fscreen
 from lightning_fscreen.cli import main as fscreen
 from lightning_fscreen.files import replacing
-from lightning_fscreen.tables import curves, markdown
+from lightning_fscreen.tables import curves, markdown, metric_of
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +95,11 @@ def load_results(path: Path) -> list[dict[str, Any]]:
     return results
 
 
-def run_one(run: Run, extra: Sequence[str], threads: int) -> dict[str, Any]:
+def run_one(run: Run, metric: str, extra: Sequence[str], threads: int) -> dict[str, Any]:
     """Run it in a process of its own; returns its line.
 
     Raises:
-        RuntimeError: it failed; shows the end of what it said.
+        RuntimeError: it failed, or its report has no such metric; shows the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
         quiet = [
@@ -119,7 +119,9 @@ def run_one(run: Run, extra: Sequence[str], threads: int) -> dict[str, Any]:
             text = said.read_text()[-4000:] if said.exists() else ""
             raise RuntimeError(f"{run.command} failed with exit status {process.exitcode}:\n{text}")
         report = json.loads((Path(folder) / "report.json").read_text())
-    wanted = ("test_error", "candidates", "params", "macs", "layers", "seconds")
+    if metric not in report:
+        raise RuntimeError(f"{run.command} reports no {metric}; does it hold out images (data.val_size)?")
+    wanted = (metric, "candidates", "params", "macs", "layers", "seconds")
     return {
         "setting": run.setting,
         "method": run.method,
@@ -184,11 +186,12 @@ def run_table(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: 
 
 
 def _run_missing(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: int, only: Sequence[str]) -> None:
+    metric = metric_of(table)
     todo = missing_runs(table, load_results(path), only)
     failures = []
     threads = max((os.cpu_count() or 1) // jobs, 1)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run_one, run, extra, threads): run for run in todo}
+        futures = {pool.submit(run_one, run, metric, extra, threads): run for run in todo}
         for count, future in enumerate(as_completed(futures), 1):
             try:
                 line = future.result()
@@ -198,7 +201,7 @@ def _run_missing(table: Mapping[str, Any], path: Path, extra: Sequence[str], job
                 continue
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            error_rate = 100 * line["test_error"]
+            error_rate = 100 * line[metric]
             log.info("%d of %d: %s → %.2f %%, %.0f s", count, len(todo), line["command"], error_rate, line["seconds"])
     if failures:
         raise RuntimeError("these runs failed (their output is above):\n" + "\n".join(failures))

@@ -11,13 +11,27 @@ from matplotlib.figure import Figure
 
 Results = Sequence[Mapping[str, Any]]
 
+METRICS = {"test_error": "test error", "val_error": "validation error"}
 
-def grouped(results: Results) -> dict[tuple[str, str, float | None], list[float]]:
-    """Test errors in % by (setting, method, amount), in the order of the seeds."""
+
+def metric_of(table: Mapping[str, Any]) -> str:
+    """What a table compares: "test_error", or, for what is to be chosen by it, "val_error".
+
+    Raises:
+        ValueError: its `metric` is neither.
+    """
+    metric = str(table.get("metric", "test_error"))
+    if metric not in METRICS:
+        raise ValueError(f"table {table['name']!r} has metric={metric!r}; choose one of {list(METRICS)}")
+    return metric
+
+
+def grouped(results: Results, metric: str = "test_error") -> dict[tuple[str, str, float | None], list[float]]:
+    """Errors in % by (setting, method, amount), in the order of the seeds."""
     groups: dict[tuple[str, str, float | None], list[float]] = {}
     for line in sorted(results, key=lambda line: line["seed"]):
         key = (line["setting"], line["method"], line["amount"])
-        groups.setdefault(key, []).append(100 * line["test_error"])
+        groups.setdefault(key, []).append(100 * line[metric])
     return groups
 
 
@@ -30,8 +44,9 @@ def summary(values: Sequence[float]) -> str:
 
 
 def markdown(table: Mapping[str, Any], results: Results) -> str:
-    """One row for every method, one column for every setting and amount: test error of the last epoch, %."""
-    groups = grouped(results)
+    """One row for every method, one column for every setting and amount: error of the last epoch, %."""
+    metric = metric_of(table)
+    groups = grouped(results, metric)
     amounts = table["amounts"]
     columns = [(setting, amount) for setting in table["settings"] for amount in amounts]
     seeds = sorted({len(values) for values in groups.values()})
@@ -49,12 +64,14 @@ def markdown(table: Mapping[str, Any], results: Results) -> str:
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     plural = "" if seeds == [1] else "s"
     count = f"{seeds[0]} seed{plural}" if len(seeds) == 1 else "number of seeds in brackets"
-    return "\n".join(lines) + f"\n\n(Test error of the last epoch in %, mean ± standard deviation, {count}.)\n"
+    caption = f"({METRICS[metric].capitalize()} of the last epoch in %, mean ± standard deviation, {count}.)"
+    return "\n".join([*lines, "", caption, ""])
 
 
 def curves(table: Mapping[str, Any], results: Results) -> Figure:
     """A panel for every setting: error against what is kept, a line for every method; of a single amount, a dot."""
-    groups = grouped(results)
+    metric = metric_of(table)
+    groups = grouped(results, metric)
     settings = list(table["settings"])
     methods = [name for name in table["methods"] if any(method == name for _, method, _ in groups)]
     single = len(table["amounts"]) == 1
@@ -64,13 +81,14 @@ def curves(table: Mapping[str, Any], results: Results) -> Figure:
     for axes, setting in zip(panels, settings, strict=True):
         if single:
             _draw_dots(axes, groups, setting, methods, table["amounts"][0])
+            axes.set_xlabel(f"{METRICS[metric]} [%], {100 * table['amounts'][0]:g} % pruned")
         else:
             _draw_lines(axes, groups, setting, methods, sorted(table["amounts"]))
         axes.set_title(setting)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if not single:
-        panels[0].set_ylabel("test error [%]")
+        panels[0].set_ylabel(f"{METRICS[metric]} [%]")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
@@ -84,7 +102,6 @@ def _draw_dots(axes: Axes, groups: Groups, setting: str, methods: Sequence[str],
         values = groups.get((setting, method, amount)) or groups[setting, method, None]
         axes.errorbar(statistics.fmean(values), place, xerr=_deviation(values), marker="o", capsize=3, color="C0")
     axes.set_yticks(range(len(there)), there[::-1])
-    axes.set_xlabel(f"test error [%], {100 * amount:g} % pruned")
 
 
 def _draw_lines(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], amounts: Sequence[float]) -> None:

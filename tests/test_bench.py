@@ -81,6 +81,16 @@ def test_unequal_numbers_of_seeds_are_shown():
     assert "| ours | 10.00 ± 0.00 (2)" in text and "| random | 10.00 (1)" in text and "in brackets" in text
 
 
+def test_a_table_can_compare_validation_errors():
+    table = TABLE | {"metric": "val_error", "settings": {"": []}}
+    results = [line(run, 0.5) | {"val_error": 0.1} for run in runs_of(table)]
+    text = markdown(table, results)
+    assert "| ours | 10.00 ± 0.00 | 10.00 ± 0.00 |" in text and "(Validation error of the last epoch" in text
+    assert curves(table, results).axes[0].get_ylabel() == "validation error [%]"
+    with pytest.raises(ValueError, match="'small' has metric='train_error'; choose one of.*'val_error'"):
+        markdown(TABLE | {"metric": "train_error"}, results)
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(ValueError, match="line 2 of .*a.jsonl.*delete that line"):
@@ -103,6 +113,25 @@ def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
     before = path.read_text()
     bench(config)  # nothing left to run
     assert path.read_text() == before
+
+
+def test_runs_compared_by_validation_error_do_not_touch_the_test_images(tmp_path):
+    config = composed(f"results={tmp_path}", "only=[random]")
+    settings = {"": ["trainer.limit_test_batches=0"]}
+    config.table = TABLE | {"metric": "val_error", "seeds": [3], "settings": settings, "amounts": [0.5]}
+    bench(config)
+    (result,) = load_results(tmp_path / "small.jsonl")
+    assert 0 <= result["val_error"] <= 1 and "test_error" not in result
+
+
+def test_a_run_without_the_metric_of_its_table_fails(tmp_path, caplog):
+    config = composed(f"results={tmp_path}", "only=[random]")
+    settings = {"": ["data.val_size=0"]}
+    config.table = TABLE | {"metric": "val_error", "seeds": [3], "settings": settings, "amounts": [0.5]}
+    with pytest.raises(RuntimeError, match="these runs failed"):
+        bench(config)
+    assert "reports no val_error; does it hold out images (data.val_size)?" in caplog.text
+    assert load_results(tmp_path / "small.jsonl") == []
 
 
 def test_a_table_that_is_being_run_is_not_run_a_second_time(tmp_path):
