@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_fscreen
 from lightning_fscreen.cli import main as fscreen
 from lightning_fscreen.files import replacing
-from lightning_fscreen.tables import curves, markdown, metric_of
+from lightning_fscreen.tables import by_layer, curves, markdown, metric_of
 
 log = logging.getLogger(__name__)
 
@@ -217,8 +217,9 @@ def bench(config: DictConfig) -> None:
     if not results:
         raise ValueError(f"{path} has no results of table {table['name']!r} yet; run it without render_only=true")
     text = markdown(table, results)
-    with replacing(path.with_suffix(".md")) as partial:
-        partial.write_text(text)
+    for name, content in {path.stem: text, f"{path.stem}_layers": by_layer(table, results)}.items():
+        with replacing(path.with_name(f"{name}.md")) as partial:
+            partial.write_text(content)
     with replacing(path.with_suffix(".png")) as partial:
         curves(table, results).savefig(partial, format="png", dpi=150)
     log.info("\n%s", text)

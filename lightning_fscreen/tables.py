@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -68,57 +70,106 @@ def markdown(table: Mapping[str, Any], results: Results) -> str:
     return "\n".join([*lines, "", caption, ""])
 
 
+def by_layer(table: Mapping[str, Any], results: Results) -> str:
+    """Candidates kept of every layer, mean over the seeds; a row for every layer, setting and method that prunes."""
+    kept: dict[tuple[str, str, str, float], list[int]] = {}
+    total: dict[tuple[str, str], int] = {}
+    for line in results:
+        for layer in line.get("layers", []):
+            place = layer["name"], line["setting"]
+            total[place] = layer["total"]
+            kept.setdefault((*place, line["method"], line["amount"]), []).append(layer["kept"])
+    names = ["layer", "of", "method", *(f"{100 * amount:g} % pruned" for amount in table["amounts"])]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for (name, setting), method in itertools.product(total, table["methods"]):
+        found = [kept.get((name, setting, method, amount), []) for amount in table["amounts"]]
+        if any(found):
+            cells = [f"{statistics.fmean(values):,.0f}" if values else "–" for values in found]
+            label = ", ".join(filter(None, (method, setting)))
+            lines.append(f"| {name} | {total[name, setting]:,} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "(Kept of every layer, mean over the seeds.)", ""])
+
+
 def curves(table: Mapping[str, Any], results: Results) -> Figure:
-    """A panel for every setting: error against what is kept, a line for every method; of a single amount, a dot."""
-    metric = metric_of(table)
-    groups = grouped(results, metric)
-    settings = list(table["settings"])
+    """A panel for every setting, a line for every method: error against what is kept; of a single amount, a dot.
+
+    Where networks became smaller, a second row has the error against the multiply–adds that are left.
+    """
+    groups = grouped(results, metric_of(table))
     methods = [name for name in table["methods"] if any(method == name for _, method, _ in groups)]
-    single = len(table["amounts"]) == 1
-    height = 1.6 + 0.3 * len(methods) if single else 4.2
-    figure = Figure(figsize=(2.2 + 3.4 * len(settings), height), layout="constrained")
-    panels = figure.subplots(1, len(settings), squeeze=False, sharex=single, sharey=single)[0]
-    for axes, setting in zip(panels, settings, strict=True):
-        if single:
-            _draw_dots(axes, groups, setting, methods, table["amounts"][0])
-            axes.set_xlabel(f"{METRICS[metric]} [%], {100 * table['amounts'][0]:g} % pruned")
-        else:
-            _draw_lines(axes, groups, setting, methods, sorted(table["amounts"]))
-        axes.set_title(setting)
+    figure = _dots(table, methods, groups) if len(table["amounts"]) == 1 else _lines(table, methods, groups, results)
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    if not single:
-        panels[0].set_ylabel(f"{METRICS[metric]} [%]")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
-Groups = Mapping[tuple[str, str, float | None], Sequence[float]]
+Key = tuple[str, str, float | None]
+Groups = Mapping[Key, Sequence[float]]
 
 
-def _draw_dots(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], amount: float) -> None:
-    there = [name for name in methods if any((setting, name, key) in groups for key in (amount, None))]
-    for place, method in enumerate(reversed(there)):
-        values = groups.get((setting, method, amount)) or groups[setting, method, None]
-        axes.errorbar(statistics.fmean(values), place, xerr=_deviation(values), marker="o", capsize=3, color="C0")
-    axes.set_yticks(range(len(there)), there[::-1])
+def _dots(table: Mapping[str, Any], methods: Sequence[str], groups: Groups) -> Figure:
+    """A panel for every setting."""
+    settings, (amount,) = list(table["settings"]), table["amounts"]
+    figure = Figure(figsize=(2.2 + 3.4 * len(settings), 1.6 + 0.3 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, setting in zip(panels, settings, strict=True):
+        there = [name for name in methods if any((setting, name, key) in groups for key in (amount, None))]
+        for place, method in enumerate(reversed(there)):
+            values = groups.get((setting, method, amount)) or groups[setting, method, None]
+            axes.errorbar(statistics.fmean(values), place, xerr=_deviation(values), marker="o", capsize=3, color="C0")
+        axes.set_yticks(range(len(there)), there[::-1])
+        axes.set_xlabel(f"{METRICS[metric_of(table)]} [%], {100 * amount:g} % pruned")
+        axes.set_title(setting)
+    return figure
 
 
-def _draw_lines(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], amounts: Sequence[float]) -> None:
+def _lines(table: Mapping[str, Any], methods: Sequence[str], groups: Groups, results: Results) -> Figure:
+    """A column for every setting, a row for what is kept."""
+    settings, amounts = list(table["settings"]), sorted(table["amounts"])
+    places = [("candidates kept [%]", {key: 100 * (1 - key[2]) for key in groups if key[2] is not None})]
+    if macs := _macs_kept(results):
+        places.append(("multiply–adds kept [%]", macs))
+    figure = Figure(figsize=(2.2 + 3.4 * len(settings), 0.8 + 3.4 * len(places)), layout="constrained")
+    panels = figure.subplots(len(places), len(settings), squeeze=False)
+    for (label, kept), row in zip(places, panels, strict=True):
+        for axes, setting in zip(row, settings, strict=True):
+            _draw_lines(axes, groups, setting, methods, kept)
+            axes.set_xlabel(label)
+            axes.set_title(setting)
+        row[0].set_ylabel(f"{METRICS[metric_of(table)]} [%]")
+    ticks = [100 * (1 - amount) for amount in amounts]
+    for axes in panels[0]:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
+        axes.minorticks_off()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _macs_kept(results: Results) -> dict[Key, float]:
+    """In %, mean over the seeds, by (setting, method, amount); empty if no network became smaller."""
+    kept: dict[Key, list[float]] = {}
+    for line in results:
+        macs = line.get("macs")
+        if line["amount"] is not None and macs and macs["before"] and macs["after"]:
+            key = (line["setting"], line["method"], line["amount"])
+            kept.setdefault(key, []).append(100 * macs["after"] / macs["before"])
+    smaller = any(value < 100 for values in kept.values() for value in values)
+    return {key: statistics.fmean(values) for key, values in kept.items()} if smaller else {}
+
+
+def _draw_lines(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], kept: Mapping[Key, float]) -> None:
+    """Error against what is kept, in %, by (setting, method, amount)."""
+    if len(methods) > 10:  # as many colours as there are by default
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for method in methods:
-        points = [(amount, values) for amount in amounts if (values := groups.get((setting, method, amount)))]
-        if points:
-            kept = [100 * (1 - amount) for amount, _ in points]
-            means = [statistics.fmean(values) for _, values in points]
-            spread = [_deviation(values) for _, values in points]
-            axes.errorbar(kept, means, spread, label=method, marker="o", ms=4, capsize=2)
+        keys = sorted(key for key in kept if key[:2] == (setting, method))  # by amount
+        if keys:
+            means, spread = [statistics.fmean(groups[key]) for key in keys], [_deviation(groups[key]) for key in keys]
+            axes.errorbar([kept[key] for key in keys], means, spread, label=method, marker="o", ms=4, capsize=2)
         if dense := groups.get((setting, method, None)):
             axes.axhline(statistics.fmean(dense), color="grey", ls="--", lw=1, label=method)
-    axes.set_xscale("log")
-    kept = [100 * (1 - amount) for amount in amounts]
-    axes.set_xticks(kept, [f"{value:.3g}" for value in kept])
-    axes.minorticks_off()
-    axes.set_xlabel("candidates kept [%]")
 
 
 def _deviation(values: Sequence[float]) -> float:

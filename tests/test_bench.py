@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from lightning_fscreen.bench import bench, load_results, missing_runs, runs_of
-from lightning_fscreen.tables import curves, markdown
+from lightning_fscreen.tables import by_layer, curves, markdown
 
 TABLES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "table").glob("*.yaml"))
 TABLE = {
@@ -75,6 +75,28 @@ def test_the_table_and_the_curves_show_mean_and_deviation():
     assert panels[0].lines[0].get_ydata().tolist() == pytest.approx([15, 15])
 
 
+def test_where_networks_became_smaller_the_curves_show_multiply_adds_too():
+    table = TABLE | {"settings": {"": []}}
+    after = {0.5: 60, 0.9: 20}
+    macs = [{"before": 100, "after": after[run.amount] + run.seed} if run.amount else None for run in runs_of(table)]
+    results = [line(run, 0.1) | {"macs": count} for run, count in zip(runs_of(table), macs, strict=True)]
+    upper, lower = curves(table, results).axes
+    assert upper.get_xlabel() == "candidates kept [%]" and lower.get_xlabel() == "multiply–adds kept [%]"
+    assert sorted(lower.lines[0].get_xdata()) == pytest.approx([20.5, 60.5])
+    same = [result | {"macs": {"before": 100, "after": 100}} for result in results]
+    assert len(curves(table, same).axes) == 1
+
+
+def test_what_is_kept_by_layer_is_a_table():
+    layers = [{"name": "a", "total": 4000, "kept": 1000}, {"name": "b", "total": 10, "kept": 9}]
+    results = [line(run, 0.1) | {"layers": layers if run.amount else []} for run in runs_of(TABLE) if run.amount != 0.9]
+    results[0]["layers"] = [layers[0] | {"kept": 2000}, layers[1]]
+    rows = by_layer(TABLE, results).splitlines()
+    assert rows[0] == "| layer | of | method | 50 % pruned | 90 % pruned |"
+    assert rows[2] == "| a | 4,000 | ours, few | 1,500 | – |" and rows[3] == "| a | 4,000 | random, few | 1,000 | – |"
+    assert rows[4] == "| b | 10 | ours, few | 9 | – |" and "dense" not in "".join(rows)
+
+
 def test_unequal_numbers_of_seeds_are_shown():
     results = [line(run, 0.1) for run in runs_of(TABLE) if run.seed == 0 or run.method == "ours"]
     text = markdown(TABLE, results)
@@ -109,6 +131,7 @@ def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
     assert 0 <= result["test_error"] <= 1 and result["seconds"] > 0
     assert set(result["versions"]) == {"lightning_fscreen", "torch", "lightning", "python"}
     assert (tmp_path / "small.md").read_text().startswith("| | 50 % pruned |")
+    assert "| net.fc3 | 1,000 | random |" in (tmp_path / "small_layers.md").read_text()
     assert (tmp_path / "small.png").stat().st_size > 1000
     before = path.read_text()
     bench(config)  # nothing left to run

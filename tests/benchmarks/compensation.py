@@ -1,9 +1,10 @@
 """What pruned channels should put out: test error right after pruning a trained network, before any fine-tuning.
 
-    python tests/benchmarks/compensation.py CHECKPOINT FOLDER [AMOUNT] [SCREENING_WEIGHT]
+    python tests/benchmarks/compensation.py CHECKPOINT FOLDER
 
-CHECKPOINT: of `fscreen experiment=resnet20_cifar10 callbacks=none`, while it trains; FOLDER: an image folder of
-CIFAR-10. Statistics come from one pass over the training images in eval mode.
+CHECKPOINT: of a dense ResNet-20 trained by `fscreen experiment=resnet20_cifar10 ~callbacks.fscreen`; FOLDER: an image
+folder of CIFAR-10. Every layer loses the same share of its channels, by the default criterion. Statistics come from one
+pass over the training images in eval mode.
 """
 
 import copy
@@ -17,6 +18,10 @@ from lightning_fscreen.data import ImageFolderDataModule
 from lightning_fscreen.granularity import Channels
 from lightning_fscreen.network import InputRecorder
 
+AMOUNTS = (0.1, 0.3, 0.5)
+BIASES = ("zero", "fold", "mean")
+SCREENING_WEIGHT = 0.25
+
 
 @torch.no_grad()
 def error(network, data):
@@ -28,8 +33,8 @@ def error(network, data):
     return 100 * wrong / total
 
 
-def pruned(network, data, amount, screening_weight):
-    """Candidates, masks and statistics."""
+def ranked(network, data):
+    """Channels, their scores and statistics, and the inputs of the network."""
     channels = Channels(network, None, None, "mean")
     recorder = InputRecorder([("", network)])
     images, _ = next(iter(data.train_dataloader()))
@@ -43,15 +48,13 @@ def pruned(network, data, amount, screening_weight):
             network(data.normalize(images))
             collector.update(labels)
     collector.remove()
-    statistics, kept = collector.statistics(), channels.masks().kept
-    scores = resolve_criterion("screening_sum").score(
-        channels.ranked(kept, statistics, {}), screening_weight, torch.Generator()
-    )
-    return recorder.inputs[0], channels.prune(scores, kept, amount, "global", 1), statistics
+    statistics = collector.statistics()
+    known = channels.ranked(channels.masks().kept, statistics, {})
+    scores = resolve_criterion("screening").score(known, SCREENING_WEIGHT, torch.Generator())
+    return channels, scores, statistics, recorder.inputs[0]
 
 
-def main(checkpoint, folder, amount=0.5, screening_weight=0.05):
-    torch.manual_seed(0)
+def main(checkpoint, folder):
     network = models.resnet20()
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     network.load_state_dict(
@@ -59,22 +62,26 @@ def main(checkpoint, folder, amount=0.5, screening_weight=0.05):
     )
     data = ImageFolderDataModule(root=folder, val_size=0)
     data.setup()
-    inputs, keep, statistics = pruned(network, data, amount, screening_weight)
-    total, kept = (sum(map(size, keep.values())) for size in (len, lambda mask: int(mask.sum())))
-    print(f"{kept} of {total} channels kept, λ = {screening_weight}")
-    print(f"before: {error(network, data):.2f} % test error")
-    for bias in ("zero", "fold", "mean"):
-        changed = copy.deepcopy(network)
-        if bias == "mean":
-            channels = Channels(changed, None, None, "mean")
-            recorder = InputRecorder([("", changed)])
-            recorder.inputs = inputs, {}
-            channels.meet(recorder)
-            channels.after_pruning({name: torch.ones_like(mask) for name, mask in keep.items()}, keep, statistics)
-        plan = slim(changed, keep, inputs, "zero" if bias == "zero" else "fold")
-        params = sum(p.numel() for p in changed.parameters())
-        print(f"{bias}: {error(changed, data):.2f} %, {params:,} parameters, {len(plan.biases)} new biases", flush=True)
+    channels, scores, statistics, inputs = ranked(network, data)
+    everything = channels.masks().kept
+    print("| channels pruned | " + " | ".join(f'`bias="{bias}"`' for bias in BIASES) + " |")
+    print("|---" * (1 + len(BIASES)) + "|")
+    print("| none |" + f" {error(network, data):.2f} % |" * len(BIASES))
+    for amount in AMOUNTS:
+        keep = channels.prune(scores, everything, amount, "layer", 1)
+        errors = []
+        for bias in BIASES:
+            changed = copy.deepcopy(network)
+            if bias == "mean":
+                own = Channels(changed, None, None, "mean")
+                recorder = InputRecorder([("", changed)])
+                recorder.inputs = inputs, {}
+                own.meet(recorder)
+                own.after_pruning(everything, keep, statistics)
+            slim(changed, keep, inputs, "zero" if bias == "zero" else "fold")
+            errors.append(error(changed, data))
+        print(f"| {100 * amount:g} % | " + " | ".join(f"{value:.2f} %" for value in errors) + " |")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(float, sys.argv[3:]))
+    main(*sys.argv[1:])

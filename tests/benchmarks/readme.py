@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_fscreen.bench import load_results, runs_of
-from lightning_fscreen.tables import grouped, markdown
+from lightning_fscreen.tables import by_layer, grouped, markdown
 from tests.benchmarks import finetune
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,8 @@ def table_and_results(name):
 
 def rendered(name):
     """The results as a table of Markdown: what a benchmark printed, or that of finetune.py or `fscreen-bench`."""
+    if name.endswith("_layers"):
+        return by_layer(*table_and_results(name.removesuffix("_layers")))
     if not (RESULTS / f"{name}.jsonl").exists():
         return (RESULTS / f"{name}.md").read_text()
     if name == "finetune":
