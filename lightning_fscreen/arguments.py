@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_fscreen.channels import FEATURES
 from lightning_fscreen.criteria import resolve_criterion
 from lightning_fscreen.ranking import SCOPES
 
@@ -26,6 +27,7 @@ def check_arguments(callback: ScreeningPruningCallback) -> None:
     _check_choice("scope", callback.scope, SCOPES)
     _check_choice("connections", callback.connections, CONNECTIONS)
     _check_choice("bias", callback.bias, BIASES)
+    _check_choice("feature", callback.feature, FEATURES)
     resolve_criterion(callback.criterion)
     if not 0 <= callback.amount < 1:
         raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {callback.amount}")
@@ -40,6 +42,14 @@ def check_arguments(callback: ScreeningPruningCallback) -> None:
         raise ValueError(f'bias={callback.bias!r} is for granularity="channel"; pruned weights are zero')
     if callback.rewind_weights and callback.bias != "zero":
         raise ValueError(f'rewind_weights=True takes back what bias={callback.bias!r} sets; use bias="zero"')
+    if callback.feature != "activation":
+        wants = f"feature={callback.feature!r}"
+        if callback.granularity == "weight":
+            raise ValueError(f'{wants} is for granularity="channel"; connections are screened by what they read')
+        if callback.bias == "mean":
+            raise ValueError(f'bias="mean" needs the mean activation, which {wants} does not gather; use another bias')
+        if callback.criterion == "activation":
+            raise ValueError(f'criterion="activation" needs feature="activation", got {wants}')
     start, end = callback.start_epoch, callback.end_epoch
     _check_least("start_epoch", start, 0, "from the first epoch on")
     if end is not None and end <= start and not start == end == 0:

@@ -72,6 +72,9 @@ class ScreeningPruningCallback(Callback):
             which differs by the weights' movement within an epoch. For weights only.
         bias: what pruned channels put out until training makes up for them: "zero" nothing (γ = β = 0); "fold" their
             shift β, carried into the layers that read them; "mean" their mean activation, likewise. For channels only.
+        feature: what F is taken of, averaged over the positions: "activation", the channel behind the activation
+            function that follows its batch norm, if one does; "activation_square", its square; "output" and
+            "output_square", the same of the batch norm's own output. For channels only.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
         rewind_weights: put what is left back to where it was when the fit began, learning rates too (lottery ticket).
         soft: until the window ends, zero what is ranked lowest at the end of an epoch but let it grow again (soft
@@ -106,6 +109,7 @@ class ScreeningPruningCallback(Callback):
         collect_epochs: int = 1,
         connections: str = "factored",
         bias: str = "zero",
+        feature: str = "activation",
         rewind_lr: bool = False,
         rewind_weights: bool = False,
         soft: bool = False,
@@ -129,6 +133,7 @@ class ScreeningPruningCallback(Callback):
         self.collect_epochs = collect_epochs
         self.connections = connections
         self.bias = bias
+        self.feature = feature
         self.rewind_lr = rewind_lr
         self.rewind_weights = rewind_weights
         self.soft = soft
@@ -206,7 +211,7 @@ class ScreeningPruningCallback(Callback):
 
     def _find(self, model: nn.Module) -> Granularity[Any]:
         if self.granularity == "channel":
-            return Channels(model, self.include, self.exclude, self.bias)
+            return Channels(model, self.include, self.exclude, self.bias, self.feature)
         return Weights(model, self.include, self.exclude, self.connections == "exact")
 
     def _present_state(self, pl_module: LightningModule) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lightning_fscreen.collect import Probe
 from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
 
 Activation = Callable[[Tensor], Tensor]
+FEATURES = ("activation", "activation_square", "output", "output_square")
 _GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
 _ZOOMS = 4
 _REACH = 30.0
@@ -45,9 +47,12 @@ class PrunableChannels:
         """β, (channels,)."""
         return self.module.get_parameter("bias")
 
-    def probe(self) -> Probe:
-        """Where its activations are read."""
-        return Probe(self.name, self.module, "output", self.activation)
+    def probe(self, feature: str = "activation") -> Probe:
+        """Where its activations are read, and what is taken of them: one of `FEATURES`."""
+        function = self.activation if feature.startswith("activation") else None
+        if feature.endswith("square"):
+            function = torch.square if function is None else partial(_square_of, function)
+        return Probe(self.name, self.module, "output", function)
 
     @torch.no_grad()
     def put_out(self, values: Tensor, channels: Tensor) -> None:
@@ -59,6 +64,10 @@ class PrunableChannels:
         """
         wanted = values.to(self.shift)[channels]
         self.shift[channels] = wanted if self.activation is None else inverse(self.activation, wanted)
+
+
+def _square_of(activation: Activation, values: Tensor) -> Tensor:
+    return activation(values).square()
 
 
 def find_channels(

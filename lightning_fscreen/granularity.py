@@ -178,6 +178,7 @@ class Channels(Granularity[PrunableChannels]):
         model: any module.
         include, exclude: glob patterns over names of batch norms.
         bias: what pruned channels put out: "zero", "fold" (their shift), "mean" (their mean activation).
+        feature: what is taken of their activations, of `channels.FEATURES`.
 
     Raises:
         ValueError: no batch norm, patterns that match nothing.
@@ -191,9 +192,10 @@ class Channels(Granularity[PrunableChannels]):
         include: str | Sequence[str] | None,
         exclude: str | Sequence[str] | None,
         bias: str = "zero",
+        feature: str = "activation",
     ) -> None:
         self._candidates, self.not_pruned = find_channels(model, include, exclude)
-        self._bias = bias
+        self._bias, self._feature = bias, feature
 
     slims_in_fit = True
 
@@ -233,7 +235,7 @@ class Channels(Granularity[PrunableChannels]):
 
     def collector(self, num_classes: int) -> ActivationCollector:
         """Sums over the batch norms' activations."""
-        return ActivationCollector([candidate.probe() for candidate in self._candidates], num_classes)
+        return ActivationCollector([candidate.probe(self._feature) for candidate in self._candidates], num_classes)
 
     def _parameters(self, candidate: PrunableChannels) -> list[nn.Parameter]:
         return [candidate.scale, candidate.shift]

@@ -164,6 +164,19 @@ def test_the_budget_is_met_at_every_epoch(schedule, scope, min_channels):
     assert callback.report().pruned_fraction == pytest.approx(0.7, abs=1 / total)
 
 
+def test_channels_are_ranked_by_the_feature_asked_for():
+    masks = {}
+    for feature in ("activation", "activation", "output_square"):
+        callback = Pruning(
+            amount=0.5, end_epoch=1, criterion="screening_product", screening_weight=1.0, feature=feature
+        )
+        fitted(callback)
+        kept = torch.cat(list(callback.masks.values()))
+        assert feature not in masks or torch.equal(kept, masks[feature])
+        masks[feature] = kept
+    assert not torch.equal(masks["activation"], masks["output_square"])
+
+
 def test_coupled_channels_are_pruned_as_one_and_the_budget_is_still_met():
     callback = Pruning(amount=0.4, end_epoch=2)
     model, _ = fitted(callback, net=post_net)

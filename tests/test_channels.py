@@ -1,13 +1,17 @@
 """Channels as candidates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.feature_selection import f_classif
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_fscreen.channels import find_channels, inverse, refine
+from lightning_fscreen.channels import FEATURES, find_channels, inverse, refine
+from lightning_fscreen.collect import ActivationCollector
 from lightning_fscreen.slimming import Gate
 
 
@@ -36,6 +40,35 @@ def test_batch_norms_are_found_in_order_with_the_reasons_for_the_others():
     assert reasons == {"2": "left out by exclude=['2']", "3": "it has no scale and shift (affine=False)"}
     with pytest.raises(ValueError, match="matches no layer"):
         find_channels(network(), include="conv*")
+
+
+FEATURES_OF = {
+    "activation": lambda out: out.relu(),
+    "activation_square": lambda out: out.relu() ** 2,
+    "output": lambda out: out,
+    "output_square": lambda out: out**2,
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("activated", [True, False])
+def test_f_of_every_feature_is_that_of_f_classif(feature, activated):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)).double()
+    nn.init.normal_(network[1].bias)
+    x, labels = torch.randn(60, 1, 5, 5, dtype=torch.float64), torch.randint(3, (60,))
+    candidate = replace(find_channels(network)[0][0], activation=F.relu if activated else None)
+    collector = ActivationCollector([candidate.probe(feature)], 3)
+    collector.attach()
+    network(x)
+    collector.remove()
+    collector.update(labels)
+    found = collector.statistics()["1"]
+    wanted = feature if activated else feature.replace("activation", "output")
+    with torch.no_grad():
+        values = FEATURES_OF[wanted](network[1](network[0](x))).mean((2, 3))
+    torch.testing.assert_close(found.f, torch.from_numpy(f_classif(values.numpy(), labels.numpy())[0]))
+    torch.testing.assert_close(found.mean, values.mean(0))
 
 
 def test_channels_coupled_to_what_is_left_out_stay_with_it():
