@@ -150,7 +150,7 @@ def _fscreen(arguments: Sequence[str], threads: int, said: Path) -> None:
 
 
 def missing_runs(table: Mapping[str, Any], results: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> list[Run]:
-    """Runs of the table that no line has the result of.
+    """Runs of the table that no line has the metric of.
 
     Args:
         table: the table.
@@ -162,7 +162,7 @@ def missing_runs(table: Mapping[str, Any], results: Sequence[Mapping[str, Any]],
     """
     if unknown := set(only) - set(table["methods"]):
         raise ValueError(f"only={sorted(unknown)}: choose of {list(table['methods'])}")
-    there = {result["command"] for result in results}
+    there = {result["command"] for result in results if metric_of(table) in result}
     return [run for run in runs_of(table) if run.command not in there and (not only or run.method in only)]
 
 
@@ -213,7 +213,8 @@ def bench(config: DictConfig) -> None:
     path = Path(config.results) / f"{table['name']}.jsonl"
     if not config.render_only:
         run_table(table, path, list(config.extra), config.jobs, list(config.only))
-    results = [line for line in load_results(path) if line["command"] in {run.command for run in runs_of(table)}]
+    commands, metric = {run.command for run in runs_of(table)}, metric_of(table)
+    results = [line for line in load_results(path) if line["command"] in commands and metric in line]
     if not results:
         raise ValueError(f"{path} has no results of table {table['name']!r} yet; run it without render_only=true")
     text = markdown(table, results)

@@ -58,6 +58,7 @@ def test_what_is_there_is_not_run_again_and_only_chooses():
     results = [line(run, 0.1) for run in runs[:5]]
     assert missing_runs(TABLE, results) == runs[5:]
     assert {run.method for run in missing_runs(TABLE, [], ["dense"])} == {"dense"}
+    assert missing_runs(TABLE | {"metric": "val_error"}, results) == runs  # these lines have no validation error
     with pytest.raises(ValueError, match="'dens'.*choose of.*dense"):
         missing_runs(TABLE, [], ["dens"])
 
