@@ -120,7 +120,10 @@ def run_one(run: Run, metric: str, extra: Sequence[str], threads: int) -> dict[s
             raise RuntimeError(f"{run.command} failed with exit status {process.exitcode}:\n{text}")
         report = json.loads((Path(folder) / "report.json").read_text())
     if metric not in report:
-        raise RuntimeError(f"{run.command} reports no {metric}; does it hold out images (data.val_size)?")
+        raise RuntimeError(
+            f"{run.command} reports no {metric}; a val_error needs images held out (data.val_size above 0), a "
+            "test_error a test (no trainer.limit_test_batches=0)"
+        )
     wanted = (metric, "candidates", "params", "macs", "layers", "seconds")
     return {
         "setting": run.setting,

@@ -154,7 +154,7 @@ def test_a_run_without_the_metric_of_its_table_fails(tmp_path, caplog):
     config.table = TABLE | {"metric": "val_error", "seeds": [3], "settings": settings, "amounts": [0.5]}
     with pytest.raises(RuntimeError, match="these runs failed"):
         bench(config)
-    assert "reports no val_error; does it hold out images (data.val_size)?" in caplog.text
+    assert "reports no val_error; a val_error needs images held out (data.val_size above 0)" in caplog.text
     assert load_results(tmp_path / "small.jsonl") == []
 
 
