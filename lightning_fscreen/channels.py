@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen.candidates import select
 from lightning_fscreen.collect import Probe
+from lightning_fscreen.slimming.activations import Activation
 from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
 
-Activation = Callable[[Tensor], Tensor]
 FEATURES = ("activation", "activation_square", "output", "output_square")
 _GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
 _ZOOMS = 4
@@ -49,10 +48,8 @@ class PrunableChannels:
 
     def probe(self, feature: str = "activation") -> Probe:
         """Where its activations are read, and what is taken of them: one of `FEATURES`."""
-        function = self.activation if feature.startswith("activation") else None
-        if feature.endswith("square"):
-            function = torch.square if function is None else partial(_square_of, function)
-        return Probe(self.name, self.module, "output", function)
+        activation = self.activation if feature.startswith("activation") else None
+        return Probe(self.name, self.module, "output", activation, square=feature.endswith("square"))
 
     @torch.no_grad()
     def put_out(self, values: Tensor, channels: Tensor) -> None:
@@ -64,10 +61,6 @@ class PrunableChannels:
         """
         wanted = values.to(self.shift)[channels]
         self.shift[channels] = wanted if self.activation is None else inverse(self.activation, wanted)
-
-
-def _square_of(activation: Activation, values: Tensor) -> Tensor:
-    return activation(values).square()
 
 
 def find_channels(
@@ -138,7 +131,7 @@ def refine(
     return left, reasons
 
 
-def inverse(activation: Activation, values: Tensor) -> Tensor:
+def inverse(activation: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """Where an element-wise function takes given values, or comes nearest to them; the point closest to zero.
 
     Args:

@@ -16,6 +16,7 @@ from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
 from lightning_fscreen.functional import ClassSums, accumulate_, accumulate_offsets_, check_labels, f_statistic_compute
 from lightning_fscreen.network import examined
+from lightning_fscreen.slimming.activations import Activation
 
 _NONE = 2**62  # later than any batch
 # Values activated at a time on CPUs, in float32: they stay in the cache until their mean is taken.
@@ -31,12 +32,14 @@ class Probe:
         module: the layer.
         side: its "input" or its "output".
         activation: an element-wise function that is applied to what is read; None for none.
+        square: whether the result is squared.
     """
 
     name: str
     module: nn.Module
     side: str = "input"
-    activation: Callable[[Tensor], Tensor] | None = None
+    activation: Activation | None = None
+    square: bool = False
 
     @property
     def num_features(self) -> int:
@@ -45,16 +48,17 @@ class Probe:
 
 
 def reduce_positions(
-    activation: Tensor, module: nn.Module, function: Callable[[Tensor], Tensor] | None = None
+    activation: Tensor, module: nn.Module, function: Activation | None = None, square: bool = False
 ) -> Tensor:
     """Mean over all positions: one value per instance and channel, (N, channels), detached.
 
     Linear layers have their features last, the others second; an unbatched activation is one instance.
 
     Args:
-        activation: what the layer read or put out.
+        activation: what the layer read or put out; stays as it is.
         module: the layer.
-        function: an element-wise function to apply first; it must not change its argument.
+        function: an element-wise function to apply first.
+        square: whether to square then.
     """
     activation = activation.detach()
     if isinstance(module, nn.Linear):
@@ -65,15 +69,26 @@ def reduce_positions(
         if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1:
             activation = activation.unsqueeze(0)
         positions = tuple(range(2, activation.ndim))
-    if not positions:
-        return activation if function is None else function(activation)
     dtype = torch.promote_types(activation.dtype, torch.float32)
-    if function is None:
-        return activation.mean(positions, dtype=dtype)
-    if activation.device.type != "cpu":
-        return function(activation).mean(positions, dtype=dtype)
+    if function is None and not square:
+        return activation.mean(positions, dtype=dtype) if positions else activation
+    if not positions:
+        return _transform(activation.to(dtype), activation, function, square)
+    if activation.device.type != "cpu":  # kernels convert as they read
+        values = activation if function is None else function(activation)
+        return (values.to(dtype).square() if square else values).mean(positions, dtype=dtype)
     rows = max(_CHUNK // max(activation[:1].numel(), 1), 1)
-    return torch.cat([function(part.to(dtype)).mean(positions) for part in activation.split(rows)])
+    parts = activation.split(rows)
+    return torch.cat([_transform(part.to(dtype), part, function, square).mean(positions) for part in parts])
+
+
+def _transform(values: Tensor, read: Tensor, function: Activation | None, square: bool) -> Tensor:
+    """Apply the function, and square; in place where `values` is no longer the tensor that was read."""
+    if function is not None:
+        values = function(values) if values is read else function.consume(values)
+    if square:
+        values = values.square() if values is read else values.square_()
+    return values
 
 
 @dataclass(frozen=True)
@@ -262,7 +277,8 @@ class ActivationCollector:
         return gather
 
     def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
-        values = reduce_positions(activation, module, self._probes[index].activation)
+        probe = self._probes[index]
+        values = reduce_positions(activation, module, probe.activation, probe.square)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
             values = values.clone()

@@ -19,8 +19,9 @@ from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder, common_parent, enclosing
 from lightning_fscreen.ranking import rank_and_prune
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
+from lightning_fscreen.slimming.activations import activations_of
 from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.gates import activations_of, capture_training, gates_of
+from lightning_fscreen.slimming.gates import capture_training, gates_of
 from lightning_fscreen.slimming.plan import join
 from lightning_fscreen.surgery import slim_in_fit
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_fscreen.channels import FEATURES, find_channels, inverse, refine
 from lightning_fscreen.collect import ActivationCollector
 from lightning_fscreen.slimming import Gate
+from lightning_fscreen.slimming.activations import Activation
 
 
 @given(st.floats(-0.2, 8.0), st.sampled_from([F.silu, F.hardswish, F.gelu, F.leaky_relu, F.elu, F.softplus]))
@@ -57,7 +58,7 @@ def test_f_of_every_feature_is_that_of_f_classif(feature, activated):
     network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)).double()
     nn.init.normal_(network[1].bias)
     x, labels = torch.randn(60, 1, 5, 5, dtype=torch.float64), torch.randint(3, (60,))
-    candidate = replace(find_channels(network)[0][0], activation=F.relu if activated else None)
+    candidate = replace(find_channels(network)[0][0], activation=Activation(F.relu, F.relu_) if activated else None)
     collector = ActivationCollector([candidate.probe(feature)], 3)
     collector.attach()
     network(x)
@@ -78,9 +79,9 @@ def test_channels_coupled_to_what_is_left_out_stay_with_it():
         "1": Gate("1", 4, 1, (10, 11, 12, 13)),
         "2": Gate("2", 4, 1, (10, 11, 20, 21)),
     }
-    left, reasons = refine(found, gates, {"0": F.relu})
+    left, reasons = refine(found, gates, {"0": Activation(F.relu)})
     assert [candidate.units.tolist() for candidate in left] == [[7, 8, 9], [-1, -1, 12, 13]] and reasons == {}
-    assert left[0].activation is F.relu and left[1].activation is None
+    assert left[0].activation == Activation(F.relu) and left[1].activation is None
     gates["2"] = Gate("2", 4, 1, (10, 11, 12, 13))
     gates["0"] = Gate("0", 3, 0, (-1, -1, -1), "a reason")
     _, reasons = refine(found, gates, {})

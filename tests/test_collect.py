@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d, cross_entropy, relu
 from lightning_fscreen.candidates import find_weights
 from lightning_fscreen.collect import ActivationCollector, Probe, reduce_positions
 from lightning_fscreen.functional import f_statistic, f_statistic_merge
+from lightning_fscreen.slimming.activations import Activation
 from tests.test_functional import assert_equals_sklearn
 
 C = 3
@@ -455,15 +456,17 @@ def test_positions_are_averaged_to_one_value_per_instance_and_channel(module, sh
     torch.testing.assert_close(reduced, expected(x.detach()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("in_place", [None, torch.relu_])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(9, 6, 300, 301), (500, 40, 30), (700, 3, 1), (600, 5), (0, 3, 4, 4)])
-def test_activations_are_averaged_whatever_their_size_and_stay_as_they_are(shape, dtype):
-    x = torch.randn(shape, dtype=dtype)
+def test_activations_are_averaged_whatever_their_size_and_stay_as_they_are(shape, dtype, in_place, square):
+    x = 300 * torch.randn(shape).to(dtype)  # squares of such values overflow float16
     before = x.clone()
-    reduced = reduce_positions(x, nn.BatchNorm2d(shape[1]), torch.relu)
-    torch.testing.assert_close(
-        reduced.double(), x.double().relu().flatten(2).mean(2) if x.ndim > 2 else x.double().relu()
-    )
+    reduced = reduce_positions(x, nn.BatchNorm2d(shape[1]), Activation(torch.relu, in_place), square)
+    expected = x.double().relu().square() if square else x.double().relu()
+    tolerance = {"rtol": 1e-12, "atol": 0.0} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 0.0}
+    torch.testing.assert_close(reduced.double(), expected.flatten(2).mean(2) if x.ndim > 2 else expected, **tolerance)
     assert torch.equal(x, before)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
-from lightning_fscreen.slimming.interpreter import Off, operator_name
-from lightning_fscreen.slimming.operators import ACTIVATIONS
+from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.planning import find_slots
 from lightning_fscreen.slimming.readers import NormReader
 from lightning_fscreen.slimming.slots import SlotGraph
@@ -116,28 +115,6 @@ def gates_of(network: nn.Module, captured: Capture) -> list[Gate]:
                 reasons[name] = why_not[roots[0]]
     groups = _groups(units)
     return [Gate(name, len(own), groups[name], own, reasons.get(name)) for name, own in units.items()]
-
-
-def activations_of(captured: Capture) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Gate → the element-wise function that alone reads what it puts out, where there is one."""
-    found = {}
-    for node in captured.graph.nodes:
-        if node.op != "call_function" or operator_name(node) != "batch_norm" or node.args[1] is None:
-            continue
-        readers = list(node.users)
-        if len(readers) == 1 and readers[0].all_input_nodes == [node] and operator_name(readers[0]) in ACTIVATIONS:
-            found[captured.tensors[node.args[1].name].rpartition(".")[0]] = _function(readers[0])
-    return found
-
-
-def _function(node: Any) -> Callable[[Tensor], Tensor]:
-    in_place = node.target._schema.is_mutable
-
-    def apply(values: Tensor) -> Tensor:
-        result: Tensor = node.target(values.clone() if in_place else values, *node.args[1:], **node.kwargs)
-        return result
-
-    return apply
 
 
 def all_off(module: nn.Module) -> Off:

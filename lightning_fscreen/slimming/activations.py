@@ -1,0 +1,67 @@
+"""Activation functions: what a captured network makes of the outputs of its batch norms, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.interpreter import operator_name
+from lightning_fscreen.slimming.operators import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function.
+
+    Attributes:
+        function: makes a new tensor of its argument, which stays as it is.
+        in_place: the same, but overwrites its argument, which spares memory traffic; None if torch has no such form.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The function of `values`, in a tensor of its own."""
+        return self.function(values)
+
+    def consume(self, values: Tensor) -> Tensor:
+        """The function of `values`, which may hold anything afterwards."""
+        return (self.in_place or self.function)(values)
+
+
+def activations_of(captured: Capture) -> dict[str, Activation]:
+    """Batch norm → the activation that alone reads what it puts out, where there is one."""
+    found = {}
+    for node in captured.graph.nodes:
+        if node.op != "call_function" or operator_name(node) != "batch_norm" or node.args[1] is None:
+            continue
+        readers = list(node.users)
+        if len(readers) == 1 and readers[0].all_input_nodes == [node] and operator_name(readers[0]) in ACTIVATIONS:
+            found[captured.tensors[node.args[1].name].rpartition(".")[0]] = _activation(readers[0])
+    return found
+
+
+def _activation(node: Any) -> Activation:
+    """The operator of a node with the node's other arguments, in both forms (`relu` and `relu_`)."""
+    name = operator_name(node).removesuffix("_")
+    function, in_place = (
+        getattr(getattr(torch.ops.aten, form, None), node.target._overloadname, None) for form in (name, f"{name}_")
+    )
+    assert function is not None, name
+    bound = {"others": node.args[1:], "keywords": dict(node.kwargs)}
+    return Activation(
+        partial(_call, function, **bound), None if in_place is None else partial(_call, in_place, **bound)
+    )
+
+
+def _call(
+    operator: Callable[..., Tensor], values: Tensor, *, others: tuple[Any, ...], keywords: dict[str, Any]
+) -> Tensor:
+    return operator(values, *others, **keywords)
