@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.buffer import ActivationBuffer
@@ -16,11 +15,10 @@ from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
 from lightning_fscreen.functional import ClassSums, accumulate_, accumulate_offsets_, check_labels, f_statistic_compute
 from lightning_fscreen.network import examined
+from lightning_fscreen.positions import PositionMeans
 from lightning_fscreen.slimming.activations import Activation
 
 _NONE = 2**62  # later than any batch
-# Values activated at a time on CPUs, in float32: they stay in the cache until their mean is taken.
-_CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -45,50 +43,6 @@ class Probe:
     def num_features(self) -> int:
         """Channels (features) there."""
         return num_inputs(self.module)
-
-
-def reduce_positions(
-    activation: Tensor, module: nn.Module, function: Activation | None = None, square: bool = False
-) -> Tensor:
-    """Mean over all positions: one value per instance and channel, (N, channels), detached.
-
-    Linear layers have their features last, the others second; an unbatched activation is one instance.
-
-    Args:
-        activation: what the layer read or put out; stays as it is.
-        module: the layer.
-        function: an element-wise function to apply first.
-        square: whether to square then.
-    """
-    activation = activation.detach()
-    if isinstance(module, nn.Linear):
-        if activation.ndim == 1:
-            activation = activation.unsqueeze(0)
-        positions = tuple(range(1, activation.ndim - 1))
-    else:
-        if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1:
-            activation = activation.unsqueeze(0)
-        positions = tuple(range(2, activation.ndim))
-    dtype = torch.promote_types(activation.dtype, torch.float32)
-    if function is None and not square:
-        return activation.mean(positions, dtype=dtype) if positions else activation
-    if not positions:
-        return _transform(activation.to(dtype), activation, function, square)
-    if activation.device.type != "cpu":  # kernels convert as they read
-        values = activation if function is None else function(activation)
-        return (values.to(dtype).square() if square else values).mean(positions, dtype=dtype)
-    rows = max(_CHUNK // max(activation[:1].numel(), 1), 1)
-    parts = activation.split(rows)
-    return torch.cat([_transform(part.to(dtype), part, function, square).mean(positions) for part in parts])
-
-
-def _transform(values: Tensor, read: Tensor, function: Activation | None, square: bool) -> Tensor:
-    """Apply the function, and square; in place where `values` is no longer the tensor that was read."""
-    if function is not None:
-        values = function(values) if values is read else function.consume(values)
-    if square:
-        values = values.square() if values is read else values.square_()
-    return values
 
 
 @dataclass(frozen=True)
@@ -128,6 +82,7 @@ class ActivationCollector:
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._scratch: Tensor | None = None
+        self._means = PositionMeans()
         self._buffer = ActivationBuffer(self._sizes, self._device)
         self.reset()
 
@@ -278,7 +233,7 @@ class ActivationCollector:
 
     def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
         probe = self._probes[index]
-        values = reduce_positions(activation, module, probe.activation, probe.square)
+        values = self._means(activation, module, probe.activation, probe.square)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
             values = values.clone()

@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, relu
 
 from lightning_fscreen.candidates import find_weights
-from lightning_fscreen.collect import ActivationCollector, Probe, reduce_positions
+from lightning_fscreen.collect import ActivationCollector, Probe
 from lightning_fscreen.functional import f_statistic, f_statistic_merge
-from lightning_fscreen.slimming.activations import Activation
 from tests.test_functional import assert_equals_sklearn
 
 C = 3
@@ -430,49 +429,3 @@ def test_memory_does_not_grow_with_the_number_of_instances(attached):
         sizes.append(sum(part.numel() for part in collector.state_dict()["sums"].values()))
         assert collector._buffer._rows.nbytes <= 8 * 2**20 and not collector._buffer.ran
     assert sizes[0] == sizes[-1] == (2 * C + 2) * sum(probe.num_features for probe in probes(model))
-
-
-@pytest.mark.parametrize(
-    ("module", "shape", "expected"),
-    [
-        (nn.Linear(4, 2), (5, 4), lambda x: x),
-        (nn.Linear(4, 2), (4,), lambda x: x[None]),
-        (nn.Linear(4, 2), (5, 3, 4), lambda x: x.mean(1)),
-        (nn.Linear(4, 2), (5, 3, 2, 4), lambda x: x.mean((1, 2))),
-        (nn.Conv1d(4, 2, 1), (5, 4, 7), lambda x: x.mean(2)),
-        (nn.Conv2d(4, 2, 1), (5, 4, 7, 3), lambda x: x.mean((2, 3))),
-        (nn.Conv2d(4, 2, 1), (4, 7, 3), lambda x: x.mean((1, 2))[None]),
-        (nn.Conv3d(4, 2, 1), (5, 4, 2, 3, 2), lambda x: x.mean((2, 3, 4))),
-        (nn.ConvTranspose2d(4, 2, 1), (5, 4, 7, 3), lambda x: x.mean((2, 3))),
-        (nn.BatchNorm1d(4), (5, 4), lambda x: x),
-        (nn.BatchNorm1d(4), (5, 4, 6), lambda x: x.mean(2)),
-        (nn.BatchNorm2d(4), (5, 4, 6, 2), lambda x: x.mean((2, 3))),
-    ],
-)
-def test_positions_are_averaged_to_one_value_per_instance_and_channel(module, shape, expected):
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    reduced = reduce_positions(x, module)
-    assert not reduced.requires_grad
-    torch.testing.assert_close(reduced, expected(x.detach()))
-
-
-@pytest.mark.parametrize("square", [False, True])
-@pytest.mark.parametrize("in_place", [None, torch.relu_])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(9, 6, 300, 301), (500, 40, 30), (700, 3, 1), (600, 5), (0, 3, 4, 4)])
-def test_activations_are_averaged_whatever_their_size_and_stay_as_they_are(shape, dtype, in_place, square):
-    x = 300 * torch.randn(shape).to(dtype)  # squares of such values overflow float16
-    before = x.clone()
-    reduced = reduce_positions(x, nn.BatchNorm2d(shape[1]), Activation(torch.relu, in_place), square)
-    expected = x.double().relu().square() if square else x.double().relu()
-    tolerance = {"rtol": 1e-12, "atol": 0.0} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 0.0}
-    torch.testing.assert_close(reduced.double(), expected.flatten(2).mean(2) if x.ndim > 2 else expected, **tolerance)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_means_over_positions_of_half_precision_are_taken_in_float32(dtype):
-    x = torch.full((2, 3, 100, 100), 300.0, dtype=dtype)
-    x[:, :, 0, 0] = 301.0 if dtype == torch.float16 else 302.0
-    reduced = reduce_positions(x, nn.Conv2d(3, 1, 1))
-    torch.testing.assert_close(reduced.double(), x.double().mean((2, 3)), rtol=1e-6, atol=0)

@@ -1,0 +1,72 @@
+"""Means of activations over positions: one value per instance and feature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_fscreen.slimming.activations import Activation
+
+# Values transformed at a time on CPUs: in float32 they stay in the cache until their mean is taken.
+_CHUNK = 2**19
+
+
+class PositionMeans:
+    """Takes means over positions; on CPUs piece by piece, in memory that is used again from call to call."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(
+        self, activation: Tensor, module: nn.Module, function: Activation | None = None, square: bool = False
+    ) -> Tensor:
+        """Mean over all positions: one value per instance and channel, (N, channels), detached.
+
+        Linear layers have their features last, the others second; an unbatched activation is one instance.
+
+        Args:
+            activation: what the layer read or put out; stays as it is.
+            module: the layer.
+            function: an element-wise function to apply first.
+            square: whether to square then.
+        """
+        activation = activation.detach()
+        if isinstance(module, nn.Linear):
+            if activation.ndim == 1:
+                activation = activation.unsqueeze(0)
+            positions = tuple(range(1, activation.ndim - 1))
+        else:
+            if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1:
+                activation = activation.unsqueeze(0)
+            positions = tuple(range(2, activation.ndim))
+        dtype = torch.promote_types(activation.dtype, torch.float32)
+        if function is None and not square:
+            return activation.mean(positions, dtype=dtype) if positions else activation
+        if not positions:
+            return _transform(activation.to(dtype), activation, function, square)
+        if activation.device.type != "cpu":  # whose kernels convert as they read
+            values = activation if function is None else function(activation)
+            return (values.to(dtype).square() if square else values).mean(positions, dtype=dtype)
+        parts = activation.split(max(_CHUNK // max(activation[:1].numel(), 1), 1))
+        return torch.cat(
+            [_transform(self._convert(part, dtype), part, function, square).mean(positions) for part in parts]
+        )
+
+    def _convert(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """The part itself if it has this dtype, or a copy in the same layout, which lives until the next one."""
+        dense = part.is_contiguous() or (part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last))
+        if part.dtype == dtype or not dense:
+            return part.to(dtype)
+        if self._memory.dtype != dtype or len(self._memory) < part.numel():
+            self._memory = torch.empty(part.numel(), dtype=dtype)
+        return self._memory.as_strided(part.shape, part.stride()).copy_(part)
+
+
+def _transform(values: Tensor, read: Tensor, function: Activation | None, square: bool) -> Tensor:
+    """Apply the function, and square; in place where `values` is no longer the tensor that was read."""
+    if function is not None:
+        values = function(values) if values is read else function.consume(values)
+    if square:
+        values = values.square() if values is read else values.square_()
+    return values
