@@ -16,7 +16,7 @@ class PositionMeans:
     """Takes means over positions; on CPUs piece by piece, in memory that is used again from call to call."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, device="cpu")
 
     def __call__(
         self, activation: Tensor, module: nn.Module, function: Activation | None = None, square: bool = False
@@ -59,7 +59,7 @@ class PositionMeans:
         if part.dtype == dtype or not dense:
             return part.to(dtype)
         if self._memory.dtype != dtype or len(self._memory) < part.numel():
-            self._memory = torch.empty(part.numel(), dtype=dtype)
+            self._memory = torch.empty(part.numel(), dtype=dtype, device=part.device)
         return self._memory.as_strided(part.shape, part.stride()).copy_(part)
 
 

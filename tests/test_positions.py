@@ -69,3 +69,10 @@ def test_memory_is_used_again_for_other_sizes_layouts_and_dtypes():
     for x, mean in zip(inputs, found, strict=True):
         expected = x.double().relu().flatten(2).mean(2)
         torch.testing.assert_close(mean.double(), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_a_default_device_of_the_user_does_not_matter():
+    x = torch.randn(3, 4, 5, 5).bfloat16()
+    with torch.device("meta"):
+        found = PositionMeans()(x, nn.BatchNorm2d(4), Activation(torch.relu, torch.relu_))
+    torch.testing.assert_close(found.double(), x.double().relu().mean((2, 3)), rtol=2e-6, atol=1e-7)
