@@ -150,7 +150,8 @@ class ScreeningPruningCallback(Callback):
         self._eagerly: Eagerly | None = None
         self._tuning = False  # fine-tuning has begun
         self._epoch: int | None = None  # that has begun, and has not ended
-        self._gathers = False  # in the running step
+        self._looks = False  # at what the network does in the running step; most steps are left alone
+        self._gathers = False  # activations, in the running step
         self._first: tuple[Any, int] | None = None  # the first batch, which is to decide alone
         self._origin: dict[str, Tensor] = {}  # to rewind to
         self._restored: dict[str, Any] = {}
@@ -276,7 +277,8 @@ class ScreeningPruningCallback(Callback):
         self._gathers = collects and self._wants_activations
         at_start = self._budget.window[1] == 0 and self._prunes_after(trainer.current_epoch)
         self._first = (batch, batch_idx) if at_start else None
-        if unknown or self._gathers:
+        self._looks = unknown or self._gathers
+        if self._looks:
             self._eagerly.start()
         if unknown:
             self._pruner.recorder.start()
@@ -287,7 +289,8 @@ class ScreeningPruningCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close them: what runs from here on recomputes, or belongs to somebody else."""
-        self._close()
+        if self._looks:
+            self._close()
 
     def _close(self) -> None:
         self._collection.close()
@@ -316,8 +319,9 @@ class ScreeningPruningCallback(Callback):
         Raises:
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
-        self._close()
-        self._add(trainer, batch, batch_idx)
+        if self._looks:
+            self._close()
+            self._add(trainer, batch, batch_idx)
 
     def _add(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         assert self._pruner is not None

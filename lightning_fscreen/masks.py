@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Masks:
         """Candidates left, by layer."""
         # Where something is pruned: the parameter and its mask in its dtype; multiplying by that is several times
         # faster than filling by a boolean one.
-        self._factors: list[tuple[nn.Parameter, Tensor]] = []
+        self._factors: list[tuple[Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._gradients_masked = False  # since the last step
 
@@ -89,15 +89,12 @@ class Masks:
     @torch.no_grad()
     def apply(self) -> None:
         """Zero the pruned weights."""
-        if self._factors:
-            torch._foreach_mul_([parameter for parameter, _ in self._factors], [factor for _, factor in self._factors])
+        _multiply_(self._factors)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of the pruned weights."""
-        present = [(parameter.grad, factor) for parameter, factor in self._factors if parameter.grad is not None]
-        if present:
-            torch._foreach_mul_([gradient for gradient, _ in present], [factor for _, factor in present])
+        _multiply_([(gradient, factor) for weight, factor in self._factors if (gradient := weight.grad) is not None])
         self._gradients_masked = True
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
@@ -115,6 +112,15 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Multiply the first of each pair by the second, in place."""
+    if pairs and pairs[0][0].is_cpu:  # where one call for all of them is a loop, too, and a slower one
+        for tensor, factor in pairs:
+            tensor.mul_(factor)
+    elif pairs:
+        torch._foreach_mul_([tensor for tensor, _ in pairs], [factor for _, factor in pairs])
 
 
 def _mask_state(state: Mapping[str, Any], kept: Tensor) -> None:

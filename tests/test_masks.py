@@ -236,6 +236,20 @@ def test_every_dtype_of_parameters_is_masked_exactly(dtype):
         assert torch.equal(weight, torch.where(kept[name], values[name], 0))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there they are masked by one call, here one by one")
+def test_masks_are_where_the_parameters_are():
+    model = network().cuda()
+    masks = Masks(weights_of(model))
+    kept = some_masks(model)
+    masks.set(kept)
+    for weight in weights_of(model).values():
+        weight.grad = torch.ones_like(weight)
+    masks.mask_gradients()
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight.grad.cpu(), kept[name].double())
+        assert torch.equal(weight != 0, kept[name].cuda())
+
+
 def test_a_parameter_without_gradient_is_passed_over():
     model = network()
     masks = Masks(weights_of(model))
