@@ -1,6 +1,8 @@
 """Every example of the README runs."""
 
+import math
 import re
+import statistics
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +12,8 @@ from hydra import compose, initialize_config_module
 from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback, find_gates, models
-from tests.benchmarks.readme import digest, digest_of_picture, updated
+from lightning_fscreen.tables import grouped, metric_of
+from tests.benchmarks.readme import digest, digest_of_picture, table_and_results, updated
 from tests.conftest import loader, trainer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -99,3 +102,85 @@ def test_the_tables_are_those_of_the_committed_results():
 
 def test_the_first_picture_was_made_of_the_committed_results():
     assert digest_of_picture() == digest()
+
+
+def errors(name):
+    """Errors in % by method and amount, one for every seed."""
+    table, results = table_and_results(name)
+    return {(method, amount): values for (_, method, amount), values in grouped(results, metric_of(table)).items()}
+
+
+def difference(name, first, second, amount):
+    """Of two methods' mean errors, and its standard error."""
+    groups = [errors(name)[method, amount] for method in (first, second)]
+    means = [statistics.fmean(values) for values in groups]
+    return means[0] - means[1], sum(statistics.variance(values) / len(values) for values in groups) ** 0.5
+
+
+def decimals(*values):
+    """Two of them, no minus before a zero, joined as in prose."""
+    *others, last = [f"{round(value, 2) + 0.0:.2f}" for value in values]
+    return f"{', '.join(others)} and {last}"
+
+
+def lenet_figures():
+    held_out, test = (
+        [difference(name, "screening (shrunken F)", "magnitude", amount) for amount in (0.957, 0.98, 0.99)]
+        for name in ("lenet300_validation", "lenet300")
+    )
+    (a, held_out_errors), (b, test_errors) = zip(*held_out, strict=True), zip(*test, strict=True)
+    yield f"magnitude, ahead by {statistics.fmean(a):.3f} points in the mean of the three amounts"
+    yield (
+        f"Screening minus magnitude is {decimals(*a)} points on the held-out images (standard errors "
+        f"{decimals(*held_out_errors)}) and {decimals(*b)} on the test images ({decimals(*test_errors)})"
+    )
+
+
+def unit_figures():
+    _, results = table_and_results("comparators_channel")
+    lines = {(line["method"], line["amount"]): [] for line in results}
+    for line in results:
+        lines[line["method"], line["amount"]].append(line)
+
+    def parameters(*key):
+        return f"{statistics.fmean(line['params']['after'] for line in lines[key]):,.0f}"
+
+    def in_first_layer(*key):
+        return f"{statistics.fmean(line['layers'][0]['kept'] for line in lines[key]):.0f}"
+
+    def error(*key):
+        return f"{statistics.fmean(errors('comparators_channel')[key]):.2f} %"
+
+    screening, slimming = ("screening (shrunken F)", 0.9), ("network slimming", 0.9)
+    together, alike, random = ("screening (shrunken F)", 0.7), ("screening by layer", 0.9), ("random", 0.9)
+    assert in_first_layer(*slimming) == "1"
+    yield (
+        f"screening leaves {in_first_layer(*screening)} of its 300 units and {parameters(*screening)} parameters of "
+        f"{parameters('dense', None)}, network slimming one unit; every layer alike, {in_first_layer(*alike)} units "
+        f"and {parameters(*alike)}."
+    )
+    yield (
+        f"screening of all units at 70 % ({parameters(*together)} parameters, {error(*together)}), by layer at 90 % "
+        f"({parameters(*alike)}, {error(*alike)}) and random units at 90 % ({parameters(*random)}, {error(*random)})"
+    )
+    spreads = []
+    for amount in (0.7, 0.9):
+        means = [
+            statistics.fmean(errors("comparators_channel")[f"{method} by layer", amount])
+            for method in ("screening", "magnitude", "network slimming")
+        ]
+        spreads.append(max(means) - min(means))
+    yield f"lie within {math.ceil(100 * max(spreads)) / 100:.2f} points of each other"
+
+
+def fusion_figures():
+    at_98, at_99_5 = (
+        difference("fusion", "screening, all at once", "screening, λ = 0.25", amount)[0] for amount in (0.98, 0.995)
+    )
+    yield f"pruning all at once costs {at_98:.1f} points at 98 % and {at_99_5:.0f} at 99.5 %"
+
+
+@pytest.mark.parametrize("figures", [lenet_figures, unit_figures, fusion_figures])
+def test_the_figures_in_the_prose_are_those_of_the_committed_results(figures):
+    for sentence in figures():
+        assert sentence in " ".join(README.split())
