@@ -9,7 +9,9 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -93,12 +95,17 @@ def by_layer(table: Mapping[str, Any], results: Results) -> str:
 def curves(table: Mapping[str, Any], results: Results) -> Figure:
     """A panel for every setting, a line for every method: error against what is kept; of a single amount, a dot.
 
-    Where networks became smaller, a second row has the error against the multiply–adds that are left.
+    Where networks became smaller, a second row has the error against the multiply–adds that are left. Errors that
+    differ by more than a factor of ten are drawn on a logarithmic axis.
     """
     groups = grouped(results, metric_of(table))
     methods = [name for name in table["methods"] if any(method == name for _, method, _ in groups)]
-    figure = _dots(table, methods, groups) if len(table["amounts"]) == 1 else _lines(table, methods, groups, results)
+    single = len(table["amounts"]) == 1
+    figure = _dots(table, methods, groups) if single else _lines(table, methods, groups, results)
+    means = [statistics.fmean(values) for values in groups.values()]
     for axes in figure.axes:
+        if 0 < 10 * min(means) < max(means):
+            _make_logarithmic(axes.xaxis if single else axes.yaxis)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -170,6 +177,15 @@ def _draw_lines(axes: Axes, groups: Groups, setting: str, methods: Sequence[str]
             axes.errorbar([kept[key] for key in keys], means, spread, label=method, marker="o", ms=4, capsize=2)
         if dense := groups.get((setting, method, None)):
             axes.axhline(statistics.fmean(dense), color="grey", ls="--", lw=1, label=method)
+
+
+def _make_logarithmic(axis: Axis) -> None:
+    """With numbers as they are read, instead of powers of ten; bars that reach below zero end at the border."""
+    scale = axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale
+    scale("log", nonpositive="clip")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -88,6 +88,17 @@ def test_where_networks_became_smaller_the_curves_show_multiply_adds_too():
     assert len(curves(table, same).axes) == 1
 
 
+def test_errors_of_different_magnitudes_are_drawn_on_a_logarithmic_axis():
+    def scales(table, **errors):
+        panels = curves(table, [line(run, errors.get(run.method, 0.04)) for run in runs_of(table)]).axes
+        return {(axes.get_xscale(), axes.get_yscale()) for axes in panels}
+
+    assert scales(TABLE, random=0.1) == scales(TABLE, random=0.8, ours=0) == {("log", "linear")}
+    assert scales(TABLE, random=0.8) == {("log", "log")}
+    dots = TABLE | {"amounts": [0.5]}
+    assert scales(dots, random=0.1) == {("linear", "linear")} and scales(dots, random=0.8) == {("log", "linear")}
+
+
 def test_what_is_kept_by_layer_is_a_table():
     layers = [{"name": "a", "total": 4000, "kept": 1000}, {"name": "b", "total": 10, "kept": 9}]
     results = [line(run, 0.1) | {"layers": layers if run.amount else []} for run in runs_of(TABLE) if run.amount != 0.9]
