@@ -2,12 +2,12 @@
 
     PYTHONPATH=. python tests/benchmarks/overhead.py EXPERIMENT [ROUNDS] [OVERRIDES...]
 
-Trainings of 10 epochs, in a process each, which take turns of half a second, so that all of them meet the same moods of
-the machine: without the callback, with it as the experiment says but slim=false (the network keeps its size, so that
-only the work added is seen), with slimming (channels only: with weights it comes after the fit), and with ModelPruning,
-which prunes weights by magnitude at the end of every epoch. Prints time as a ratio to the training without the
-callback, median and range over the rounds: of all epochs but the first, and of those that gather statistics, which end
-with the pruning.
+Trainings of 10 epochs (or as many as the overrides say), in a process each, which take turns of half a second, so that
+all of them meet the same moods of the machine: without the callback, with it as the experiment says but slim=false (the
+network keeps its size, so that only the work added is seen), with slimming (channels only: with weights it comes after
+the fit), and with ModelPruning, which prunes weights by magnitude at the end of every epoch. Prints time as a ratio to
+the training without the callback, median and range over the rounds: of all epochs but the first, and of those that
+gather statistics, which end with the pruning.
 
 (Threads of one process would not do: OpenMP then has more threads than there are processors, and lets them sleep
 between any two operators.)
@@ -45,15 +45,17 @@ VARIANTS = {
 
 
 class Watch(Callback):
-    """Seconds of the epochs of one training, without those in which it waits, and which epochs gather statistics."""
+    """Seconds of the epochs of one training, without those in which it waits, which gather, and steps of an epoch."""
 
     turns: ClassVar[Connection]
     seconds: ClassVar[list[float]] = []
     gathering: ClassVar[list[bool]] = []
+    steps: ClassVar[int] = 0
     _turn = 0.0
 
     def on_train_epoch_start(self, trainer, pl_module):
         self._lap()
+        Watch.steps = trainer.num_training_batches
         self.seconds.append(0.0)
         own = [c for c in trainer.callbacks if isinstance(c, ScreeningPruningCallback)]
         self.gathering.append(any(c._collects(trainer.current_epoch) for c in own))
@@ -81,18 +83,18 @@ def wait(turns):
 
 
 def train(turns, overrides):
-    """A training in a process of its own; sends seconds of the epochs, and which gather, when it is over."""
+    """A training in a process of its own; sends what was seen of the epochs when it is over."""
     Watch.turns = turns
     watch = [f"+callbacks.watch._target_={__name__}.Watch"]
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
         config = compose("train", [*overrides, *watch])
     wait(turns)
     run(config)
-    turns.send((Watch.seconds, Watch.gathering))
+    turns.send((Watch.seconds, Watch.gathering, Watch.steps))
 
 
 def measure(experiment, names, overrides):
-    """Seconds of the epochs, and which gather, by variant; they take turns in the order of these names."""
+    """Seconds of the epochs, which gather, and their steps, by variant; they take turns in the order of these names."""
     quiet = [f"extras.{part}=false" for part in ("print_config", "print_report", "figures", "latency")]
     quiet += ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false"]
     context = multiprocessing.get_context("spawn")
@@ -127,14 +129,15 @@ def main(experiment, rounds="5", *overrides):
     for _ in range(int(rounds)):
         results = measure(experiment, names, overrides)
         names.append(names.pop(0))
-        without, _ = results.pop("without")
-        for name, (seconds, gathering) in results.items():
+        without, _, steps = results.pop("without")
+        for name, (seconds, gathering, _) in results.items():
             ratios.setdefault(f"{name}, all epochs", []).append(sum(seconds[1:]) / sum(without[1:]))
             places = [place for place, gathers in enumerate(gathering) if gathers and place]
             if places:
                 part = sum(seconds[place] for place in places) / sum(without[place] for place in places)
                 ratios.setdefault(f"{name}, epochs that gather", []).append(part)
-    print(f"| `{experiment}`, {EPOCHS} epochs | time against the same without the callback |\n|---|---|")
+    title = f"`{experiment}`, {len(without)} epochs of {steps} steps"
+    print(f"| {title} | time against the same without the callback |\n|---|---|")
     for name, values in ratios.items():
         print(f"| {name} | {statistics.median(values):.3f} × ({min(values):.3f}–{max(values):.3f}, {rounds} rounds) |")
 
