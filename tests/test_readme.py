@@ -1,4 +1,4 @@
-"""Every example of the README runs."""
+"""Every example of the README runs, and its figures are those of the committed results."""
 
 import math
 import re
@@ -110,6 +110,14 @@ def errors(name):
     return {(method, amount): values for (_, method, amount), values in grouped(results, metric_of(table)).items()}
 
 
+def by_method(results):
+    """Lines of results by method and amount."""
+    lines = {}
+    for line in results:
+        lines.setdefault((line["method"], line["amount"]), []).append(line)
+    return lines
+
+
 def difference(name, first, second, amount):
     """Of two methods' mean errors, and its standard error."""
     groups = [errors(name)[method, amount] for method in (first, second)]
@@ -118,7 +126,7 @@ def difference(name, first, second, amount):
 
 
 def decimals(*values):
-    """Two of them, no minus before a zero, joined as in prose."""
+    """Values to two decimals, without a minus before zero, joined as in prose."""
     *others, last = [f"{round(value, 2) + 0.0:.2f}" for value in values]
     return f"{', '.join(others)} and {last}"
 
@@ -138,9 +146,8 @@ def lenet_figures():
 
 def unit_figures():
     _, results = table_and_results("comparators_channel")
-    lines = {(line["method"], line["amount"]): [] for line in results}
-    for line in results:
-        lines[line["method"], line["amount"]].append(line)
+    lines = by_method(results)
+    found = errors("comparators_channel")
 
     def parameters(*key):
         return f"{statistics.fmean(line['params']['after'] for line in lines[key]):,.0f}"
@@ -149,7 +156,7 @@ def unit_figures():
         return f"{statistics.fmean(line['layers'][0]['kept'] for line in lines[key]):.0f}"
 
     def error(*key):
-        return f"{statistics.fmean(errors('comparators_channel')[key]):.2f} %"
+        return f"{statistics.fmean(found[key]):.2f} %"
 
     screening, slimming = ("screening (shrunken F)", 0.9), ("network slimming", 0.9)
     together, alike, random = ("screening (shrunken F)", 0.7), ("screening by layer", 0.9), ("random", 0.9)
@@ -166,11 +173,24 @@ def unit_figures():
     spreads = []
     for amount in (0.7, 0.9):
         means = [
-            statistics.fmean(errors("comparators_channel")[f"{method} by layer", amount])
+            statistics.fmean(found[f"{method} by layer", amount])
             for method in ("screening", "magnitude", "network slimming")
         ]
         spreads.append(max(means) - min(means))
     yield f"lie within {math.ceil(100 * max(spreads)) / 100:.2f} points of each other"
+
+
+def digits_figures():
+    _, results = table_and_results("digits_channel")
+
+    def left(method):
+        macs = [line["macs"] for line in by_method(results)[method, 0.9]]
+        return f"{100 * statistics.fmean(count['after'] / count['before'] for count in macs):.0f} %"
+
+    yield (
+        f"of the multiply–adds Taylor leaves {left('Taylor')}, SNIP {left('SNIP')}, gradient {left('gradient')} and "
+        f"every layer alike {left('magnitude by layer')}, screening {left('screening (shrunken F)')}:"
+    )
 
 
 def fusion_figures():
@@ -180,7 +200,7 @@ def fusion_figures():
     yield f"pruning all at once costs {at_98:.1f} points at 98 % and {at_99_5:.0f} at 99.5 %"
 
 
-@pytest.mark.parametrize("figures", [lenet_figures, unit_figures, fusion_figures])
+@pytest.mark.parametrize("figures", [lenet_figures, unit_figures, digits_figures, fusion_figures])
 def test_the_figures_in_the_prose_are_those_of_the_committed_results(figures):
     for sentence in figures():
         assert sentence in " ".join(README.split())
