@@ -34,7 +34,10 @@ def check_arguments(callback: ScreeningPruningCallback) -> None:
     if not 0 <= callback.screening_weight <= 1:
         raise ValueError(f"screening_weight (λ) must lie in [0, 1], got {callback.screening_weight}")
     _check_least("min_channels", callback.min_channels, 0, "none")
-    _check_least("collect_every", callback.collect_every, 1, "every batch")
+    if callback.collect_every != "auto":
+        if not isinstance(callback.collect_every, int):
+            raise ValueError(f'collect_every must be "auto" or a number of batches, got {callback.collect_every!r}')
+        _check_least("collect_every", callback.collect_every, 1, "every batch")
     _check_least("collect_epochs", callback.collect_epochs, 1, "the epoch before a pruning")
     if callback.granularity == "channel" and callback.connections == "exact":
         raise ValueError('connections="exact" is for granularity="weight"; channels have no connections of their own')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -65,8 +65,8 @@ class ScreeningPruningCallback(Callback):
         labels: callable batch → class indices (N,) or class weights (N, C); by default found in (x, y), in dicts with
             label/labels/target/targets/y, ….
         slim: make the network physically smaller.
-        collect_every: gather statistics in every so many-th training batch: an F-statistic needs thousands of
-            instances, not all of a large data set, and small networks notice the work.
+        collect_every: gather statistics in every so many-th training batch; "auto" for evenly spaced ones, as many as
+            the tests need for this number of classes (3,200 instances for 10 classes): see `sampling`.
         collect_epochs: epochs before each pruning over which statistics are gathered; none in the others.
         connections: "factored" keeps F per input of a layer, C × inputs numbers; "exact" per connection, C × weights,
             which differs by the weights' movement within an epoch. For weights only.
@@ -105,7 +105,7 @@ class ScreeningPruningCallback(Callback):
         num_classes: int | None = None,
         labels: Callable[[Any], Tensor] | None = None,
         slim: bool = True,
-        collect_every: int = 1,
+        collect_every: int | Literal["auto"] = "auto",
         collect_epochs: int = 1,
         connections: str = "factored",
         bias: str = "zero",
@@ -200,6 +200,7 @@ class ScreeningPruningCallback(Callback):
         self._pruner.watch(trainer.optimizers)
         # Resumed within an epoch, or between its last batch and its end.
         granularity = self._pruner.granularity
+        self._collection.stride = state.get("stride")
         sums = state.get("collections", [])
         self._collection.load_state(trainer, sums, granularity.collector, granularity.gradients)
         if self.rewind_weights and not self._tuning:
@@ -273,8 +274,10 @@ class ScreeningPruningCallback(Callback):
             self._begin_epoch(trainer, pl_module)
         assert self._pruner is not None and self._eagerly is not None
         unknown = self._pruner.recorder.inputs is None
-        collects = batch_idx % self.collect_every == 0 and self._collects(trainer.current_epoch)
-        self._gathers = collects and self._wants_activations
+        self._gathers = self._wants_activations and self._collects(trainer.current_epoch)
+        if self._gathers:
+            self._collection.find_classes(trainer, pl_module, batch, batch_idx)
+            self._gathers = self._collection.is_due(trainer, batch, batch_idx, self.collect_every, self.collect_epochs)
         at_start = self._budget.window[1] == 0 and self._prunes_after(trainer.current_epoch)
         self._first = (batch, batch_idx) if at_start else None
         self._looks = unknown or self._gathers
@@ -282,10 +285,8 @@ class ScreeningPruningCallback(Callback):
             self._eagerly.start()
         if unknown:
             self._pruner.recorder.start()
-        if self._gathers:
-            self._collection.find_classes(trainer, pl_module, batch, batch_idx)
-            if not (unknown and self._pruner.granularity.slims_in_fit):  # or else as soon as it is known
-                self._collection.open(self._pruner.granularity.collector)
+        if self._gathers and not (unknown and self._pruner.granularity.slims_in_fit):  # or else as soon as it is known
+            self._collection.open(self._pruner.granularity.collector)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close them: what runs from here on recomputes, or belongs to somebody else."""
@@ -373,6 +374,9 @@ class ScreeningPruningCallback(Callback):
             raise ValueError(f"epoch {epoch} had no training batch, so there is nothing to rank by")
         if not gradients and self._criterion.needs_gradients:
             raise ValueError(f"epoch {epoch} had no optimizer step, so there are no gradients to rank by")
+        if self._criterion.explain is not None:
+            ranked = self._pruner.ranked(statistics, gradients)
+            self._pruner.note_evidence(self._criterion.explain(ranked, self.screening_weight))
         kept = decide_once(trainer, lambda: self._decide(epoch, statistics, gradients))
         hold = not self.soft or epoch + 1 >= self._budget.window[1]
         self._pruner.prune(kept, statistics, trainer, hold)
@@ -514,7 +518,7 @@ class ScreeningPruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""
         state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "tuning": self._tuning}
-        state |= {"target": self._budget.target, "epoch": self._epoch}
+        state |= {"target": self._budget.target, "epoch": self._epoch, "stride": self._collection.stride}
         state |= {"origin": self._origin} if self._origin else {}
         return state if self._pruner is None else state | {"pruner": self._pruner.state_dict()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from torch.utils.hooks import RemovableHandle
 from lightning_fscreen.buffer import ActivationBuffer
 from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
-from lightning_fscreen.functional import ClassSums, accumulate_, accumulate_offsets_, check_labels, f_statistic_compute
+from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
+from lightning_fscreen.moments import ClassMoments, Sums, accumulate_moments_, empty_moments, spread_statistic
 from lightning_fscreen.network import examined
+from lightning_fscreen.origins import is_learned
 from lightning_fscreen.positions import PositionMeans
 from lightning_fscreen.slimming.activations import Activation
 
 _NONE = 2**62  # later than any batch
+# Values summed at a time, so that they and their powers stay in the cache.
+_CHUNK = 2**19
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,29 @@ class FeatureStatistics:
 
     Attributes:
         f: (features,) F-statistics; for exact connections, of the weight's shape.
+        spread: (features,) F-statistics of the squared deviations from the mean.
         mean: (features,) mean activation.
         mean_square: (features,) mean squared activation.
-        degrees: degrees of freedom of F, between and within the classes: (C − 1, n − C).
+        variance: (features,) variance of the activation.
+        degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
+        learned: whether trained weight matrices had a part in what the layer read; see `origins.is_learned`.
     """
 
     f: Tensor
+    spread: Tensor
     mean: Tensor
     mean_square: Tensor
+    variance: Tensor
     degrees: tuple[float, float]
+    learned: bool
+
+
+class Merge(Protocol):
+    """Merges sums with those of other processes."""
+
+    def __call__(self, sums: Sums, /) -> Sums:
+        """The sums of all of them."""
+        ...
 
 
 class ActivationCollector:
@@ -106,10 +124,10 @@ class ActivationCollector:
     def reset(self) -> None:
         """Forget all sums."""
         device = self._device
-        zeros = torch.zeros(self.num_classes + 2, sum(self._sizes), dtype=torch.float64, device=device)
-        self._sums = ClassSums(zeros[0], torch.zeros_like(zeros[2:]), zeros[2:], zeros[1])
+        self._moments = empty_moments(self.num_classes, sum(self._sizes), device, by_feature=True)
         self._buffer.clear()  # new memory would be mapped page by page, as it is written
         self._seen = [False] * len(self._probes)
+        self._learned = [False] * len(self._probes)
         self._batches = 0  # that have been added
         self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
         for sums in self._exact.values():
@@ -154,7 +172,7 @@ class ActivationCollector:
         finally:
             self.discard()
 
-    def statistics(self, merge: Callable[[ClassSums], ClassSums] = lambda sums: sums) -> dict[str, FeatureStatistics]:
+    def statistics(self, merge: Merge = lambda sums: sums) -> dict[str, FeatureStatistics]:
         """F-statistics and moments by probe name.
 
         Args:
@@ -165,7 +183,8 @@ class ActivationCollector:
                 the classes, fewer than two classes.
         """
         self._flush()
-        merged = merge(self._sums)
+        moments = merge(self._moments)
+        merged = moments.class_sums
         self._check_finite(merged.squares)
         for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
             if not bool(merged.counts[:, columns.start].any()):
@@ -175,28 +194,37 @@ class ActivationCollector:
                 )
         counts = merged.counts.sum(0)
         offset = merged.sums.sum(0) / counts
-        f = f_statistic_compute(merged)
+        f, spread = f_statistic_compute(merged), spread_statistic(moments)
         mean = merged.shift + offset
         mean_square = merged.squares / counts + 2 * merged.shift * offset + merged.shift**2
+        variance = (merged.squares / counts - offset**2).clamp(min=0)
         statistics = {}
-        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
+        for probe, columns, learned in zip(self._probes, self._buffer.columns, self._learned, strict=True):
             probe_f = f[columns]
             if probe.name in self._exact:
                 connections = self._exact[probe.name]
                 probe_f = f_statistic_compute(merge(connections.class_sums())).view(connections.shift.shape)
             present = merged.counts[:, columns.start]
             between = float((present > 0).sum()) - 1
-            degrees = (between, float(present.sum()) - between - 1)
-            statistics[probe.name] = FeatureStatistics(probe_f, mean[columns], mean_square[columns], degrees)
+            statistics[probe.name] = FeatureStatistics(
+                f=probe_f,
+                spread=spread[columns],
+                mean=mean[columns],
+                mean_square=mean_square[columns],
+                variance=variance[columns],
+                degrees=(between, float(present.sum()) - between - 1),
+                learned=learned,
+            )
         return statistics
 
     def state_dict(self) -> dict[str, Any]:
         """All sums, and what waits to be added to them, as tensors and primitives; nothing is changed by asking."""
         return {
             "num_classes": self.num_classes,
-            "sums": self._sums._asdict(),
+            "moments": self._moments._asdict(),
             "exact": {name: sums.class_sums()._asdict() for name, sums in self._exact.items()},
             "seen": list(self._seen),
+            "learned": list(self._learned),
             "batches": self._batches,
             "first_bad": self._first_bad,
             "waiting": self._buffer.waiting(),
@@ -204,11 +232,11 @@ class ActivationCollector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave."""
-        for own, loaded in zip(self._sums, ClassSums(**state["sums"]), strict=True):
+        for own, loaded in zip(self._moments, ClassMoments(**state["moments"]), strict=True):
             own.copy_(loaded)
         for name, sums in self._exact.items():
             sums.load(ClassSums(**state["exact"][name]))
-        self._seen = list(state["seen"])
+        self._seen, self._learned = list(state["seen"]), list(state["learned"])
         self._batches = state["batches"]
         self._first_bad.copy_(state["first_bad"])
         self._buffer.restore(*state["waiting"])
@@ -218,7 +246,8 @@ class ActivationCollector:
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not examined.get():
-                self._gather(index, args[0] if args else kwargs["input"], module)
+                activation = args[0] if args else kwargs["input"]
+                self._gather(index, activation, activation, module)
                 if probe.name in self._exact:
                     self._weights[index] = probe.module.get_parameter("weight").detach().clone()
 
@@ -227,12 +256,14 @@ class ActivationCollector:
     def _output_hook(self, index: int) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not examined.get():
-                self._gather(index, output, module)
+                self._gather(index, output, args[0] if args else output, module)
 
         return gather
 
-    def _gather(self, index: int, activation: Tensor, module: nn.Module) -> None:
+    def _gather(self, index: int, activation: Tensor, read: Tensor, module: nn.Module) -> None:
         probe = self._probes[index]
+        if self._batches == 0:
+            self._learned[index] |= is_learned(read)
         values = self._means(activation, module, probe.activation, probe.square)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
@@ -265,42 +296,47 @@ class ActivationCollector:
 
     def _add(self, ran: list[int], features: Tensor, labels: list[Tensor], first: int) -> None:
         """Add activations of the probes that ran, which may be overwritten, from batch `first` on."""
-        shift, counts, sums, squares = self._sums
+        shift = self._moments.shift
         everything = len(ran) == len(self._probes)
         columns: slice | Tensor = slice(None)
         if not everything:
             columns = torch.cat([torch.arange(len(shift))[self._buffer.columns[index]] for index in ran])
         unseen = [index for index in ran if not self._seen[index]]
         if unseen:
-            first_row = shift.clone()
-            first_row[columns] = features[0].to(shift)
+            origin = shift.clone()
+            origin[columns] = _origin(features).to(shift)
             for index in unseen:
-                shift[self._buffer.columns[index]] = first_row[self._buffer.columns[index]]
+                shift[self._buffer.columns[index]] = origin[self._buffer.columns[index]]
                 self._seen[index] = True
         if everything and not self._exact:
-            self._add_all(features, torch.cat(labels))
+            self._accumulate(self._moments, features, torch.cat(labels))
         else:
-            zeros = torch.zeros(self.num_classes + 1, features.shape[1], dtype=torch.float64, device=shift.device)
-            batch = ClassSums(shift[columns], zeros.new_zeros(self.num_classes), zeros[1:], zeros[0])
-            accumulate_(batch, features, torch.cat(labels))
-            counts[:, columns] += batch.counts.unsqueeze(1)
-            sums[:, columns] += batch.sums
-            squares[columns] += batch.squares
-            self._add_connections(ran, batch)
+            batch = empty_moments(self.num_classes, features.shape[1], shift.device)._replace(shift=shift[columns])
+            self._accumulate(batch, features, torch.cat(labels))
+            self._moments.counts[:, columns] += batch.counts.unsqueeze(1)
+            for total, part in zip(self._moments[2:], batch[2:], strict=True):
+                total[..., columns] += part
+            self._add_connections(ran, batch.class_sums)
         # An accelerator is not waited for: there all rows are looked at.
+        squares = self._moments.squares
         if squares.device.type != "cpu" or not bool(torch.isfinite(squares.sum())):
             self._note_bad_rows(features, labels, first)
 
-    def _add_all(self, features: Tensor, labels: Tensor) -> None:
-        """Add rows of all probes, which are overwritten.
+    def _accumulate(self, moments: ClassMoments, features: Tensor, labels: Tensor) -> None:
+        """Add rows, which may be overwritten, to sums with one count a class or one a class and feature.
 
         On CPUs, float32 activations are summed in float32 before they join the float64 totals: the sums of so few rows
         are as exact as the activations, and take half the time. Accelerators might round products to fewer digits.
         """
-        if features.dtype == torch.float32 and features.device.type == "cpu":
-            accumulate_offsets_(self._sums, features.sub_(self._sums.shift.float()), labels)
-        else:
-            self._scratch = accumulate_(self._sums, features, labels, self._scratch)
+        single = features.dtype == torch.float32 and features.device.type == "cpu" and not self._exact
+        chunk = max(min(_CHUNK // features.shape[1], len(features)), 1)
+        shift = moments.shift.float() if single else moments.shift
+        if not single and (self._scratch is None or self._scratch.shape != (chunk, features.shape[1])):
+            self._scratch = torch.empty(chunk, features.shape[1], dtype=torch.float64, device=features.device)
+        for rows, members in zip(features.split(chunk), labels.split(chunk), strict=True):
+            # Converting first is several times faster than a subtraction that promotes.
+            offsets = rows if single or self._scratch is None else self._scratch[: len(rows)].copy_(rows)
+            accumulate_moments_(moments, offsets.sub_(shift), members)
 
     def _note_bad_rows(self, features: Tensor, labels: list[Tensor], first: int) -> None:
         """Remember the first batch with a NaN or inf."""
@@ -326,3 +362,10 @@ class ActivationCollector:
                     f"NaN or inf in the activations at the {probe.side} of layer {probe.name!r}, {where}; nothing was "
                     "pruned. Check the data for NaN, lower the learning rate or clip gradients"
                 )
+
+
+def _origin(features: Tensor) -> Tensor:
+    """From where to measure: near the means of these rows (N, p), and exactly at features that are constant."""
+    first = features[0]
+    mean = first + (features - first).mean(0)
+    return torch.where(torch.isfinite(mean), mean, first)

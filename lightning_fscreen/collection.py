@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_fscreen.collect import ActivationCollector, FeatureStatistics
 from lightning_fscreen.distributed import merge_processes
 from lightning_fscreen.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.labels import infer_num_classes
+from lightning_fscreen.sampling import collection_stride
 
 
 class Collection:
@@ -29,6 +30,33 @@ class Collection:
         self._num_classes = num_classes
         self._collector: ActivationCollector | None = None
         self._gradients: GradientSums | None = None
+        self.stride: int | None = None
+        """Every how-manieth batch is gathered, where that is up to us; the same in every process."""
+
+    def is_due(
+        self, trainer: Trainer, batch: Any, batch_idx: int, collect_every: int | Literal["auto"], epochs: int
+    ) -> bool:
+        """Whether to gather a batch.
+
+        Args:
+            trainer: the trainer.
+            batch: the batch.
+            batch_idx: its place in the epoch.
+            collect_every: every how-manieth; "auto" for as many as the tests need, see `sampling`.
+            epochs: over how many epochs.
+
+        Raises:
+            ValueError: no labels in the batch.
+        """
+        if collect_every != "auto":
+            return batch_idx % collect_every == 0
+        if self.stride is None:
+            assert self._num_classes is not None
+            with _naming_batch(batch_idx, trainer):
+                instances = len(self._labels(batch)) * trainer.world_size
+            stride = collection_stride(trainer.num_training_batches * epochs, instances, self._num_classes)
+            self.stride = trainer.strategy.broadcast(stride) if trainer.world_size > 1 else stride
+        return batch_idx % self.stride == 0
 
     def find_classes(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Find the number of classes, unless it is known.

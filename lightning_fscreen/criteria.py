@@ -5,8 +5,10 @@ A criterion ranks all candidates of a network together, so it sees all layers at
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ class Ranked:
         mean_square: mean squared activation, like `f`.
         gradient: mean |∂L/∂w| over the steps gathered, of the weight's shape; None if no gradients were.
         taylor: mean |w·∂L/∂w|, likewise; of batch-norm channels |γ·∂L/∂γ + β·∂L/∂β|.
+        spread: F-statistics of the activations' squared deviations from their means, like `f`.
+        variance: variance of the activations, like `f`.
+        learned: whether trained weight matrices had a part in these activations.
     """
 
     weight: Tensor
@@ -33,9 +38,24 @@ class Ranked:
     mean_square: Tensor | None = None
     gradient: Tensor | None = None
     taylor: Tensor | None = None
+    spread: Tensor | None = None
+    variance: Tensor | None = None
+    learned: bool = False
 
 
 Scores = dict[str, Tensor]
+Score = Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]
+
+
+class Explained(Protocol):
+    """Why a layer was ranked as it was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As primitives, for reports."""
+        ...
+
+
+Explain = Callable[[Mapping[str, Ranked], float], Mapping[str, Explained]]
 
 
 @dataclass(frozen=True)
@@ -48,11 +68,13 @@ class Criterion:
         needs_statistics: whether it wants what activations say (`f`, `degrees`, `mean_square`), for a given
             screening_weight.
         needs_gradients: whether it wants `gradient` and `taylor`.
+        explain: (layers, screening_weight) → {layer: why it is ranked so}, for reports; may be None.
     """
 
-    score: Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]
+    score: Score
     needs_statistics: Callable[[float], bool]
     needs_gradients: bool = False
+    explain: Explain | None = None
 
 
 CRITERIA: dict[str, Criterion] = {}
@@ -62,28 +84,33 @@ def register_criterion(
     name: str,
     needs_statistics: Callable[[float], bool] = lambda screening_weight: False,
     needs_gradients: bool = False,
-) -> Callable[[Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]], Callable[..., Scores]]:
-    """Decorator that makes a scoring function available as `criterion=name`.
+    explain: Explain | None = None,
+) -> Callable[[Score], Score]:
+    """Decorator that makes a scoring function available as `criterion=name`; see `Criterion` for the arguments.
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def register(score: Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]) -> Callable[..., Scores]:
+    def register(score: Score) -> Score:
         if name in CRITERIA:
             raise ValueError(f"a criterion named {name!r} is registered already; choose another name")
-        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients)
+        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain)
         return score
 
     return register
 
 
 def resolve_criterion(name: str) -> Criterion:
-    """The criterion of that name.
+    """The criterion of that name; MODULE:NAME imports MODULE first, which registers it.
 
     Raises:
         ValueError: unknown name.
     """
+    module, colon, own = name.rpartition(":")
+    if colon:
+        importlib.import_module(module)
+        name = own
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; choose one of {sorted(CRITERIA)} or register your own")
     return CRITERIA[name]

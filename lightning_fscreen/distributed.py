@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_fscreen.functional import ClassSums, f_statistic_merge
+from lightning_fscreen.collect import Merge
+from lightning_fscreen.moments import Sums, merge_sums
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy)
 
@@ -52,17 +54,15 @@ def gather(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
-def merge_processes(trainer: Trainer) -> Callable[[ClassSums], ClassSums]:
+def merge_processes(trainer: Trainer) -> Merge:
     """A function that merges the sums of all processes; every process gets the same result."""
 
-    def merge(sums: ClassSums) -> ClassSums:
+    def merge(sums: Sums) -> Sums:
         if trainer.world_size == 1:
             return sums
         gathered = [trainer.strategy.all_gather(part) for part in sums]
-        merged = ClassSums(*(part[0] for part in gathered))
-        for rank in range(1, trainer.world_size):
-            merged = f_statistic_merge(merged, ClassSums(*(part[rank] for part in gathered)))
-        return merged
+        parts = [type(sums)(*(part[rank] for part in gathered)) for rank in range(trainer.world_size)]
+        return functools.reduce(merge_sums, parts)
 
     return merge
 

@@ -146,27 +146,55 @@ def accumulate_offsets_(sums: ClassSums, offsets: Tensor, labels: Tensor) -> Non
 
     They are summed in their own dtype, float64 or, for batches where that is good enough, float32.
     """
-    num_classes = len(sums.sums)
-    totals = sums.sums if offsets.dtype == sums.sums.dtype else torch.zeros_like(sums.sums, dtype=offsets.dtype)
-    if labels.is_floating_point():
-        weights = labels.to(offsets.dtype)
-        counts = weights.sum(0)
-        totals.addmm_(weights.T, offsets)
-        squares = weights.sum(1) @ offsets.square_()
-    else:
-        if labels.device.type == "cpu":  # faster than the product, but only on CPUs is the order of additions fixed
-            labels = labels.long()
-            counts = torch.bincount(labels, minlength=num_classes)
-            totals.index_add_(0, labels, offsets)
+    members = Members(labels, len(sums.sums), offsets.dtype)
+    members.add_(sums.sums, offsets)
+    sums.squares.add_(members.total(offsets.square_()))
+    members.count_(sums.counts)
+
+
+class Members:
+    """Which instances of a batch belong to which class, and the sums over them.
+
+    Args:
+        labels: (N,) class indices or (N, C) class weights.
+        num_classes: C.
+        dtype: of what is summed.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int, dtype: torch.dtype) -> None:
+        self._num_classes = num_classes
+        self._soft = labels.is_floating_point()
+        # Index sums are faster than a product, but only on CPUs is the order of additions fixed.
+        self._index = None if self._soft or labels.device.type != "cpu" else labels.long()
+        self._weights = None
+        if self._soft:
+            self._weights = labels.to(dtype)
+        elif self._index is None:
+            self._weights = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(dtype)
+
+    def add_(self, totals: Tensor, values: Tensor) -> None:
+        """Add Σ_{k∈c} of values (N, p) to float64 totals (C, p), in place."""
+        own = totals if values.dtype == totals.dtype else torch.zeros_like(totals, dtype=values.dtype)
+        if self._index is not None:
+            own.index_add_(0, self._index, values)
         else:
-            one_hot = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(offsets.dtype)
-            counts = one_hot.sum(0)
-            totals.addmm_(one_hot.T, offsets)
-        squares = offsets.square_().sum(0)
-    if totals is not sums.sums:
-        sums.sums.add_(totals)
-    sums.squares.add_(squares)
-    sums.counts.add_(counts if sums.counts.ndim == 1 else counts.unsqueeze(1))
+            assert self._weights is not None
+            own.addmm_(self._weights.T, values)
+        if own is not totals:
+            totals.add_(own)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Σ_k of values (N, p) over all instances, those that count more or less than once included; (p,)."""
+        return self._weights.sum(1) @ values if self._soft and self._weights is not None else values.sum(0)
+
+    def count_(self, counts: Tensor) -> None:
+        """Add the number of instances of every class to counts, (C,) or (C, p), in place."""
+        if self._index is not None:
+            found = torch.bincount(self._index, minlength=self._num_classes)
+        else:
+            assert self._weights is not None
+            found = self._weights.sum(0)
+        counts.add_(found if counts.ndim == 1 else found.unsqueeze(1))
 
 
 def f_statistic_merge(first: ClassSums, second: ClassSums) -> ClassSums:
@@ -188,7 +216,7 @@ def f_statistic_merge(first: ClassSums, second: ClassSums) -> ClassSums:
 def move_shift(sums: ClassSums, shift: Tensor) -> ClassSums:
     """The same sums measured from another origin (p,)."""
     step = sums.shift - shift
-    counts = _per_feature(sums.counts)
+    counts = per_feature(sums.counts)
     squares = sums.squares + 2 * step * sums.sums.sum(0) + counts.sum(0) * step**2
     return ClassSums(shift, sums.counts, sums.sums + counts * step, squares)
 
@@ -199,7 +227,17 @@ def f_statistic_compute(sums: ClassSums) -> Tensor:
     Raises:
         ValueError: fewer than two classes occur.
     """
-    counts = _per_feature(sums.counts)
+    return f_from_sums(sums, rounding_of(per_feature(sums.counts).sum(0), sums.squares))
+
+
+def rounding_of(total: Tensor, squares: Tensor) -> Tensor:
+    """Bound of the rounding error of float64 sums of squares over that many instances; below it is no variance."""
+    return (64 + total) * _EPS * squares
+
+
+def f_from_sums(sums: ClassSums, rounding: Tensor) -> Tensor:
+    """As `f_statistic_compute`, where sums of squares (p,) are only known up to `rounding` (p,)."""
+    counts = per_feature(sums.counts)
     present = counts > 0
     num_classes = present.sum(0)
     if bool((num_classes < 2).any()):
@@ -213,7 +251,6 @@ def f_statistic_compute(sums: ClassSums) -> Tensor:
     mean = sums.sums.sum(0) / total
     between = (counts * (class_means - mean) ** 2).sum(0)
     within = sums.squares - (counts * class_means**2).sum(0)
-    rounding = (64 + total) * _EPS * sums.squares  # of a sum over that many instances; what is below is no variance
     within = torch.where(within <= rounding, 0.0, within)
     degrees_within = total - num_classes
     f = (between / (num_classes - 1)) / (within / degrees_within)
@@ -222,7 +259,8 @@ def f_statistic_compute(sums: ClassSums) -> Tensor:
     return torch.where(torch.isnan(between), torch.nan, f)
 
 
-def _per_feature(counts: Tensor) -> Tensor:
+def per_feature(counts: Tensor) -> Tensor:
+    """Counts (C,) or (C, p) as (C, 1) or (C, p)."""
     return counts.unsqueeze(1) if counts.ndim == 1 else counts
 
 
@@ -239,6 +277,8 @@ def f_critical(level: float, between: float, within: float) -> float:
     Returns:
         The critical value; inf where `within` is so small that the approximation has none.
     """
+    if within <= 0:
+        return math.inf
     z = NormalDist().inv_cdf(1 - level)
     a, b = 2 / (9 * between), 2 / (9 * within)
     curvature = (1 - b) ** 2 - z**2 * b

@@ -8,38 +8,40 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.criteria import Ranked, Scores, register_criterion, required, scoring_dtype
-from lightning_fscreen.functional import f_critical
+from lightning_fscreen.evidence import Evidence, gather_evidence
 
-# A feature without any bearing on the classes passes for significant once in a thousand times.
-_LEVEL = 1e-3
-# What is not significant keeps its order, far below the rest.
-_INSIGNIFICANT = 1e-6
+# A feature that no test speaks for is still ranked: its effect may be learned late, and its weights then grow.
+_SILENT = 1e-3
 
 
 def _wanted(screening_weight: float) -> bool:
     return screening_weight > 0
 
 
-@register_criterion("screening", needs_statistics=_wanted)
-def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
-    """R = |w|^(1 − λ) · s(F)^λ with the shrunken F-statistic s(F) = (1 − F*/F)₊, λ = `screening_weight`.
+def _explain(layers: Mapping[str, Ranked], screening_weight: float) -> dict[str, Evidence]:
+    return {name: gather_evidence(layer, name) for name, layer in layers.items()} if screening_weight > 0 else {}
 
-    F* is the critical value of the F-test at level 0.001. A relevant feature has F far above it, so s ≈ 1 and magnitude
-    decides; a feature that says nothing of the classes has s = 0 and goes first, whatever its weights. (For F* = 1, s
-    would be the ANOVA estimate of the variance between classes, as a share of their mean square.) What is not
-    significant keeps the order of F, as if s(F) = 10⁻⁶·F/F*.
+
+@register_criterion("screening", needs_statistics=_wanted, explain=_explain)
+def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = |w|^(1 − λ) · s^λ with the shrunken evidence s = max(1 − 1/r, 10⁻³), λ = `screening_weight`.
+
+    r is the strength of the evidence for a feature: the largest ratio of a test's statistic to its critical value, over
+    the tests of `gather_evidence` (the classes' means, their spread, joint effects). A relevant feature passes one of
+    them by far, so s ≈ 1 and magnitude decides; one that all are silent about goes early, unless its weights are large.
+    Features that are trusted (because the network has learned them, or nothing is known of the layer) have s = 1.
+    With λ = 1, R is F alone.
     """
     if screening_weight == 0:
         return _magnitudes(layers)
-    if screening_weight == 1:  # shrinking would only round
+    if screening_weight == 1:
         return {name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}
     scores = {}
-    for name, layer in layers.items():
-        f = _f(layer, name)
-        between, within = layer.degrees or (1.0, float("inf"))
-        ratio = f / f_critical(_LEVEL, between, within)
-        shrunken = torch.maximum(1 - 1 / ratio.clamp(min=1), _INSIGNIFICANT * ratio.clamp(max=1))
-        scores[name] = _geometric(layer, shrunken, screening_weight)
+    for name, evidence in _explain(layers, screening_weight).items():
+        layer = layers[name]
+        strength = evidence.strength.to(layer.weight.device, scoring_dtype(layer))
+        shrunken = 1.0 if evidence.trusted else (1 - 1 / strength).clamp(min=_SILENT)
+        scores[name] = _geometric(layer, strength.new_tensor(1.0) * shrunken, screening_weight)
     return scores
 
 

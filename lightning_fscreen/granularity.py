@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -99,16 +99,14 @@ class Granularity(ABC, Generic[Candidate]):
         ranked = {}
         for candidate in self._candidates:
             name = candidate.name
-            found, steps = statistics.get(name), gradients.get(name)
-            ranked[name] = Ranked(
-                weight=self._parameters(candidate)[0].detach(),
-                kept=kept[name],
-                f=None if found is None else self._per_candidate(candidate, found.f),
-                degrees=None if found is None else found.degrees,
-                mean_square=None if found is None else self._per_candidate(candidate, found.mean_square),
-                gradient=None if steps is None else steps.gradient,
-                taylor=None if steps is None else steps.taylor,
-            )
+            known: dict[str, Any] = {}
+            if found := statistics.get(name):
+                features = ("f", "spread", "mean_square", "variance")
+                known = {key: self._per_candidate(candidate, getattr(found, key)) for key in features}
+                known |= {"degrees": found.degrees, "learned": found.learned}
+            if steps := gradients.get(name):
+                known |= {"gradient": steps.gradient, "taylor": steps.taylor}
+            ranked[name] = Ranked(self._parameters(candidate)[0].detach(), kept[name], **known)
         return ranked
 
     def meet(self, recorder: InputRecorder) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fscreen.collect import FeatureStatistics
+from lightning_fscreen.criteria import Explained, Ranked
 from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Granularity
 from lightning_fscreen.masks import Masks
@@ -53,6 +54,7 @@ class Pruner:
         self.not_removed: str | None = self._state.pop("not_removed", None)
         self.kept: dict[str, Tensor] = {}  # at full size, also after slimming
         self.num_kept: dict[str, int] = {}
+        self._evidence: dict[str, dict[str, Any]] = dict(self._state.pop("evidence", {}))
         reattach(model, self._since)
         self._masks = Masks({})
         self._optimizers: list[Optimizer] = []
@@ -209,8 +211,22 @@ class Pruner:
             pruned = total - sum(int(mask.sum()) for mask in self.kept.values())
             gone = pruned - (present - sum(self._masks.num_kept.values()))  # pruned, and removed by another callback
             fraction = min(max((fraction * total - gone) / present, 0.0), 1.0)
-        scores = score(self.granularity.ranked(kept, statistics, gradients))
+        scores = score(self.ranked(statistics, gradients))
         return self.granularity.prune(scores, kept, fraction, scope, min_kept)
+
+    def ranked(
+        self, statistics: Mapping[str, FeatureStatistics], gradients: Mapping[str, GradientStatistics]
+    ) -> dict[str, Ranked]:
+        """What a criterion needs to know, by layer."""
+        return self.granularity.ranked(self._masks.kept, statistics, gradients)
+
+    def note_evidence(self, explained: Mapping[str, Explained]) -> None:
+        """Remember for the report why layers are ranked as they are."""
+        for name, evidence in explained.items():
+            found = evidence.to_dict()
+            if found.get("trusted") != self._evidence.get(name, {}).get("trusted"):
+                log.info("layer %r: %s", name, found)
+            self._evidence[name] = found
 
     def prune(
         self,
@@ -284,7 +300,10 @@ class Pruner:
         """What pruning has done so far."""
         return PruningReport(
             granularity=granularity,
-            layers=tuple(LayerReport(name, mask.numel(), int(mask.sum())) for name, mask in self.kept.items()),
+            layers=tuple(
+                LayerReport(name, mask.numel(), int(mask.sum()), self._evidence.get(name))
+                for name, mask in self.kept.items()
+            ),
             before=self._before,
             after=self._after,
             removed=dict(self.plan.removed) if self.plan is not None else {},
@@ -320,6 +339,7 @@ class Pruner:
             "network": self.recorder.name,
             "inputs": self.recorder.plain_inputs(),
             "dtype": self.recorder.dtype,
+            "evidence": {name: dict(found) for name, found in self._evidence.items()},
         }
 
 

@@ -15,11 +15,21 @@ from lightning_fscreen.slimming.capture import evaluating
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Candidates of one layer: connections, or channels."""
+    """Candidates of one layer: connections, or channels.
+
+    Attributes:
+        name: name of the layer.
+        total: number of candidates.
+        kept: candidates left.
+        evidence: what the last ranking went by; for `criterion="screening"` the counts of `Evidence`: features, how
+            many of them which test spoke for, how many were shrunk, and why none was where magnitude ranked alone.
+            None if the criterion does not say.
+    """
 
     name: str
     total: int
     kept: int
+    evidence: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.criteria import CRITERIA, Criterion
 from lightning_fscreen.schedule import SCHEDULES
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
@@ -440,7 +441,7 @@ def test_config_lists_every_argument_with_its_default():
     assert config == {name: parameter.default for name, parameter in signature.parameters.items()}
 
 
-def test_constants_that_slimming_put_into_pruned_weights_stay_in_this_fit_and_in_the_next():
+def test_constants_that_slimming_put_into_pruned_weights_stay_in_this_fit_and_in_the_next(monkeypatch):
     """Where zero padding meets a constant, a retained channel carries it into a weight whose connection is pruned."""
     torch.manual_seed(0)
     model = Classifier(residual_net(), OPTIMIZERS["sgd"])
@@ -450,7 +451,14 @@ def test_constants_that_slimming_put_into_pruned_weights_stay_in_this_fit_and_in
         def on_train_end(self, trainer, pl_module):
             masked["net"] = copy.deepcopy(pl_module.net).double().eval()
 
-    callback = WeightPruning(amount=0.97, end_epoch=2)
+    def every_other_unit_first(layers, screening_weight, generator):
+        return {
+            name: layer.weight.abs() + (torch.arange(len(layer.weight)) % 2).view(-1, *[1] * (layer.weight.ndim - 1))
+            for name, layer in layers.items()
+        }
+
+    monkeypatch.setitem(CRITERIA, "every_other", Criterion(every_other_unit_first, lambda screening_weight: False))
+    callback = WeightPruning(amount=0.7, end_epoch=2, criterion="every_other")
     trainer([callback, Keep()], limit_train_batches=3).fit(model, loader(batch_size=48))
     x = digits(64)[0].double()
     weights = dict(model.named_modules())

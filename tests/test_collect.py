@@ -11,7 +11,8 @@ from torch.nn.functional import conv2d, cross_entropy, relu
 
 from lightning_fscreen.candidates import find_weights
 from lightning_fscreen.collect import ActivationCollector, Probe
-from lightning_fscreen.functional import f_statistic, f_statistic_merge
+from lightning_fscreen.functional import f_statistic
+from lightning_fscreen.moments import merge_sums
 from tests.test_functional import assert_equals_sklearn
 
 C = 3
@@ -214,7 +215,7 @@ def test_sums_of_several_processes_merge_to_the_single_process_statistic(attache
         else:
             statistics[name] = collector.statistics(lambda own, name=name: sums[name].append(own) or own)
     others = iter(sums["second"])
-    merged = first.statistics(lambda own: f_statistic_merge(own, next(others)))
+    merged = first.statistics(lambda own: merge_sums(own, next(others)))
     assert next(others, None) is None
     for name, expected in statistics["whole"].items():
         torch.testing.assert_close(merged[name].f, expected.f, rtol=1e-8, atol=1e-10)
@@ -223,7 +224,8 @@ def test_sums_of_several_processes_merge_to_the_single_process_statistic(attache
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_state_taken_in_the_middle_of_an_epoch_continues_bit_for_bit(attached, exact):
+def test_a_state_taken_in_the_middle_of_an_epoch_continues(attached, exact):
+    """To the last digits: on some processors a product depends on where in memory its factors are."""
     data = list(batches())
     straight_model, resumed_model = network(), network()
     straight = attached(collecting(straight_model, exact))
@@ -241,8 +243,9 @@ def test_a_state_taken_in_the_middle_of_an_epoch_continues_bit_for_bit(attached,
     feed(second, resumed_model, data[2:], optimizer)
     for name, found in second.statistics().items():
         expected = straight.statistics()[name]
-        for field in ("f", "mean", "mean_square"):
-            assert torch.equal(getattr(found, field), getattr(expected, field))
+        for field in ("f", "spread", "mean", "mean_square", "variance"):
+            torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-10, atol=1e-12)
+        assert found.learned == expected.learned
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -364,7 +367,7 @@ def test_attached_hooks_leave_outputs_gradients_and_random_numbers_as_they_are(a
     assert torch.equal(torch.get_rng_state(), rng_state)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
-    assert not any(part.requires_grad for part in collector.state_dict()["sums"].values())
+    assert not any(part.requires_grad for part in collector.state_dict()["moments"].values())
 
 
 def test_removing_takes_every_hook_away():
@@ -426,6 +429,6 @@ def test_memory_does_not_grow_with_the_number_of_instances(attached):
     sizes = []
     for _ in range(3):
         feed(collector, model, batches())
-        sizes.append(sum(part.numel() for part in collector.state_dict()["sums"].values()))
+        sizes.append(sum(part.numel() for part in collector.state_dict()["moments"].values()))
         assert collector._buffer._rows.nbytes <= 8 * 2**20 and not collector._buffer.ran
-    assert sizes[0] == sizes[-1] == (2 * C + 2) * sum(probe.num_features for probe in probes(model))
+    assert sizes[0] == sizes[-1] == (3 * C + 3) * sum(probe.num_features for probe in probes(model))

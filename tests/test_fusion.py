@@ -130,12 +130,26 @@ def test_screening_is_the_geometric_mean_of_magnitude_and_shrunken_f(seed, scree
         np.testing.assert_allclose(scores[n], expected, rtol=1e-9)
 
 
-def test_screening_lets_magnitude_decide_among_relevant_features_and_drops_irrelevant_ones_first():
+def test_screening_lets_magnitude_decide_among_relevant_features_and_keeps_silent_ones_in_order_of_their_weights():
     kept = torch.ones(1, 5, dtype=torch.bool)
-    weight = torch.tensor([[0.1, 0.2, 0.3, 100.0, 100.0]])
+    weight = torch.tensor([[0.1, 0.2, 0.3, 2.0, 1.0]])
     f = torch.tensor([[9000.0, 5000.0, 1000.0, 1.4, 0.9]])
-    scores = score("screening", {"a": Ranked(weight, kept, f, (9.0, 50_000.0))}, 0.5)["a"][0]
-    assert scores.argsort().tolist() == [4, 3, 0, 1, 2]
+    layer = Ranked(weight, kept, f, (9.0, 50_000.0))
+    assert score("screening", {"a": layer}, 0.5)["a"][0].argsort().tolist() == [4, 3, 0, 1, 2]
+    trusted = replace(layer, learned=True)
+    assert score("screening", {"a": trusted}, 0.5)["a"][0].argsort().tolist() == [0, 1, 2, 4, 3]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.floats(0, 1, exclude_min=True, exclude_max=True))
+def test_screening_is_its_formula_over_the_strength_of_the_evidence(seed, screening_weight):
+    given_layers = layers(seed)
+    for n, scores in score("screening", given_layers, screening_weight).items():
+        layer = given_layers[n]
+        ratio = layer.f.numpy() / f_distribution.isf(1e-3, *layer.degrees)
+        shrunken = np.maximum(1 - 1 / ratio, 1e-3)
+        expected = layer.weight.abs().numpy() ** (1 - screening_weight) * shrunken**screening_weight
+        np.testing.assert_allclose(scores, np.broadcast_to(expected, scores.shape), rtol=0.02, atol=1e-300)
 
 
 def test_product_is_the_geometric_mean_with_f():

@@ -6,6 +6,12 @@ from lightning_fscreen.data.datamodule import ImageDataModule
 from lightning_fscreen.data.digits import DigitsDataModule
 from lightning_fscreen.data.features import FeatureDataModule, FeatureSet
 from lightning_fscreen.data.folder import ImageFolderDataModule
+from lightning_fscreen.data.generated import (
+    FlippedDigitsDataModule,
+    GeneratedDataModule,
+    ShellsDataModule,
+    XorDataModule,
+)
 from lightning_fscreen.data.images import ImageSet, TensorImages
 from lightning_fscreen.data.khan import KhanDataModule
 from lightning_fscreen.data.mnist import MNISTDataModule
@@ -16,13 +22,17 @@ __all__ = [
     "DigitsDataModule",
     "FeatureDataModule",
     "FeatureSet",
+    "FlippedDigitsDataModule",
+    "GeneratedDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageSet",
     "KhanDataModule",
     "MNISTDataModule",
     "NoisyMNISTDataModule",
+    "ShellsDataModule",
     "TensorImages",
+    "XorDataModule",
     "random_crop",
     "random_horizontal_flip",
 ]

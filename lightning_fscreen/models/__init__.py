@@ -2,11 +2,13 @@
 
 from lightning_fscreen.models.classifier import ImageClassifier
 from lightning_fscreen.models.densenet import DenseNet, densenet40
+from lightning_fscreen.models.fully_connected import MLP, mlp
 from lightning_fscreen.models.lenet import LeNet300100, lenet300_100
 from lightning_fscreen.models.resnet import PreActResNet, resnet20, resnet164
 from lightning_fscreen.models.vgg import VGG, vgg16_bn
 
 __all__ = [
+    "MLP",
     "VGG",
     "DenseNet",
     "ImageClassifier",
@@ -14,6 +16,7 @@ __all__ = [
     "PreActResNet",
     "densenet40",
     "lenet300_100",
+    "mlp",
     "resnet20",
     "resnet164",
     "vgg16_bn",

@@ -1,0 +1,163 @@
+"""Generated tasks with many irrelevant inputs, whose relevant ones no comparison of class means sees."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.data.digits import DigitsDataModule
+from lightning_fscreen.data.features import FeatureDataModule, FeatureSet
+
+
+class GeneratedDataModule(FeatureDataModule):
+    """Base of the generated data sets: relevant features first, columns of standard normal noise behind them.
+
+    The instances, and the noise, are the same for the same ``split_seed``. Features are not standardised.
+
+    Args:
+        noise_columns: number of columns of noise.
+        val_size: number or fraction of the training instances set aside for validation.
+        **common: arguments of :class:`FeatureDataModule`; ``root`` is accepted and ignored.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(self, *, noise_columns: int, val_size: int | float = 0, **common: Any) -> None:
+        super().__init__(val_size=val_size, standardize=False, **common)
+        if noise_columns < 0:
+            raise ValueError(f"noise_columns must not be negative, got {noise_columns}")
+        self.noise_columns = noise_columns
+
+    @abstractmethod
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Relevant features (N, p), float32, their labels (N,), and the number of classes."""
+
+    def load_train(self) -> FeatureSet:
+        """Generate the training instances."""
+        return self._load(test=False)
+
+    def load_test(self) -> FeatureSet:
+        """Generate the test instances."""
+        return self._load(test=True)
+
+    def _load(self, test: bool) -> FeatureSet:
+        generator = torch.Generator().manual_seed(2 * self.split_seed + int(test))
+        features, labels, num_classes = self.relevant(test, generator)
+        noise = torch.randn(len(features), self.noise_columns, generator=generator)
+        return FeatureSet(torch.cat([features, noise], dim=1), labels, [str(name) for name in range(num_classes)])
+
+
+class XorDataModule(GeneratedDataModule):
+    """Two classes: whether an odd number of the relevant, normally distributed features is positive.
+
+    Every feature alone, and every set of them but the whole, is independent of the class.
+
+    Args:
+        relevant_columns: number of relevant features.
+        train_size: number of training instances.
+        test_size: number of test instances.
+        noise_columns: number of columns of noise.
+        **common: arguments of :class:`GeneratedDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        relevant_columns: int = 2,
+        train_size: int = 8000,
+        test_size: int = 4000,
+        noise_columns: int = 40,
+        **common: Any,
+    ) -> None:
+        super().__init__(noise_columns=noise_columns, **common)
+        self.relevant_columns = _at_least(2, "relevant_columns", relevant_columns)
+        self.train_size = _at_least(1, "train_size", train_size)
+        self.test_size = _at_least(1, "test_size", test_size)
+
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Draw them."""
+        count = self.test_size if test else self.train_size
+        features = torch.randn(count, self.relevant_columns, generator=generator)
+        return features, (features > 0).sum(1) % 2, 2
+
+
+class ShellsDataModule(GeneratedDataModule):
+    """Concentric shells: the classes are the quantiles of the distance of a normally distributed point from the origin.
+
+    Every relevant feature has the same mean, 0, in every class, and a larger variance in the outer ones.
+
+    Args:
+        relevant_columns: dimension of the space.
+        num_shells: number of classes, equally frequent.
+        train_size: number of training instances.
+        test_size: number of test instances.
+        noise_columns: number of columns of noise.
+        **common: arguments of :class:`GeneratedDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        relevant_columns: int = 10,
+        num_shells: int = 3,
+        train_size: int = 4000,
+        test_size: int = 4000,
+        noise_columns: int = 200,
+        **common: Any,
+    ) -> None:
+        super().__init__(noise_columns=noise_columns, **common)
+        self.relevant_columns = _at_least(1, "relevant_columns", relevant_columns)
+        self.num_shells = _at_least(2, "num_shells", num_shells)
+        self.train_size = _at_least(1, "train_size", train_size)
+        self.test_size = _at_least(1, "test_size", test_size)
+
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Draw them."""
+        count = self.test_size if test else self.train_size
+        features = torch.randn(count, self.relevant_columns, generator=generator)
+        # The squared distance is chi-squared: its distribution function turns equal shares of [0, 1] into the shells.
+        share = torch.special.gammainc(torch.tensor(self.relevant_columns / 2), features.square().sum(1) / 2)
+        labels = (share * self.num_shells).long().clamp(max=self.num_shells - 1)
+        return features, labels, self.num_shells
+
+
+class FlippedDigitsDataModule(GeneratedDataModule):
+    """Scikit-learn's digits, flattened and divided by their standard deviation, each image's sign drawn at random.
+
+    Every pixel has mean 0 in every class.
+
+    Args:
+        noise_columns: number of columns of noise.
+        **common: arguments of :class:`GeneratedDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(self, *, noise_columns: int = 200, **common: Any) -> None:
+        super().__init__(noise_columns=noise_columns, **common)
+
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Flip the 1,497 images for training, or the 300 for testing."""
+        source = DigitsDataModule()
+        train = source.load_train()
+        images = source.load_test() if test else train
+        pixels = images.images.flatten(1).float() / train.images.float().std()
+        signs = 2 * torch.randint(2, (len(pixels), 1), generator=generator) - 1
+        return pixels * signs, images.labels, 10
+
+
+def _at_least(least: int, name: str, value: int) -> int:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value

@@ -1,0 +1,82 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from sklearn.feature_selection import f_classif
+
+from lightning_fscreen.data import FlippedDigitsDataModule, ShellsDataModule, XorDataModule
+
+
+def everything(data, test=False):
+    data.setup("test" if test else "fit")
+    batches = list(data.test_dataloader() if test else data.train_dataloader())
+    return torch.cat([x for x, _ in batches]).flatten(1), torch.cat([y for _, y in batches])
+
+
+MODULES = [
+    (XorDataModule, {"relevant_columns": 3}, 3, 8000, 4000, 2),
+    (ShellsDataModule, {"relevant_columns": 5, "num_shells": 4}, 5, 4000, 4000, 4),
+    (FlippedDigitsDataModule, {}, 64, 1497, 300, 10),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments", "relevant", "train", "test", "num_classes"), MODULES)
+def test_relevant_columns_come_first_and_no_mean_tells_the_classes_apart(
+    module, arguments, relevant, train, test, num_classes
+):
+    data = module(noise_columns=30, **arguments)
+    features, labels = everything(data)
+    assert features.shape == (train, relevant + 30) and len(labels) == train
+    assert data.num_classes == num_classes and labels.unique().tolist() == list(range(num_classes))
+    assert everything(module(noise_columns=30, **arguments), test=True)[0].shape == (test, relevant + 30)
+    varying = features.std(0) > 0
+    _, p_values = f_classif(features[:, varying], labels)
+    assert (p_values < 1e-3).mean() < 0.1
+
+
+@pytest.mark.parametrize("module", [row[0] for row in MODULES])
+def test_the_split_seed_decides_and_no_global_generator_is_touched(module):
+    state = torch.get_rng_state()
+    data = [module(noise_columns=3, split_seed=seed) for seed in (1, 1, 2)]
+    for part in data:
+        part.setup("fit")
+    assert torch.equal(torch.get_rng_state(), state)
+    one, same, other = (part._train[:100][0] for part in data)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_parity_decides_xor_and_no_smaller_set_of_signs_does():
+    features, labels = everything(XorDataModule(relevant_columns=3, noise_columns=0))
+    signs = features > 0
+    assert torch.equal(signs.sum(1) % 2, labels)
+    for pair in ([0, 1], [0, 2], [1, 2]):
+        parity = signs[:, pair].sum(1) % 2
+        assert float((parity == labels).double().mean()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_shells_are_ordered_by_distance_and_equally_frequent():
+    features, labels = everything(ShellsDataModule(relevant_columns=4, num_shells=4, noise_columns=0))
+    radius = features.norm(dim=1)
+    bounds = [(radius[labels == shell].min(), radius[labels == shell].max()) for shell in range(4)]
+    assert all(below[1] <= above[0] for below, above in pairwise(bounds))
+    assert torch.bincount(labels).double().div(len(labels)).sub(0.25).abs().max() < 0.03
+
+
+def test_digits_are_flipped_as_a_whole():
+    features, _ = everything(FlippedDigitsDataModule(noise_columns=0))
+    assert ((features >= 0).all(1) | (features <= 0).all(1)).all()
+    assert 0.4 < float((features.sum(1) > 0).double().mean()) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (XorDataModule, {"relevant_columns": 1}, "relevant_columns must be at least 2, got 1"),
+        (XorDataModule, {"train_size": 0}, "train_size must be at least 1, got 0"),
+        (ShellsDataModule, {"num_shells": 1}, "num_shells must be at least 2, got 1"),
+        (ShellsDataModule, {"noise_columns": -1}, "noise_columns must not be negative, got -1"),
+    ],
+)
+def test_arguments_out_of_range_are_errors_that_name_them(module, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        module(**arguments)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fscreen.candidates import PrunableWeight
+from lightning_fscreen.collect import ActivationCollector, Probe
+from lightning_fscreen.criteria import Ranked
+from lightning_fscreen.evidence import gather_evidence
+
+
+def layer_of(features, labels, weight, num_classes=2, module=None, learned=False):
+    """What a criterion sees of a layer that reads these features."""
+    module = module or nn.Linear(features.shape[1], len(weight))
+    module.weight.data = weight
+    collector = ActivationCollector([Probe("a", module)], num_classes)
+    collector.attach()
+    module(features)
+    collector.remove()
+    collector.update(labels)
+    found = collector.statistics()["a"]
+    assert not found.learned
+    spread_over = PrunableWeight("a", module).per_connection
+    return Ranked(
+        weight,
+        torch.ones_like(weight, dtype=torch.bool),
+        f=spread_over(found.f),
+        degrees=found.degrees,
+        spread=spread_over(found.spread),
+        variance=spread_over(found.variance),
+        learned=learned,
+    )
+
+
+def noise(n=3000, p=60, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, p, generator=rng)
+    return features, torch.randint(2, (n,), generator=rng), 0.1 * torch.randn(20, p, generator=rng)
+
+
+def strong(evidence):
+    return (evidence.strength > 1).flatten().nonzero().flatten().tolist()
+
+
+def test_each_test_speaks_where_the_others_are_silent():
+    features, labels, weight = noise()
+    features[:, 0] += 0.5 * labels  # mean
+    features[:, 1] *= 1 + 0.5 * labels  # spread
+    features[:, 2] = (features[:, 2] + 5) * (2 * torch.randint(2, (3000,)) - 1) * (1 + 0.2 * labels)  # sign drawn at random
+    weight[:, 3] *= 4  # what the network has found out
+    evidence = gather_evidence(layer_of(features, labels, weight), "a")
+    assert strong(evidence) == [0, 1, 2, 3]
+    assert (evidence.features, evidence.mean, evidence.spread, evidence.joint, evidence.silent) == (60, 1, 2, 1, 56)
+    assert evidence.to_dict() == {"features": 60, "mean": 1, "spread": 2, "joint": 1, "shrunk": 56, "trusted": None}
+
+
+def test_irrelevant_features_are_seldom_spoken_for():
+    silent = 0
+    for seed in range(5):
+        features, labels, weight = noise(p=400, seed=seed)
+        features[:, 0] += labels
+        silent += gather_evidence(layer_of(features, labels, weight), "a").silent
+    assert silent > 0.99 * 5 * 399
+
+
+def test_learned_features_are_trusted():
+    features, labels, weight = noise()
+    features[:, 0] += labels
+    evidence = gather_evidence(layer_of(features, labels, weight, learned=True), "a")
+    assert "learned" in evidence.trusted
+    assert (evidence.strength == 1).all()
+    assert evidence.mean == 1 and evidence.to_dict()["shrunk"] == 0
+
+
+def test_where_no_feature_is_significant_among_so_many_all_are_trusted():
+    features, labels, weight = noise()
+    layer = layer_of(features, labels, weight)
+    assert gather_evidence(layer, "a").trusted == "no test speaks for any feature"
+    critical = gather_evidence(replace(layer, f=layer.f + 1e9, learned=False), "a")
+    assert critical.trusted is None and critical.mean == 60
+    # One that passes at the level, by chance, is not enough.
+    f = layer.f.clone()
+    f[0, 7] = 12.0  # p = 0.0005
+    assert gather_evidence(replace(layer, f=f), "a").trusted == "no test speaks for any feature"
+    f[0, 7] = 30.0
+    assert strong(gather_evidence(replace(layer, f=f), "a")) == [7]
+
+
+def test_too_few_instances_for_any_test_leave_the_order_to_magnitude():
+    features, labels, weight = noise(n=2)
+    evidence = gather_evidence(layer_of(features, torch.tensor([0, 1]), weight), "a")
+    assert evidence.trusted == "too few instances for any test"
+
+
+def test_fewer_than_ten_silent_features_with_connections_left_count_as_spoken_for():
+    features, labels, weight = noise()
+    features[:, 0] += labels
+    layer = layer_of(features, labels, weight)
+    assert strong(gather_evidence(layer, "a")) == [0]
+    kept = torch.zeros_like(layer.kept)
+    kept[:, :10] = True  # nine silent ones
+    few = replace(layer, kept=kept)
+    assert strong(gather_evidence(few, "a")) == list(range(10))
+    assert (gather_evidence(few, "a").strength[0, 1:10] == math.inf).all()
+
+
+def test_constant_features_are_never_spoken_for():
+    features, labels, weight = noise(p=8)
+    features[:, 0] += labels
+    features[:, 5:] = 3.7
+    evidence = gather_evidence(layer_of(features, labels, weight), "a")
+    assert strong(evidence) == [0, 1, 2, 3, 4]
+    assert evidence.silent == 3
+
+
+def test_equal_weights_have_no_outliers():
+    features, labels, weight = noise()
+    features[:, 0] += labels
+    assert strong(gather_evidence(layer_of(features, labels, torch.ones_like(weight)), "a")) == [0]
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(60, 4, 3), nn.Conv1d(60, 6, 1, groups=2), nn.ConvTranspose2d(60, 4, 2)], ids=lambda m: str(m)
+)
+def test_convolutions_are_tested_by_input_channel(module):
+    features, labels, _ = noise()
+    features[:, 0] += 0.5 * labels
+    features[:, 31] *= 1 + 0.5 * labels
+    weight = 0.1 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
+    positions = [1] * len(module.kernel_size) if max(module.kernel_size) == 1 else [3] * len(module.kernel_size)
+    images = features.view(*features.shape, *[1] * len(positions)).expand(*features.shape, *positions)
+    evidence = gather_evidence(layer_of(images, labels, weight, module=module), "a")
+    assert evidence.trusted is None
+    by_weight = (evidence.strength > 1).expand(weight.shape)
+    expected = torch.zeros(60, dtype=torch.bool).index_fill(0, torch.tensor([0, 31]), True)
+    assert torch.equal(by_weight, PrunableWeight("a", module).per_connection(expected).expand(weight.shape))
+
+
+def test_f_of_every_connection_is_joined_with_what_is_known_of_the_inputs():
+    features, labels, weight = noise()
+    features[:, 1] *= 1 + 0.5 * labels
+    layer = layer_of(features, labels, weight)
+    f = layer.f.expand(weight.shape).clone()
+    f[3, 2] = 1000.0
+    evidence = gather_evidence(replace(layer, f=f), "a")
+    spoken = torch.zeros(weight.shape, dtype=torch.bool)
+    spoken[:, 1] = spoken[3, 2] = True
+    assert torch.equal(evidence.strength > 1, spoken)
+    assert (evidence.mean, evidence.spread) == (1, 1)
+
+
+def test_statistics_that_could_not_be_computed_say_nothing():
+    features, labels, weight = noise()
+    features[:, 0] += labels
+    layer = layer_of(features, labels, weight)
+    evidence = gather_evidence(replace(layer, spread=torch.full_like(layer.spread, torch.nan)), "a")
+    assert strong(evidence) == [0] and evidence.spread == 0
+    assert strong(gather_evidence(replace(layer, spread=None, variance=None), "a")) == [0]
