@@ -105,11 +105,16 @@ def resolve_criterion(name: str) -> Criterion:
     """The criterion of that name; MODULE:NAME imports MODULE first, which registers it.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, a module that there is not.
     """
     module, colon, own = name.rpartition(":")
     if colon:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"criterion={name!r}: {error}; before the colon comes the module whose import registers the criterion"
+            ) from error
         name = own
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; choose one of {sorted(CRITERIA)} or register your own")

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.feature_selection import f_classif
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.criteria import CRITERIA, Criterion
@@ -139,6 +139,83 @@ def test_decision_follows_the_f_statistics_of_the_activations_seen(connections, 
     f[varies] = f_classif(contributions[:, varies], labels.numpy())[0]
     kept = callback.masks["net.1"].flatten().numpy()
     assert f[kept].min() >= f[~kept].max() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize(("needed", "gathered"), [(10_000, 8), (256, 8), (128, 4), (100, 4), (64, 2), (32, 1)])
+def test_automatic_collection_gathers_evenly_spaced_batches_with_as_many_instances_as_are_needed(
+    needed, gathered, monkeypatch
+):
+    monkeypatch.setattr("lightning_fscreen.sampling.instances_needed", lambda num_classes: needed)
+    open_in = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if any(module._forward_pre_hooks for module in pl_module.net.modules() if isinstance(module, nn.Linear)):
+                open_in.append((trainer.current_epoch, batch_idx))
+
+    callback = WeightPruning(amount=0.5, schedule="one_shot", start_epoch=1, end_epoch=3)
+    trainer([callback, Watch()]).fit(Classifier(mlp()), loader(batch_size=32))
+    assert open_in == [(2, 8 // gathered * place) for place in range(gathered)]
+    open_in.clear()
+    callback = WeightPruning(amount=0.5, schedule="one_shot", start_epoch=1, end_epoch=3, collect_epochs=2)
+    trainer([callback, Watch()]).fit(Classifier(mlp()), loader(batch_size=32))
+    assert {epoch for epoch, _ in open_in} == {1, 2}
+    assert len(open_in) * 32 >= min(needed, 512) and len(open_in) <= 2 * gathered
+
+
+def parity(count=2000, noise=24):
+    """Whether two of the inputs have the same sign."""
+    x = torch.randn(count, 2 + noise, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
+
+
+def test_inputs_that_matter_only_jointly_are_found_and_noise_goes_first():
+    def adam(parameters):
+        return torch.optim.Adam(parameters, lr=5e-3)
+
+    data = parity()
+    kept = {}
+    for criterion in ("screening", "magnitude"):
+        torch.manual_seed(0)
+        model = Classifier(mlp(inputs=26, hidden=48, classes=2), adam)
+        callback = WeightPruning(amount=0.8, criterion=criterion, end_epoch=12)
+        trainer([callback], max_epochs=16).fit(model, DataLoader(data, batch_size=64, shuffle=True))
+        x, labels = data.tensors
+        assert float((model.net(x).argmax(1) == labels).double().mean()) > 0.95
+        first, *others = callback.report().layers
+        mask = callback.masks[first.name]
+        kept[criterion] = int(mask[:, :2].sum()), int(mask[:, 2:].sum())
+        if criterion == "screening":
+            assert first.evidence["joint"] == 2 and first.evidence["trusted"] is None
+            assert first.evidence["shrunk"] >= 22
+            assert all("learned" in layer.evidence["trusted"] for layer in others)
+        else:
+            assert first.evidence is None
+    assert kept["screening"][0] > 40
+    assert kept["screening"][1] < kept["magnitude"][1] / 2
+
+
+def test_channels_behind_trained_weights_are_ranked_by_magnitude():
+    masks = []
+    for criterion in ("screening", "magnitude"):
+        torch.manual_seed(0)
+        callback = ScreeningPruningCallback(amount=0.5, criterion=criterion, end_epoch=2, slim=False)
+        trainer([callback]).fit(Classifier(residual_net()), loader())
+        masks.append(callback.masks)
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_evidence_is_in_the_report_and_in_checkpoints():
+    callback = WeightPruning(amount=0.5, end_epoch=2)
+    trainer([callback]).fit(Classifier(mlp()), loader())
+    first, second, *_ = callback.report().to_dict()["layers"]
+    assert {"features", "mean", "spread", "joint", "shrunk", "trusted"} == first["evidence"].keys()
+    assert first["evidence"]["features"] == 64 and second["evidence"]["features"] == 32
+    restored = WeightPruning(amount=0.5, end_epoch=2)
+    restored.load_state_dict(callback.state_dict())
+    trainer([restored], max_epochs=5).fit(Classifier(mlp()), loader())
+    assert restored.report().to_dict()["layers"][0]["evidence"] == first["evidence"]
 
 
 def test_without_pruning_training_is_bit_equal_to_training_without_the_callback():
@@ -348,6 +425,8 @@ BAD_ARGUMENTS = [
     ({"start_epoch": 3, "end_epoch": 3}, "end_epoch must lie after start_epoch=3 .*, got 3"),
     ({"num_classes": 1}, "num_classes must be at least 2"),
     ({"collect_every": 0}, "collect_every must be at least 1"),
+    ({"collect_every": "always"}, 'collect_every must be "auto" or a number of batches, got .always.'),
+    ({"criterion": "lightning_fscreen.fusion:screenin"}, "unknown criterion 'screenin'"),
 ]
 
 

@@ -114,3 +114,20 @@ def test_a_registered_criterion_is_found_by_its_name_and_a_taken_name_refused():
     finally:
         CRITERIA.pop("squared", None)
     assert resolve_criterion("magnitude").score is not squared
+
+
+def test_a_criterion_can_be_named_with_the_module_that_registers_it(tmp_path, monkeypatch):
+    (tmp_path / "my_criteria.py").write_text(
+        "from lightning_fscreen import register_criterion\n"
+        "@register_criterion('mine')\n"
+        "def mine(layers, screening_weight, generator):\n"
+        "    return {name: layer.weight**2 for name, layer in layers.items()}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        criterion = resolve_criterion("my_criteria:mine")
+        assert resolve_criterion("my_criteria:mine") is criterion is resolve_criterion("mine")
+    finally:
+        CRITERIA.pop("mine", None)
+    with pytest.raises(ValueError, match="no_such_module.*register"):
+        resolve_criterion("no_such_module:mine")
