@@ -1,4 +1,4 @@
-"""What speaks for a feature: three tests of whether it has any bearing on the classes, all at one level."""
+"""What speaks for a feature: three tests of whether it has any bearing on the classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_fscreen.criteria import Ranked, required
 from lightning_fscreen.functional import f_critical
 
-# A feature without any bearing on the classes passes each of the tests once in a thousand times.
+# A feature without any bearing on the classes passes each of the first two tests once in a thousand times.
 LEVEL = 1e-3
 _FEWEST = 10  # features that make a null distribution
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
@@ -52,20 +52,21 @@ class Evidence:
 
 
 def gather_evidence(layer: Ranked, name: str) -> Evidence:
-    """Test the features of a layer, each test at level α = 0.001.
+    """Test the features of a layer at level α = 0.001.
 
     - **mean**: F, the F-statistic of the feature, above its critical value.
     - **spread**: the F-statistic of its squared deviation from its mean, (x − x̄)², above the same value: Levene's test
       with squares. It sees classes that differ in variance, or in sign.
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
       of its connections. Features that the first two tests are silent about are each other's null distribution: log g
-      above its median by more than z(1 − α) standard deviations (from the median absolute deviation). Where fewer than
-      ten of them have connections left nothing can be told, and these count as spoken for.
+      above its median by more than z(1 − α/p) standard deviations (from the median absolute deviation), p the number of
+      features: pruning thins that distribution out, and what is left of it must not pass. Where fewer than ten of them
+      have connections left nothing can be told, and these count as spoken for.
 
     Features that the network has learned (`Ranked.learned`) are not tested but trusted: training itself shrinks the
     weights of those that do not help, and in all that was tried screening them as well made nothing better. So are
-    those of a layer of which nothing is known yet: where no feature passes any test at level α/p, p their number (the
-    union bound), there is no telling relevant from irrelevant ones.
+    those of a layer of which nothing is known yet: where no feature passes any test at level α/p (the union bound), there
+    is no telling relevant from irrelevant ones.
 
     Args:
         layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
@@ -84,7 +85,7 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     marginal = f if layer.spread is None else torch.maximum(f, layer.spread.double().nan_to_num(nan=0, posinf=math.inf))
     spoken = _by_feature(marginal > critical, shape)
     outliers = _outliers(layer, ~spoken & varies)
-    joint, strict_joint = NormalDist().inv_cdf(1 - LEVEL), NormalDist().inv_cdf(1 - LEVEL / number)
+    joint = NormalDist().inv_cdf(1 - LEVEL / number)
     mean = _by_feature(f > critical, shape)
     counts = {
         "features": number,
@@ -97,7 +98,7 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
         trusted = "the network has learned these features"
     elif math.isinf(critical):
         trusted = "too few instances for any test"
-    elif not bool((marginal > strict).any()) and not bool((outliers > strict_joint).any()):
+    elif not bool((marginal > strict).any()) and not bool((outliers > joint).any()):
         trusted = "no test speaks for any feature"
     strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, outliers / joint)
     return Evidence(strength=strength, trusted=trusted, **counts)
