@@ -65,8 +65,8 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
 
     Features that the network has learned (`Ranked.learned`) are not tested but trusted: training itself shrinks the
     weights of those that do not help, and in all that was tried screening them as well made nothing better. So are
-    those of a layer of which nothing is known yet: where no feature passes any test at level α/p (the union bound), there
-    is no telling relevant from irrelevant ones.
+    those of a layer of which nothing is known yet: where no feature passes any test at level α/p (the union bound),
+    there is no telling relevant from irrelevant ones.
 
     Args:
         layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
