@@ -122,7 +122,7 @@ def measure(experiment, names, overrides):
 
 
 def main(experiment, rounds="5", *overrides):
-    ratios = {}
+    ratios, pairs = {}, {}
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
         pruning = compose("train", [f"experiment={experiment}"]).callbacks.fscreen
     names = [name for name in VARIANTS if name != "slimming" or pruning.granularity == "channel"]
@@ -136,10 +136,13 @@ def main(experiment, rounds="5", *overrides):
             if places:
                 part = sum(seconds[place] for place in places) / sum(without[place] for place in places)
                 ratios.setdefault(f"{name}, epochs that gather", []).append(part)
+                pairs.setdefault(f"{name}, epochs that gather", []).extend(seconds[n] / without[n] for n in places)
     title = f"`{experiment}`, {len(without)} epochs of {steps} steps"
     print(f"| {title} | time against the same without the callback |\n|---|---|")
     for name, values in ratios.items():
         print(f"| {name} | {statistics.median(values):.3f} × ({min(values):.3f}–{max(values):.3f}, {rounds} rounds) |")
+    for name, values in pairs.items():
+        print(f"| {name}, median of pairs of epochs | {statistics.median(values):.3f} × ({len(values)} pairs) |")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 FOLDER: an image folder of CIFAR-10. Three tasks, each pruned at once, every layer alike, and fine-tuned: ResNet-20 on
 scikit-learn's digits; ResNet-20 on 20,000 images of CIFAR-10; and that network, trained on ten classes, for two of them
-with 800 images. Statistics are those of 4,000 training instances (or all there are) in eval mode, a channel being the mean of its
-activation over the positions.
+with 800 images. Statistics are those of 4,000 training instances (or all there are) in eval mode, a channel being the
+mean of its activation over the positions.
 
 "Redundancy" selects forward: next comes the channel that lowers Wilks' Λ = |W| / |T| of those kept most, W and T the
 covariances within classes and of all instances; it has the least Var(x | kept, class) / Var(x | kept).
