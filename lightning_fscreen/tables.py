@@ -48,28 +48,45 @@ def summary(values: Sequence[float]) -> str:
 
 
 def markdown(table: Mapping[str, Any], results: Results) -> str:
-    """One row for every method, one column for every setting and amount: error of the last epoch, %."""
+    """Error of the last epoch, %: a row for every method, a column for every setting and amount.
+
+    With more settings than methods, a row for every setting, and a column for every method and amount.
+    """
     metric = metric_of(table)
     groups = grouped(results, metric)
-    amounts = table["amounts"]
-    columns = [(setting, amount) for setting in table["settings"] for amount in amounts]
     seeds = sorted({len(values) for values in groups.values()})
-    names = [f"{100 * amount:g} % pruned" for _, amount in columns]
-    if all(table["settings"]):
-        single = len(amounts) == 1
-        names = [column[0] if single else f"{column[0]}, {name}" for column, name in zip(columns, names, strict=True)]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method in table["methods"]:
-        cells = []
-        for setting, amount in columns:
-            values = groups.get((setting, method, amount)) or groups.get((setting, method, None), [])
-            cells.append(summary(values) + ("" if len(seeds) == 1 or not values else f" ({len(values)})"))
-        if any(cell != "–" for cell in cells):
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+
+    def cell(setting: str, method: str, amount: float | None) -> str:
+        values = groups.get((setting, method, amount)) or groups.get((setting, method, None), [])
+        return summary(values) + ("" if len(seeds) == 1 or not values else f" ({len(values)})")
+
+    found = {method: [amount for _, other, amount in groups if other == method] for method in table["methods"]}
+    methods = [method for method in table["methods"] if found[method]]
+    if len(table["settings"]) > len(methods):
+        pairs = [(method, amount) for method in methods for amount in _amounts(table, found[method])]
+        rows = [("", [_titled(method, amount) for method, amount in pairs])]
+        rows += [(setting, [cell(setting, *pair) for pair in pairs]) for setting in table["settings"]]
+    else:
+        columns = [(setting, amount) for setting in table["settings"] for amount in table["amounts"]]
+        single = len(table["amounts"]) == 1 and all(table["settings"])
+        rows = [("", [setting if single else _titled(setting, amount) for setting, amount in columns])]
+        rows += [(method, [cell(setting, method, amount) for setting, amount in columns]) for method in methods]
+    lines = [f"| {' | '.join([name, *cells])} |" for name, cells in rows]
+    lines[0] = lines[0].replace("|  |", "| |", 1)
     plural = "" if seeds == [1] else "s"
     count = f"{seeds[0]} seed{plural}" if len(seeds) == 1 else "number of seeds in brackets"
     caption = f"({METRICS[metric].capitalize()} of the last epoch in %, mean ± standard deviation, {count}.)"
-    return "\n".join([*lines, "", caption, ""])
+    return "\n".join([lines[0], "|---" * (len(rows[0][1]) + 1) + "|", *lines[1:], "", caption, ""])
+
+
+def _amounts(table: Mapping[str, Any], found: Sequence[float | None]) -> list[float | None]:
+    """Amounts of a method in the table's order; None for one that prunes nothing."""
+    return [amount for amount in (*table["amounts"], None) if amount in found]
+
+
+def _titled(name: str, amount: float | None) -> str:
+    """What a column shows: a name, a share pruned, or both."""
+    return ", ".join(filter(None, (name, "" if amount is None else f"{100 * amount:g} % pruned")))
 
 
 def by_layer(table: Mapping[str, Any], results: Results) -> str:

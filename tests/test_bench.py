@@ -76,6 +76,16 @@ def test_the_table_and_the_curves_show_mean_and_deviation():
     assert panels[0].lines[0].get_ydata().tolist() == pytest.approx([15, 15])
 
 
+def test_more_settings_than_methods_go_down_the_table():
+    table = TABLE | {"settings": {name: [f"data.batch_size={8 * place}"] for place, name in enumerate("abcd", 1)}}
+    results = [line(run, 0.01 * run.seed + 0.1 * (run.setting == "c")) for run in runs_of(table)]
+    rows = markdown(table, results).splitlines()
+    pairs = [f"{method}, {amount} % pruned" for method in ("ours", "random") for amount in (50, 90)]
+    assert rows[0] == f"| | {' | '.join(pairs)} | dense |"
+    assert [row.split(" | ")[0] for row in rows[2:6]] == ["| a", "| b", "| c", "| d"]
+    assert rows[4] == "| c | " + " | ".join(["10.50 ± 0.71"] * 5) + " |"
+
+
 def test_where_networks_became_smaller_the_curves_show_multiply_adds_too():
     table = TABLE | {"settings": {"": []}}
     after = {0.5: 60, 0.9: 20}
