@@ -133,7 +133,7 @@ def decimals(*values):
 
 def lenet_figures():
     held_out, test = (
-        [difference(name, "screening (shrunken F)", "magnitude", amount) for amount in (0.957, 0.98, 0.99)]
+        [difference(name, "screening", "magnitude", amount) for amount in (0.957, 0.98, 0.99)]
         for name in ("lenet300_validation", "lenet300")
     )
     (a, held_out_errors), (b, test_errors) = zip(*held_out, strict=True), zip(*test, strict=True)
@@ -158,25 +158,26 @@ def unit_figures():
     def error(*key):
         return f"{statistics.fmean(found[key]):.2f} %"
 
-    screening, slimming = ("screening (shrunken F)", 0.9), ("network slimming", 0.9)
-    together, alike, random = ("screening (shrunken F)", 0.7), ("screening by layer", 0.9), ("random", 0.9)
+    ranked, slimming = ("magnitude", 0.9), ("network slimming", 0.9)
+    together, alike, random = ("magnitude", 0.7), ("magnitude by layer", 0.9), ("random", 0.9)
     assert in_first_layer(*slimming) == "1"
     yield (
-        f"screening leaves {in_first_layer(*screening)} of its 300 units and {parameters(*screening)} parameters of "
+        f"at 90 % magnitude leaves {in_first_layer(*ranked)} of its 300 units and {parameters(*ranked)} parameters of "
         f"{parameters('dense', None)}, network slimming one unit; every layer alike, {in_first_layer(*alike)} units "
         f"and {parameters(*alike)}."
     )
     yield (
-        f"screening of all units at 70 % ({parameters(*together)} parameters, {error(*together)}), by layer at 90 % "
-        f"({parameters(*alike)}, {error(*alike)}) and random units at 90 % ({parameters(*random)}, {error(*random)})"
+        f"Nearest in size are all units ranked together at 70 % ({parameters(*together)} parameters, "
+        f"{error(*together)}), by layer at 90 % ({parameters(*alike)}, {error(*alike)}) and random units at 90 % "
+        f"({parameters(*random)}, {error(*random)})."
     )
-    spreads = []
-    for amount in (0.7, 0.9):
-        means = [
-            statistics.fmean(found[f"{method} by layer", amount])
-            for method in ("screening", "magnitude", "network slimming")
-        ]
-        spreads.append(max(means) - min(means))
+    spreads = [
+        abs(
+            statistics.fmean(found["magnitude by layer", amount])
+            - statistics.fmean(found["network slimming by layer", amount])
+        )
+        for amount in (0.7, 0.9)
+    ]
     yield f"lie within {math.ceil(100 * max(spreads)) / 100:.2f} points of each other"
 
 
@@ -189,7 +190,7 @@ def digits_figures():
 
     yield (
         f"of the multiply–adds Taylor leaves {left('Taylor')}, SNIP {left('SNIP')}, gradient {left('gradient')} and "
-        f"every layer alike {left('magnitude by layer')}, screening {left('screening (shrunken F)')}:"
+        f"every layer alike {left('magnitude by layer')}, screening {left('screening')}:"
     )
 
 

@@ -36,19 +36,18 @@ BY_LAYER, GLOBAL = ([f"{FSCREEN}.schedule=one_shot", f"{FSCREEN}.scope={scope}"]
 ANNEALED = [f"{FSCREEN}.schedule=cubic", f"{FSCREEN}.scope=global"]
 L1 = ["+callbacks.l1._target_=lightning_fscreen.l1.ScaleL1", "+callbacks.l1.strength=1e-4"]
 PEER = [f"~{FSCREEN}", f"+callbacks.peer._target_={__name__}.TorchPruning"]
-# What is trained until then, and what follows. Those that screen gather statistics in the epoch between; "masks only"
-# is screening without slimming, "Torch-Pruning" its BNScalePruner. "Global" methods rank all layers together; the
-# others take the same share of every layer, as Torch-Pruning does by default.
+# What is trained until then, and what follows. "Magnitude" is how the default criterion ranks channels, "masks only" the
+# same without slimming, "Torch-Pruning" its BNScalePruner. "Global" methods rank all layers together; the others take
+# the same share of every layer, as Torch-Pruning does by default.
 METHODS = {
     "dense": ("plain", [f"~{FSCREEN}"]),
-    "screening": ("plain", ["method=screening", *BY_LAYER]),
-    "masks only": ("plain", ["method=screening", *BY_LAYER, f"{FSCREEN}.slim=false"]),
+    "masks only": ("plain", ["method=magnitude", *BY_LAYER, f"{FSCREEN}.slim=false"]),
     "magnitude": ("plain", ["method=magnitude", *BY_LAYER]),
     "random": ("plain", ["method=random", *BY_LAYER]),
     "network slimming": ("L1", ["method=network_slimming", *BY_LAYER]),
     "Torch-Pruning": ("L1", PEER),
-    "global screening": ("plain", ["method=screening", *GLOBAL]),
-    "annealed global screening": (None, ["method=screening", *ANNEALED]),
+    "global magnitude": ("plain", ["method=magnitude", *GLOBAL]),
+    "annealed global magnitude": (None, ["method=magnitude", *ANNEALED]),
     "global sum (paper)": ("plain", ["method=screening_sum", *GLOBAL]),
     "global random": ("plain", ["method=random", *GLOBAL]),
     "global network slimming": ("L1", ["method=network_slimming", *GLOBAL]),

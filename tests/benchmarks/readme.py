@@ -17,19 +17,24 @@ from PIL import Image
 
 from lightning_fscreen.bench import load_results, runs_of
 from lightning_fscreen.tables import by_layer, grouped, markdown
-from tests.benchmarks import finetune
+from tests.benchmarks import finetune, redundancy
 
 ROOT = Path(__file__).parents[2]
 README, RESULTS = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "results"
 PICTURE = ROOT / ".github" / "results.png"
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 SHOWN = ("noisy_mnist", "fusion")  # tables in the picture
+EXTRA = {
+    "blind_spots": [
+        '+table.methods.means_alone=["callbacks.fscreen.criterion=tests.benchmarks.means_alone:means_alone"]'
+    ]
+}
 
 
 def table_and_results(name):
     """A table, and the lines of its committed results."""
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
-        table = OmegaConf.to_container(compose("bench", [f"table={name}"]).table, resolve=True)
+        table = OmegaConf.to_container(compose("bench", [f"table={name}", *EXTRA.get(name, [])]).table, resolve=True)
     commands = {run.command for run in runs_of(table)}
     return table, [line for line in load_results(RESULTS / f"{name}.jsonl") if line["command"] in commands]
 
@@ -40,8 +45,8 @@ def rendered(name):
         return by_layer(*table_and_results(name.removesuffix("_layers")))
     if not (RESULTS / f"{name}.jsonl").exists():
         return (RESULTS / f"{name}.md").read_text()
-    if name == "finetune":
-        return finetune.table(RESULTS / "finetune.jsonl")
+    if name in ("finetune", "redundancy"):
+        return {"finetune": finetune, "redundancy": redundancy}[name].table(RESULTS / f"{name}.jsonl")
     return markdown(*table_and_results(name))
 
 
@@ -67,7 +72,7 @@ def draw():
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     _, results = table_and_results("noisy_mnist")
     groups = grouped(results)
-    methods = {"screening (shrunken F)": "C0", "magnitude": "C3", "sum (paper)": "C7"}
+    methods = {"screening": "C0", "magnitude": "C3", "sum (paper)": "C7"}
     settings = ["n = 1,000", "n = 1,000, no noise", "n = 5,000", "n = 5,000, no noise"]
     labels = [
         "1,000 images,\n2,000 irrelevant inputs",
