@@ -48,7 +48,7 @@ Score = Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]
 
 
 class Explained(Protocol):
-    """Why a layer was ranked as it was."""
+    """Why a layer was ranked as it was; its `str` is for the log."""
 
     def to_dict(self) -> dict[str, Any]:
         """As primitives, for reports."""

@@ -44,6 +44,14 @@ class Evidence:
         """Features that no test speaks for."""
         return self.features - self.mean - self.spread - self.joint
 
+    def __str__(self) -> str:
+        if self.trusted:
+            return f"ranked by magnitude alone, for {self.trusted}"
+        return (
+            f"of {self.features} features {self.mean} are spoken for by class means, {self.spread} more by spread, "
+            f"{self.joint} more by joint effects; {self.silent} are shrunk"
+        )
+
     def to_dict(self) -> dict[str, int | str | None]:
         """The counts, as in a report."""
         counts: dict[str, int | str | None] = {name: getattr(self, name) for name in ("features", "mean", "spread")}

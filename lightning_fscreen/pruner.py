@@ -225,7 +225,7 @@ class Pruner:
         for name, evidence in explained.items():
             found = evidence.to_dict()
             if found.get("trusted") != self._evidence.get(name, {}).get("trusted"):
-                log.info("layer %r: %s", name, found)
+                log.info("layer %r: %s", name, evidence)
             self._evidence[name] = found
 
     def prune(

@@ -90,7 +90,9 @@ class PruningReport:
             "candidates": {"total": self.total, "kept": self.kept, "pruned_fraction": self.pruned_fraction},
             "params": {"before": self.before.params, "after": self.after.params, "nonzero": self.after.nonzero},
             "macs": {"before": self.before.macs, "after": self.after.macs},
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [
+                {key: value for key, value in asdict(layer).items() if value is not None} for layer in self.layers
+            ],
             "removed": dict(self.removed),
             "not_pruned": dict(self.not_pruned),
             "not_removed": self.not_removed,

@@ -57,6 +57,7 @@ def test_each_test_speaks_where_the_others_are_silent():
     assert strong(evidence) == [0, 1, 2, 3]
     assert (evidence.features, evidence.mean, evidence.spread, evidence.joint, evidence.silent) == (60, 1, 2, 1, 56)
     assert evidence.to_dict() == {"features": 60, "mean": 1, "spread": 2, "joint": 1, "shrunk": 56, "trusted": None}
+    assert str(evidence).startswith("of 60 features 1 are spoken for by class means, 2 more by spread, 1 more by joint")
 
 
 def test_irrelevant_features_are_seldom_spoken_for():
@@ -75,6 +76,7 @@ def test_learned_features_are_trusted():
     assert "learned" in evidence.trusted
     assert (evidence.strength == 1).all()
     assert evidence.mean == 1 and evidence.to_dict()["shrunk"] == 0
+    assert str(evidence) == "ranked by magnitude alone, for the network has learned these features"
 
 
 def test_where_no_feature_is_significant_among_so_many_all_are_trusted():

@@ -36,8 +36,8 @@ BY_LAYER, GLOBAL = ([f"{FSCREEN}.schedule=one_shot", f"{FSCREEN}.scope={scope}"]
 ANNEALED = [f"{FSCREEN}.schedule=cubic", f"{FSCREEN}.scope=global"]
 L1 = ["+callbacks.l1._target_=lightning_fscreen.l1.ScaleL1", "+callbacks.l1.strength=1e-4"]
 PEER = [f"~{FSCREEN}", f"+callbacks.peer._target_={__name__}.TorchPruning"]
-# What is trained until then, and what follows. "Magnitude" is how the default criterion ranks channels, "masks only" the
-# same without slimming, "Torch-Pruning" its BNScalePruner. "Global" methods rank all layers together; the others take
+# What is trained until then, and what follows. "Magnitude" is what the default criterion does, "masks only" the same
+# without slimming, "Torch-Pruning" its BNScalePruner. "Global" methods rank all layers together; the others take
 # the same share of every layer, as Torch-Pruning does by default.
 METHODS = {
     "dense": ("plain", [f"~{FSCREEN}"]),
