@@ -28,7 +28,7 @@ class Evidence:
         features: number of features.
         mean: how many the test of means speaks for.
         spread: how many of the others the test of spread speaks for.
-        joint: how many of the others the test of joint effects speaks for, or too few are left to be tested.
+        joint: how many of the others the test of joint effects speaks for.
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
@@ -66,15 +66,18 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     - **spread**: the F-statistic of its squared deviation from its mean, (x − x̄)², above the same value: Levene's test
       with squares. It sees classes that differ in variance, or in sign.
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
-      of its connections. Features that the first two tests are silent about are each other's null distribution: log g
-      above its median by more than z(1 − α/p) standard deviations (from the median absolute deviation), p the number of
-      features: pruning thins that distribution out, and what is left of it must not pass. Where fewer than ten of them
-      have connections left nothing can be told, and these count as spoken for.
+      of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
+      others of that kind, by more than z(1 − α/p) standard deviations (from the median absolute deviation) above their
+      median, p the number of features; or if g is above the upper quartile of the features already spoken for.
 
-    Features that the network has learned (`Ranked.learned`) are not tested but trusted: training itself shrinks the
-    weights of those that do not help, and in all that was tried screening them as well made nothing better. So are
-    those of a layer of which nothing is known yet: where no feature passes any test at level α/p (the union bound),
-    there is no telling relevant from irrelevant ones.
+    All features of a layer are trusted, not shrunk, where
+
+    - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help,
+      and in all that was tried screening them as well made nothing better;
+    - no feature passes any test at level α/p (the union bound), so there is no telling relevant from irrelevant ones, or
+      hardly any irrelevant ones are left;
+    - the network makes as much of the silent features as of those spoken for, by their medians: it has found uses for
+      them that the tests do not see.
 
     Args:
         layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
@@ -91,43 +94,49 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     # A statistic that could not be computed (its sums overflowed) says nothing.
     marginal = f if layer.spread is None else torch.maximum(f, layer.spread.double().nan_to_num(nan=0, posinf=math.inf))
-    spoken = _by_feature(marginal > critical, shape)
-    outliers = _outliers(layer, ~spoken & varies)
-    joint = NormalDist().inv_cdf(1 - LEVEL / number)
-    mean = _by_feature(f > critical, shape)
+    spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
+    made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
+    silent = ~spoken & varies
+    null = silent & (made > 0)
+    outliers = _outliers(made, null, number)
+    joint = torch.where(silent, torch.maximum(outliers, made / _upper_quartile(made[spoken])), 0.0)
     counts = {
         "features": number,
         "mean": int(mean.sum()),
         "spread": int((spoken & ~mean).sum()),
-        "joint": int((outliers > joint).sum()),
+        "joint": int((joint > 1).sum()),
     }
     trusted = None
     if layer.learned:
         trusted = "the network has learned these features"
     elif math.isinf(critical):
         trusted = "too few instances for any test"
-    elif not bool((marginal > strict).any()) and not bool((outliers > joint).any()):
-        trusted = "no test speaks for any feature"
-    strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, outliers / joint)
+    elif not bool((marginal > strict).any()) and not bool((outliers > 1).any()):
+        trusted = (
+            "no test speaks for any feature" if int(null.sum()) >= _FEWEST else "too few features are left to compare"
+        )
+    elif bool(spoken.any()) and bool(silent.any()) and bool(made[silent].median() >= made[spoken].median()):
+        trusted = "the network makes as much of features that no test speaks for as of the others"
+    strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, joint)
     return Evidence(strength=strength, trusted=trusted, **counts)
 
 
-def _outliers(layer: Ranked, silent: Tensor) -> Tensor:
-    """By how many standard deviations log g lies above its median over the `silent` features; 0 for all others.
-
-    Infinity for silent features that are too few to be compared.
-    """
-    nothing = torch.zeros_like(silent, dtype=torch.float64)
-    if layer.variance is None:
-        return nothing
-    made = (layer.weight * layer.kept).double().square().sum_to_size(silent.shape)
-    null = silent & (made > 0)
+def _outliers(made: Tensor, null: Tensor, number: int) -> Tensor:
+    """How far log `made` of the features in `null` lies above their median, over the critical distance; 0 elsewhere."""
+    nothing = torch.zeros_like(made)
     logarithms = made[null].log()
     if len(logarithms) < _FEWEST:
-        return torch.where(null, math.inf, nothing)
+        return nothing
     offsets = logarithms - logarithms.median()
     deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
-    return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
+    return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0) / NormalDist().inv_cdf(1 - LEVEL / number))
+
+
+def _upper_quartile(values: Tensor) -> Tensor:
+    """Infinity for no values."""
+    if not len(values):
+        return values.new_tensor(math.inf)
+    return values.sort().values[(3 * len(values)) // 4].clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _by_feature(true: Tensor, shape: torch.Size) -> Tensor:

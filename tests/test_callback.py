@@ -178,16 +178,21 @@ def test_inputs_that_matter_only_jointly_are_found_and_noise_goes_first():
     for criterion in ("screening", "magnitude"):
         torch.manual_seed(0)
         model = Classifier(mlp(inputs=26, hidden=48, classes=2), adam)
-        callback = WeightPruning(amount=0.8, criterion=criterion, end_epoch=12)
-        trainer([callback], max_epochs=16).fit(model, DataLoader(data, batch_size=64, shuffle=True))
+        callback, seen = WeightPruning(amount=0.8, criterion=criterion, end_epoch=12), []
+
+        class Watch(pl.Callback):
+            def on_train_epoch_end(self, trainer, pl_module, callback=callback, seen=seen):
+                seen.append(callback.report().layers[0].evidence)
+
+        fit = trainer([callback, Watch()], max_epochs=16)
+        fit.fit(model, DataLoader(data, batch_size=64, shuffle=True))
         x, labels = data.tensors
         assert float((model.net(x).argmax(1) == labels).double().mean()) > 0.95
         first, *others = callback.report().layers
         mask = callback.masks[first.name]
         kept[criterion] = int(mask[:, :2].sum()), int(mask[:, 2:].sum())
         if criterion == "screening":
-            assert first.evidence["joint"] == 2 and first.evidence["trusted"] is None
-            assert first.evidence["shrunk"] >= 22
+            assert any(found["joint"] == 2 and found["shrunk"] == 24 and not found["trusted"] for found in seen)
             assert all("learned" in layer.evidence["trusted"] for layer in others)
         else:
             assert first.evidence is None
