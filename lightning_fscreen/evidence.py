@@ -74,7 +74,7 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
 
     - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help,
       and in all that was tried screening them as well made nothing better;
-    - no feature passes any test at level α/p (the union bound), so there is no telling relevant from irrelevant ones, or
+    - no feature passes any test at level α/p (the union bound): there is no telling relevant from irrelevant ones, or
       hardly any irrelevant ones are left;
     - the network makes as much of the silent features as of those spoken for, by their medians: it has found uses for
       them that the tests do not see.

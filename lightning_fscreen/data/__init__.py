@@ -9,6 +9,7 @@ from lightning_fscreen.data.folder import ImageFolderDataModule
 from lightning_fscreen.data.generated import (
     FlippedDigitsDataModule,
     GeneratedDataModule,
+    PairsDataModule,
     ShellsDataModule,
     XorDataModule,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "KhanDataModule",
     "MNISTDataModule",
     "NoisyMNISTDataModule",
+    "PairsDataModule",
     "ShellsDataModule",
     "TensorImages",
     "XorDataModule",

@@ -88,6 +88,50 @@ class XorDataModule(GeneratedDataModule):
         return features, (features > 0).sum(1) % 2, 2
 
 
+class PairsDataModule(GeneratedDataModule):
+    """Two classes: the sign of a sum of products of pairs of features and of features that count alone.
+
+    y = 1 if Σ_k x_{2k}·x_{2k+1} / √pairs + Σ_j x_j / √alone > 0, with standard normal features. Those of the pairs have the
+    same distribution in both classes, each by itself.
+
+    Args:
+        pairs: number of pairs.
+        alone: number of features that count alone.
+        train_size: number of training instances.
+        test_size: number of test instances.
+        noise_columns: number of columns of noise.
+        **common: arguments of :class:`GeneratedDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        pairs: int = 10,
+        alone: int = 5,
+        train_size: int = 8000,
+        test_size: int = 4000,
+        noise_columns: int = 0,
+        **common: Any,
+    ) -> None:
+        super().__init__(noise_columns=noise_columns, **common)
+        self.pairs = _at_least(1, "pairs", pairs)
+        self.alone = _at_least(0, "alone", alone)
+        self.train_size = _at_least(1, "train_size", train_size)
+        self.test_size = _at_least(1, "test_size", test_size)
+
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Draw them."""
+        count = self.test_size if test else self.train_size
+        features = torch.randn(count, 2 * self.pairs + self.alone, generator=generator)
+        paired, alone = features.split([2 * self.pairs, self.alone], dim=1)
+        score = paired.unflatten(1, (self.pairs, 2)).prod(2).sum(1) / self.pairs**0.5
+        score += alone.sum(1) / max(self.alone, 1) ** 0.5
+        return features, (score > 0).long(), 2
+
+
 class ShellsDataModule(GeneratedDataModule):
     """Concentric shells: the classes are the quantiles of the distance of a normally distributed point from the origin.
 

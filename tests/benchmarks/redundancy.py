@@ -4,7 +4,7 @@
     PYTHONPATH=. python tests/benchmarks/redundancy.py RESULTS.jsonl  # the table
 
 FOLDER: an image folder of CIFAR-10. Three tasks, each pruned at once, every layer alike, and fine-tuned: ResNet-20 on
-scikit-learn's digits; ResNet-20 on 20,000 images of CIFAR-10; and that network, trained on ten classes, for two of them
+scikit-learn's digits; ResNet-20 on 10,000 images of CIFAR-10; and that network, trained on ten classes, for two of them
 with 800 images. Statistics are those of 4,000 training instances (or all there are) in eval mode, a channel being the
 mean of its activation over the positions.
 
@@ -170,7 +170,7 @@ def main(results, folder, *seeds):
         train(network, *digits_train, 10, 0.1, 64, False)
         run(results, "digits", seed, network, digits_train, digits_test, (10, 0.05, 64, False))
         torch.manual_seed(seed)
-        some = torch.randperm(len(cifar_train[0]))[:20_000]
+        some = torch.randperm(len(cifar_train[0]))[:10_000]
         sample = cifar_train[0][some], cifar_train[1][some]
         network = models.resnet20()
         train(network, *sample, 6, 0.1, 128, True)
@@ -181,7 +181,7 @@ def main(results, folder, *seeds):
             torch.manual_seed(seed)
             tuned.fc = torch.nn.Linear(tuned.fc.in_features, 2)
             train(tuned, *few, 3, 0.01, 64, True)  # the new head, before anything is ranked
-            run(results, pair, seed, tuned, few, two_classes(*cifar_test, classes), (20, 0.02, 64, True))
+            run(results, pair, seed, tuned, few, two_classes(*cifar_test, classes), (10, 0.02, 64, True))
 
 
 def table(results):

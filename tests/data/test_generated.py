@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.feature_selection import f_classif
 
-from lightning_fscreen.data import FlippedDigitsDataModule, ShellsDataModule, XorDataModule
+from lightning_fscreen.data import FlippedDigitsDataModule, PairsDataModule, ShellsDataModule, XorDataModule
 
 
 def everything(data, test=False):
@@ -15,6 +15,7 @@ def everything(data, test=False):
 
 MODULES = [
     (XorDataModule, {"relevant_columns": 3}, 3, 8000, 4000, 2),
+    (PairsDataModule, {"pairs": 4, "alone": 0}, 8, 8000, 4000, 2),
     (ShellsDataModule, {"relevant_columns": 5, "num_shells": 4}, 5, 4000, 4000, 4),
     (FlippedDigitsDataModule, {}, 64, 1497, 300, 10),
 ]
@@ -54,6 +55,14 @@ def test_parity_decides_xor_and_no_smaller_set_of_signs_does():
         assert float((parity == labels).double().mean()) == pytest.approx(0.5, abs=0.03)
 
 
+def test_pairs_count_by_their_product_and_the_others_alone():
+    features, labels = everything(PairsDataModule(pairs=1, alone=1, noise_columns=2))
+    score = features[:, 0] * features[:, 1] + features[:, 2]
+    assert torch.equal((score > 0).long(), labels)
+    _, p_values = f_classif(features, labels)
+    assert p_values[2] < 1e-9 and (p_values[[0, 1, 3, 4]] > 1e-3).all()
+
+
 def test_shells_are_ordered_by_distance_and_equally_frequent():
     features, labels = everything(ShellsDataModule(relevant_columns=4, num_shells=4, noise_columns=0))
     radius = features.norm(dim=1)
@@ -73,6 +82,7 @@ def test_digits_are_flipped_as_a_whole():
     [
         (XorDataModule, {"relevant_columns": 1}, "relevant_columns must be at least 2, got 1"),
         (XorDataModule, {"train_size": 0}, "train_size must be at least 1, got 0"),
+        (PairsDataModule, {"pairs": 0}, "pairs must be at least 1, got 0"),
         (ShellsDataModule, {"num_shells": 1}, "num_shells must be at least 2, got 1"),
         (ShellsDataModule, {"noise_columns": -1}, "noise_columns must not be negative, got -1"),
     ],
