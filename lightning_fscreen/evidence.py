@@ -15,6 +15,7 @@ from lightning_fscreen.functional import f_critical
 # A feature without any bearing on the classes passes each of the first two tests once in a thousand times.
 LEVEL = 1e-3
 _FEWEST = 10  # features that make a null distribution
+_SIMILAR = 2 / 3
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
 
 
@@ -67,17 +68,17 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
       with squares. It sees classes that differ in variance, or in sign.
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
       of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
-      others of that kind, by more than z(1 − α/p) standard deviations (from the median absolute deviation) above their
-      median, p the number of features; or if g is above the upper quartile of the features already spoken for.
+      others of that kind, by more than z(1 − α) standard deviations (from the median absolute deviation) above their
+      median; or if g is above the upper quartile of the *established* features: those that pass one of these tests at
+      level α/p, p the number of features (the union bound).
 
     All features of a layer are trusted, not shrunk, where
 
     - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help,
       and in all that was tried screening them as well made nothing better;
-    - no feature passes any test at level α/p (the union bound): there is no telling relevant from irrelevant ones, or
-      hardly any irrelevant ones are left;
-    - the network makes as much of the silent features as of those spoken for, by their medians: it has found uses for
-      them that the tests do not see.
+    - none is established: there is no telling relevant from irrelevant ones;
+    - the network makes at least two thirds as much of the silent features as of the established ones, by their medians:
+      it has found uses for them that the tests do not see.
 
     Args:
         layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
@@ -97,9 +98,14 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
     silent = ~spoken & varies
-    null = silent & (made > 0)
-    outliers = _outliers(made, null, number)
-    joint = torch.where(silent, torch.maximum(outliers, made / _upper_quartile(made[spoken])), 0.0)
+    outlying = _deviations(made, silent & (made > 0))
+    z, strict_z = (NormalDist().inv_cdf(1 - level) for level in (LEVEL, LEVEL / number))
+    established = _by_feature(marginal > strict, shape) | (outlying > strict_z)
+    reference = made[established].sort().values
+    joint = outlying / z
+    if len(reference):
+        quartile = reference[(3 * len(reference)) // 4].clamp(min=torch.finfo(made.dtype).tiny)
+        joint = torch.where(silent, torch.maximum(joint, made / quartile), 0.0)
     counts = {
         "features": number,
         "mean": int(mean.sum()),
@@ -111,32 +117,26 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
         trusted = "the network has learned these features"
     elif math.isinf(critical):
         trusted = "too few instances for any test"
-    elif not bool((marginal > strict).any()) and not bool((outliers > 1).any()):
-        trusted = (
-            "no test speaks for any feature" if int(null.sum()) >= _FEWEST else "too few features are left to compare"
-        )
-    elif bool(spoken.any()) and bool(silent.any()) and bool(made[silent].median() >= made[spoken].median()):
-        trusted = "the network makes as much of features that no test speaks for as of the others"
+    elif not len(reference):
+        trusted = "no feature stands out"
+    elif bool((rest := silent & ~established).any()) and bool(made[rest].median() >= _SIMILAR * reference.median()):
+        trusted = "the network makes nearly as much of features that no test speaks for as of the others"
     strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, joint)
     return Evidence(strength=strength, trusted=trusted, **counts)
 
 
-def _outliers(made: Tensor, null: Tensor, number: int) -> Tensor:
-    """How far log `made` of the features in `null` lies above their median, over the critical distance; 0 elsewhere."""
+def _deviations(made: Tensor, null: Tensor) -> Tensor:
+    """By how many standard deviations log `made` of the features in `null` lies above its median; 0 elsewhere.
+
+    0 everywhere if they are too few to be compared.
+    """
     nothing = torch.zeros_like(made)
     logarithms = made[null].log()
     if len(logarithms) < _FEWEST:
         return nothing
     offsets = logarithms - logarithms.median()
     deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
-    return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0) / NormalDist().inv_cdf(1 - LEVEL / number))
-
-
-def _upper_quartile(values: Tensor) -> Tensor:
-    """Infinity for no values."""
-    if not len(values):
-        return values.new_tensor(math.inf)
-    return values.sort().values[(3 * len(values)) // 4].clamp(min=torch.finfo(values.dtype).tiny)
+    return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
 
 
 def _by_feature(true: Tensor, shape: torch.Size) -> Tensor:

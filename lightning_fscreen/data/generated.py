@@ -91,8 +91,8 @@ class XorDataModule(GeneratedDataModule):
 class PairsDataModule(GeneratedDataModule):
     """Two classes: the sign of a sum of products of pairs of features and of features that count alone.
 
-    y = 1 if Σ_k x_{2k}·x_{2k+1} / √pairs + Σ_j x_j / √alone > 0, with standard normal features. Those of the pairs have the
-    same distribution in both classes, each by itself.
+    y = 1 if Σ_k x_{2k}·x_{2k+1} / √pairs + Σ_j x_j / √alone > 0, with standard normal features. Those of the pairs have
+    the same distribution in both classes, each by itself.
 
     Args:
         pairs: number of pairs.
