@@ -15,7 +15,7 @@ from lightning_fscreen.functional import f_critical
 # A feature without any bearing on the classes passes each of the first two tests once in a thousand times.
 LEVEL = 1e-3
 _FEWEST = 10  # features that make a null distribution
-_SIMILAR = 2 / 3
+_SIMILAR, _APART = 2 / 3, 0.95
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
 
 
@@ -77,8 +77,9 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help,
       and in all that was tried screening them as well made nothing better;
     - none is established: there is no telling relevant from irrelevant ones;
-    - the network makes at least two thirds as much of the silent features as of the established ones, by their medians:
-      it has found uses for them that the tests do not see.
+    - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
+      for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
+      the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident.
 
     Args:
         layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
@@ -119,7 +120,7 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
         trusted = "too few instances for any test"
     elif not len(reference):
         trusted = "no feature stands out"
-    elif bool((rest := silent & ~established).any()) and bool(made[rest].median() >= _SIMILAR * reference.median()):
+    elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
     strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, joint)
     return Evidence(strength=strength, trusted=trusted, **counts)
@@ -137,6 +138,15 @@ def _deviations(made: Tensor, null: Tensor) -> Tensor:
     offsets = logarithms - logarithms.median()
     deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
     return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
+
+
+def _used_alike(silent: Tensor, established: Tensor) -> bool:
+    """Whether as much is made of silent features as of established ones (sorted), or two thirds without overlap."""
+    if not len(silent) or not bool(silent.median() > 0):
+        return False
+    ratio = float(silent.median() / established.median())
+    below = 1 - torch.searchsorted(established, silent, right=True).double().mean() / len(established)
+    return ratio >= 1 or (ratio >= _SIMILAR and float(below) >= _APART)
 
 
 def _by_feature(true: Tensor, shape: torch.Size) -> Tensor:
