@@ -119,6 +119,25 @@ def test_where_the_network_makes_as_much_of_silent_features_all_are_trusted():
     assert (evidence.strength == 1).all()
 
 
+@pytest.mark.parametrize(("level", "scatter", "trusted"), [(0.85, 0.01, True), (0.85, 0.2, False), (0.7, 0.01, False)])
+def test_two_thirds_are_enough_only_where_the_network_tells_the_two_apart(level, scatter, trusted):
+    features, labels, _ = noise()
+    features[:, :30] += labels.view(-1, 1)
+    columns = 1 + scatter * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    columns[30:] *= level  # of weights; of their squares 0.72 and 0.49
+    layer = layer_of(features, labels, columns.expand(20, 60).clone())
+    assert (gather_evidence(layer, "a").trusted is not None) is trusted
+
+
+def test_silent_features_that_are_gone_are_not_used():
+    features, labels, weight = noise(used=[0])
+    features[:, 0] += labels
+    weight[:, 0] = 0
+    layer = layer_of(features, labels, weight)
+    kept = torch.zeros_like(layer.kept)
+    assert gather_evidence(replace(layer, kept=kept), "a").trusted is None
+
+
 def test_constant_features_are_never_spoken_for():
     features, labels, weight = noise(p=8, used=(0, 6))
     features[:, 0] += labels

@@ -133,7 +133,7 @@ def decimals(*values):
 
 def lenet_figures():
     held_out, test = (
-        [difference(name, "screening", "magnitude", amount) for amount in (0.957, 0.98, 0.99)]
+        [difference(name, "screening (shrunken F)", "magnitude", amount) for amount in (0.957, 0.98, 0.99)]
         for name in ("lenet300_validation", "lenet300")
     )
     (a, held_out_errors), (b, test_errors) = zip(*held_out, strict=True), zip(*test, strict=True)
