@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from lightning_fscreen.network import examined
 from lightning_fscreen.origins import is_learned
 from lightning_fscreen.positions import PositionMeans
 from lightning_fscreen.slimming.activations import Activation
+
+log = logging.getLogger(__name__)
 
 _NONE = 2**62  # later than any batch
 # Values summed at a time, so that they and their powers stay in the cache.
@@ -232,6 +235,9 @@ class ActivationCollector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave."""
+        if "moments" not in state:
+            log.warning("the checkpoint is of an earlier version, so the statistics of this epoch start afresh")
+            return
         for own, loaded in zip(self._moments, ClassMoments(**state["moments"]), strict=True):
             own.copy_(loaded)
         for name, sums in self._exact.items():

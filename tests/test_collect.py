@@ -248,6 +248,15 @@ def test_a_state_taken_in_the_middle_of_an_epoch_continues(attached, exact):
         assert found.learned == expected.learned
 
 
+def test_a_state_of_an_earlier_version_starts_the_epoch_afresh(attached, caplog):
+    model = network()
+    collector = attached(collecting(model))
+    collector.load_state_dict({"num_classes": C, "sums": {}})
+    assert "earlier version" in caplog.text
+    feed(collector, model, batches())
+    assert collector.statistics()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("resumed", [False, True])
