@@ -74,8 +74,8 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
 
     All features of a layer are trusted, not shrunk, where
 
-    - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help,
-      and in all that was tried screening them as well made nothing better;
+    - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help;
+      screening them as well made some networks much worse, and only one, trained for a few hundred steps, better;
     - none is established: there is no telling relevant from irrelevant ones;
     - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
       for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
