@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.criteria import Ranked, required
-from lightning_fscreen.functional import f_critical
+from lightning_fscreen.functional import LEVEL, f_critical
 
-# A feature without any bearing on the classes passes each of the first two tests once in a thousand times.
-LEVEL = 1e-3
 _FEWEST = 10  # features that make a null distribution
 _SIMILAR, _APART = 2 / 3, 0.95
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable

@@ -264,6 +264,10 @@ def per_feature(counts: Tensor) -> Tensor:
     return counts.unsqueeze(1) if counts.ndim == 1 else counts
 
 
+LEVEL = 1e-3
+"""Level of the tests: a feature without any bearing on the classes passes one once in a thousand times."""
+
+
 def f_critical(level: float, between: float, within: float) -> float:
     """The F-statistic that a feature without any bearing on the classes exceeds with probability `level`.
 

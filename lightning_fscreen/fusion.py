@@ -40,8 +40,8 @@ def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: 
     for name, evidence in _explain(layers, screening_weight).items():
         layer = layers[name]
         strength = evidence.strength.to(layer.weight.device, scoring_dtype(layer))
-        shrunken = 1.0 if evidence.trusted else (1 - 1 / strength).clamp(min=_SILENT)
-        scores[name] = _geometric(layer, strength.new_tensor(1.0) * shrunken, screening_weight)
+        shrunken = strength if evidence.trusted else (1 - 1 / strength).clamp(min=_SILENT)
+        scores[name] = _geometric(layer, shrunken, screening_weight)
     return scores
 
 

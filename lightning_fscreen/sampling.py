@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from lightning_fscreen.functional import f_critical
+from lightning_fscreen.functional import LEVEL, f_critical
 
-_LEVEL = 1e-3
 _POWER = 0.9
 _EFFECT = 0.01  # share of a feature's variance between the classes
 
@@ -23,7 +22,7 @@ def instances_needed(num_classes: int) -> int:
         num_classes: C ≥ 2.
     """
     k = num_classes - 1
-    excess = k * f_critical(_LEVEL, k, math.inf) - k
+    excess = k * f_critical(LEVEL, k, math.inf) - k
     z = NormalDist().inv_cdf(_POWER)
     # (δ − excess)² = 2 z² (k + 2 δ)
     half = excess + 2 * z**2

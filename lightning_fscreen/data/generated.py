@@ -51,17 +51,33 @@ class GeneratedDataModule(FeatureDataModule):
         return FeatureSet(torch.cat([features, noise], dim=1), labels, [str(name) for name in range(num_classes)])
 
 
-class XorDataModule(GeneratedDataModule):
+class SampledDataModule(GeneratedDataModule):
+    """Base of those whose instances are drawn from a distribution, as many as are asked for.
+
+    Args:
+        train_size: number of training instances.
+        test_size: number of test instances.
+        **common: arguments of :class:`GeneratedDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(self, *, train_size: int = 8000, test_size: int = 4000, **common: Any) -> None:
+        super().__init__(**common)
+        self.train_size = _at_least(1, "train_size", train_size)
+        self.test_size = _at_least(1, "test_size", test_size)
+
+
+class XorDataModule(SampledDataModule):
     """Two classes: whether an odd number of the relevant, normally distributed features is positive.
 
     Every feature alone, and every set of them but the whole, is independent of the class.
 
     Args:
         relevant_columns: number of relevant features.
-        train_size: number of training instances.
-        test_size: number of test instances.
         noise_columns: number of columns of noise.
-        **common: arguments of :class:`GeneratedDataModule`.
+        **common: arguments of :class:`SampledDataModule`.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -71,15 +87,11 @@ class XorDataModule(GeneratedDataModule):
         self,
         *,
         relevant_columns: int = 2,
-        train_size: int = 8000,
-        test_size: int = 4000,
         noise_columns: int = 40,
         **common: Any,
     ) -> None:
         super().__init__(noise_columns=noise_columns, **common)
         self.relevant_columns = _at_least(2, "relevant_columns", relevant_columns)
-        self.train_size = _at_least(1, "train_size", train_size)
-        self.test_size = _at_least(1, "test_size", test_size)
 
     def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
         """Draw them."""
@@ -88,7 +100,7 @@ class XorDataModule(GeneratedDataModule):
         return features, (features > 0).sum(1) % 2, 2
 
 
-class PairsDataModule(GeneratedDataModule):
+class PairsDataModule(SampledDataModule):
     """Two classes: the sign of a sum of products of pairs of features and of features that count alone.
 
     y = 1 if Σ_k x_{2k}·x_{2k+1} / √pairs + Σ_j x_j / √alone > 0, with standard normal features. Those of the pairs have
@@ -97,10 +109,8 @@ class PairsDataModule(GeneratedDataModule):
     Args:
         pairs: number of pairs.
         alone: number of features that count alone.
-        train_size: number of training instances.
-        test_size: number of test instances.
         noise_columns: number of columns of noise.
-        **common: arguments of :class:`GeneratedDataModule`.
+        **common: arguments of :class:`SampledDataModule`.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -111,16 +121,12 @@ class PairsDataModule(GeneratedDataModule):
         *,
         pairs: int = 10,
         alone: int = 5,
-        train_size: int = 8000,
-        test_size: int = 4000,
         noise_columns: int = 0,
         **common: Any,
     ) -> None:
         super().__init__(noise_columns=noise_columns, **common)
         self.pairs = _at_least(1, "pairs", pairs)
         self.alone = _at_least(0, "alone", alone)
-        self.train_size = _at_least(1, "train_size", train_size)
-        self.test_size = _at_least(1, "test_size", test_size)
 
     def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
         """Draw them."""
@@ -132,7 +138,7 @@ class PairsDataModule(GeneratedDataModule):
         return features, (score > 0).long(), 2
 
 
-class ShellsDataModule(GeneratedDataModule):
+class ShellsDataModule(SampledDataModule):
     """Concentric shells: the classes are the quantiles of the distance of a normally distributed point from the origin.
 
     Every relevant feature has the same mean, 0, in every class, and a larger variance in the outer ones.
@@ -141,9 +147,8 @@ class ShellsDataModule(GeneratedDataModule):
         relevant_columns: dimension of the space.
         num_shells: number of classes, equally frequent.
         train_size: number of training instances.
-        test_size: number of test instances.
         noise_columns: number of columns of noise.
-        **common: arguments of :class:`GeneratedDataModule`.
+        **common: arguments of :class:`SampledDataModule`.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -155,15 +160,12 @@ class ShellsDataModule(GeneratedDataModule):
         relevant_columns: int = 10,
         num_shells: int = 3,
         train_size: int = 4000,
-        test_size: int = 4000,
         noise_columns: int = 200,
         **common: Any,
     ) -> None:
-        super().__init__(noise_columns=noise_columns, **common)
+        super().__init__(train_size=train_size, noise_columns=noise_columns, **common)
         self.relevant_columns = _at_least(1, "relevant_columns", relevant_columns)
         self.num_shells = _at_least(2, "num_shells", num_shells)
-        self.train_size = _at_least(1, "train_size", train_size)
-        self.test_size = _at_least(1, "test_size", test_size)
 
     def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
         """Draw them."""
