@@ -90,11 +90,16 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     between, within = layer.degrees or (1.0, math.inf)
     shape = f.shape if layer.variance is None else layer.variance.shape
     number = math.prod(shape)
-    critical, strict = (f_critical(level, between, within) for level in (LEVEL, LEVEL / number))
-    varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
+    critical = f_critical(LEVEL, between, within)
     # A statistic that could not be computed (its sums overflowed) says nothing.
     marginal = f if layer.spread is None else torch.maximum(f, layer.spread.double().nan_to_num(nan=0, posinf=math.inf))
     spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
+    counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
+    if layer.learned or math.isinf(critical):
+        why = "the network has learned these features" if layer.learned else "too few instances for any test"
+        return Evidence(strength=torch.ones_like(f), joint=0, trusted=why, **counts)
+    strict = f_critical(LEVEL / number, between, within)
+    varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
     silent = ~spoken & varies
     outlying = _deviations(made, silent & (made > 0))
@@ -105,18 +110,9 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
     if len(reference):
         quartile = reference[(3 * len(reference)) // 4].clamp(min=torch.finfo(made.dtype).tiny)
         joint = torch.where(silent, torch.maximum(joint, made / quartile), 0.0)
-    counts = {
-        "features": number,
-        "mean": int(mean.sum()),
-        "spread": int((spoken & ~mean).sum()),
-        "joint": int((joint > 1).sum()),
-    }
+    counts |= {"joint": int((joint > 1).sum())}
     trusted = None
-    if layer.learned:
-        trusted = "the network has learned these features"
-    elif math.isinf(critical):
-        trusted = "too few instances for any test"
-    elif not len(reference):
+    if not len(reference):
         trusted = "no feature stands out"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
@@ -149,4 +145,4 @@ def _used_alike(silent: Tensor, established: Tensor) -> bool:
 
 def _by_feature(true: Tensor, shape: torch.Size) -> Tensor:
     """Whether it is true of any connection of a feature."""
-    return true.double().expand(torch.broadcast_shapes(true.shape, shape)).sum_to_size(shape) > 0
+    return true if true.shape == shape else true.double().sum_to_size(shape) > 0

@@ -24,24 +24,28 @@ def _explain(layers: Mapping[str, Ranked], screening_weight: float) -> dict[str,
 
 @register_criterion("screening", needs_statistics=_wanted, explain=_explain)
 def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
-    """R = |w|^(1 − λ) · s^λ with the shrunken evidence s = max(1 − 1/r, 10⁻³), λ = `screening_weight`.
+    """Rank by |w|^(1 − λ) · s^λ with the shrunken evidence s = max(1 − 1/r, 10⁻³), λ = `screening_weight`.
 
     r is the strength of the evidence for a feature: the largest ratio of a test's statistic to its critical value, over
     the tests of `gather_evidence` (the classes' means, their spread, joint effects). A relevant feature passes one of
     them by far, so s ≈ 1 and magnitude decides; one that all are silent about goes early, unless its weights are large.
     Features that are trusted (because the network has learned them, or nothing is known of the layer) have s = 1.
-    With λ = 1, R is F alone.
+    With λ = 1, the score is F alone.
+
+    The score is the root of that product of order max(λ, 1 − λ), which ranks alike: with λ ≤ ½ it is |w|·s^(λ/(1 − λ)),
+    magnitude itself where features are trusted, and takes no power of every weight.
     """
     if screening_weight == 0:
         return _magnitudes(layers)
     if screening_weight == 1:
         return {name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}
-    scores = {}
+    largest = max(screening_weight, 1 - screening_weight)
+    of_magnitude, of_evidence = (1 - screening_weight) / largest, screening_weight / largest
+    scores = {name: magnitude.pow(of_magnitude) for name, magnitude in _magnitudes(layers).items()}
     for name, evidence in _explain(layers, screening_weight).items():
-        layer = layers[name]
-        strength = evidence.strength.to(layer.weight.device, scoring_dtype(layer))
-        shrunken = strength if evidence.trusted else (1 - 1 / strength).clamp(min=_SILENT)
-        scores[name] = _geometric(layer, shrunken, screening_weight)
+        if not evidence.trusted:
+            shrunken = (1 - 1 / evidence.strength).clamp(min=_SILENT)
+            scores[name] = scores[name] * shrunken.pow(of_evidence).to(scores[name])
     return scores
 
 
@@ -50,7 +54,11 @@ def screening_product(layers: Mapping[str, Ranked], screening_weight: float, gen
     """R = |w|^(1 − λ) · F^λ; λ = 1/3 ranks like |w|·√F. An infinite F counts as the largest finite one."""
     if screening_weight == 0:
         return _magnitudes(layers)
-    return {name: _geometric(layers[name], f, screening_weight) for name, f in _finite(layers).items()}
+    magnitudes = _magnitudes(layers)
+    return {
+        name: magnitudes[name].pow(1 - screening_weight) * f.pow(screening_weight)
+        for name, f in _finite(layers).items()
+    }
 
 
 @register_criterion("screening_sum", needs_statistics=_wanted)
@@ -90,12 +98,6 @@ def _finite(layers: Mapping[str, Ranked]) -> Scores:
     finite = [values[torch.isfinite(values)] for values in f.values()]
     largest = max((float(values.max()) for values in finite if len(values)), default=0.0) or 1.0
     return {name: values.clamp(max=largest) for name, values in f.items()}
-
-
-def _geometric(layer: Ranked, f: Tensor, screening_weight: float) -> Tensor:
-    """|w|^(1 − λ) · f^λ."""
-    magnitude = layer.weight.abs().to(f.dtype)
-    return magnitude.pow(1 - screening_weight) * f.pow(screening_weight)
 
 
 def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:

@@ -140,7 +140,8 @@ def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
 
 def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     """Mask of the `count` lowest eligible scores; among equal ones the first positions."""
-    threshold = scores[eligible].kthvalue(count).values
+    # Several times faster than to pick the eligible ones out.
+    threshold = torch.where(eligible, scores, torch.inf).kthvalue(count).values
     lowest = eligible & (scores < threshold)
     tied = (eligible & (scores == threshold)).nonzero().flatten()
     lowest[tied[: count - int(lowest.sum())]] = True
