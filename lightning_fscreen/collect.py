@@ -14,18 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from lightning_fscreen.buffer import ActivationBuffer
 from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
+from lightning_fscreen.feature_sums import FeatureSums
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
-from lightning_fscreen.moments import ClassMoments, Sums, accumulate_moments_, empty_moments, spread_statistic
+from lightning_fscreen.moments import Sums, spread_statistic
 from lightning_fscreen.network import examined
 from lightning_fscreen.origins import is_learned
 from lightning_fscreen.positions import PositionMeans
 from lightning_fscreen.slimming.activations import Activation
 
 log = logging.getLogger(__name__)
-
-_NONE = 2**62  # later than any batch
-# Values summed at a time, so that they and their powers stay in the cache.
-_CHUNK = 2**19
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,12 @@ class ActivationCollector:
     def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[PrunableWeight] = ()) -> None:
         self.num_classes = num_classes
         self._probes = list(probes)
-        self._sizes = [probe.num_features for probe in self._probes]
-        self._exact = {candidate.name: ConnectionSums(candidate, num_classes) for candidate in exact}
+        places = {probe.name: index for index, probe in enumerate(self._probes)}
+        self._exact = {places[candidate.name]: ConnectionSums(candidate, num_classes) for candidate in exact}
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._scratch: Tensor | None = None
         self._means = PositionMeans()
-        self._buffer = ActivationBuffer(self._sizes, self._device)
+        self._buffer = ActivationBuffer([probe.num_features for probe in self._probes], self._device)
         self.reset()
 
     def attach(self) -> None:
@@ -126,15 +122,10 @@ class ActivationCollector:
 
     def reset(self) -> None:
         """Forget all sums."""
-        device = self._device
-        self._moments = empty_moments(self.num_classes, sum(self._sizes), device, by_feature=True)
         self._buffer.clear()  # new memory would be mapped page by page, as it is written
-        self._seen = [False] * len(self._probes)
+        self._sums = FeatureSums(self._buffer.columns, self.num_classes, self._device, self._exact)
         self._learned = [False] * len(self._probes)
         self._batches = 0  # that have been added
-        self._first_bad = torch.full((), _NONE, dtype=torch.int64, device=device)
-        for sums in self._exact.values():
-            sums.reset()
         self._weights.clear()
 
     @property
@@ -170,7 +161,7 @@ class ActivationCollector:
             else:
                 self._flush()
                 if len(labels):
-                    self._add(ran, buffer.features(), [labels], self._batches)
+                    self._sums.add(ran, buffer.features(), [labels], self._batches, self._weights)
             self._batches += 1
         finally:
             self.discard()
@@ -186,7 +177,7 @@ class ActivationCollector:
                 the classes, fewer than two classes.
         """
         self._flush()
-        moments = merge(self._moments)
+        moments = merge(self._sums.moments)
         merged = moments.class_sums
         self._check_finite(merged.squares)
         for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
@@ -202,10 +193,10 @@ class ActivationCollector:
         mean_square = merged.squares / counts + 2 * merged.shift * offset + merged.shift**2
         variance = (merged.squares / counts - offset**2).clamp(min=0)
         statistics = {}
-        for probe, columns, learned in zip(self._probes, self._buffer.columns, self._learned, strict=True):
+        for index, (probe, columns) in enumerate(zip(self._probes, self._buffer.columns, strict=True)):
             probe_f = f[columns]
-            if probe.name in self._exact:
-                connections = self._exact[probe.name]
+            if index in self._exact:
+                connections = self._exact[index]
                 probe_f = f_statistic_compute(merge(connections.class_sums())).view(connections.shift.shape)
             present = merged.counts[:, columns.start]
             between = float((present > 0).sum()) - 1
@@ -216,7 +207,7 @@ class ActivationCollector:
                 mean_square=mean_square[columns],
                 variance=variance[columns],
                 degrees=(between, float(present.sum()) - between - 1),
-                learned=learned,
+                learned=self._learned[index],
             )
         return statistics
 
@@ -224,12 +215,10 @@ class ActivationCollector:
         """All sums, and what waits to be added to them, as tensors and primitives; nothing is changed by asking."""
         return {
             "num_classes": self.num_classes,
-            "moments": self._moments._asdict(),
-            "exact": {name: sums.class_sums()._asdict() for name, sums in self._exact.items()},
-            "seen": list(self._seen),
+            **self._sums.state_dict(),
+            "exact": {self._probes[index].name: sums.class_sums()._asdict() for index, sums in self._exact.items()},
             "learned": list(self._learned),
             "batches": self._batches,
-            "first_bad": self._first_bad,
             "waiting": self._buffer.waiting(),
         }
 
@@ -238,13 +227,11 @@ class ActivationCollector:
         if "moments" not in state:
             log.warning("the checkpoint is of an earlier version, so the statistics of this epoch start afresh")
             return
-        for own, loaded in zip(self._moments, ClassMoments(**state["moments"]), strict=True):
-            own.copy_(loaded)
-        for name, sums in self._exact.items():
-            sums.load(ClassSums(**state["exact"][name]))
-        self._seen, self._learned = list(state["seen"]), list(state["learned"])
+        self._sums.load_state_dict(state)
+        for index, sums in self._exact.items():
+            sums.load(ClassSums(**state["exact"][self._probes[index].name]))
+        self._learned = list(state["learned"])
         self._batches = state["batches"]
-        self._first_bad.copy_(state["first_bad"])
         self._buffer.restore(*state["waiting"])
 
     def _input_hook(self, index: int) -> Callable[..., None]:
@@ -254,7 +241,7 @@ class ActivationCollector:
             if not examined.get():
                 activation = args[0] if args else kwargs["input"]
                 self._gather(index, activation, activation, module)
-                if probe.name in self._exact:
+                if index in self._exact:
                     self._weights[index] = probe.module.get_parameter("weight").detach().clone()
 
         return gather
@@ -298,80 +285,15 @@ class ActivationCollector:
         """Add the steps that wait to the sums."""
         features, labels = self._buffer.take()
         if len(features):
-            self._add(list(range(len(self._probes))), features, labels, self._batches - len(labels))
-
-    def _add(self, ran: list[int], features: Tensor, labels: list[Tensor], first: int) -> None:
-        """Add activations of the probes that ran, which may be overwritten, from batch `first` on."""
-        shift = self._moments.shift
-        everything = len(ran) == len(self._probes)
-        columns: slice | Tensor = slice(None)
-        if not everything:
-            columns = torch.cat([torch.arange(len(shift))[self._buffer.columns[index]] for index in ran])
-        unseen = [index for index in ran if not self._seen[index]]
-        if unseen:
-            origin = shift.clone()
-            origin[columns] = _origin(features).to(shift)
-            for index in unseen:
-                shift[self._buffer.columns[index]] = origin[self._buffer.columns[index]]
-                self._seen[index] = True
-        if everything and not self._exact:
-            self._accumulate(self._moments, features, torch.cat(labels))
-        else:
-            batch = empty_moments(self.num_classes, features.shape[1], shift.device)._replace(shift=shift[columns])
-            self._accumulate(batch, features, torch.cat(labels))
-            self._moments.counts[:, columns] += batch.counts.unsqueeze(1)
-            for total, part in zip(self._moments[2:], batch[2:], strict=True):
-                total[..., columns] += part
-            self._add_connections(ran, batch.class_sums)
-        # An accelerator is not waited for: there all rows are looked at.
-        squares = self._moments.squares
-        if squares.device.type != "cpu" or not bool(torch.isfinite(squares.sum())):
-            self._note_bad_rows(features, labels, first)
-
-    def _accumulate(self, moments: ClassMoments, features: Tensor, labels: Tensor) -> None:
-        """Add rows, which may be overwritten, to sums with one count a class or one a class and feature.
-
-        On CPUs, float32 activations are summed in float32 before they join the float64 totals: the sums of so few rows
-        are as exact as the activations, and take half the time. Accelerators might round products to fewer digits.
-        """
-        single = features.dtype == torch.float32 and features.device.type == "cpu" and not self._exact
-        chunk = max(min(_CHUNK // features.shape[1], len(features)), 1)
-        shift = moments.shift.float() if single else moments.shift
-        if not single and (self._scratch is None or self._scratch.shape != (chunk, features.shape[1])):
-            self._scratch = torch.empty(chunk, features.shape[1], dtype=torch.float64, device=features.device)
-        for rows, members in zip(features.split(chunk), labels.split(chunk), strict=True):
-            # Converting first is several times faster than a subtraction that promotes.
-            offsets = rows if single or self._scratch is None else self._scratch[: len(rows)].copy_(rows)
-            accumulate_moments_(moments, offsets.sub_(shift), members)
-
-    def _note_bad_rows(self, features: Tensor, labels: list[Tensor], first: int) -> None:
-        """Remember the first batch with a NaN or inf."""
-        lengths = torch.tensor([len(batch) for batch in labels])
-        batches = torch.arange(first, first + len(labels)).repeat_interleave(lengths).to(features.device)
-        bad = torch.where(torch.isfinite(features).all(1), _NONE, batches)
-        self._first_bad = torch.minimum(self._first_bad, bad.amin())
-
-    def _add_connections(self, ran: list[int], batch: ClassSums) -> None:
-        sizes = [self._sizes[index] for index in ran]
-        parts = (part.split(sizes, dim=-1) for part in (batch.shift, batch.sums, batch.squares))
-        for index, shift, sums, squares in zip(ran, *parts, strict=True):
-            if index in self._weights:
-                connections = self._exact[self._probes[index].name]
-                connections.update(ClassSums(shift, batch.counts, sums, squares), self._weights[index])
+            everything = range(len(self._probes))
+            self._sums.add(everything, features, labels, self._batches - len(labels), self._weights)
 
     def _check_finite(self, squares: Tensor) -> None:
         for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
             if not bool(torch.isfinite(squares[columns]).all()):
-                first_bad = int(self._first_bad)
-                where = f"first in batch {first_bad} of the epoch" if first_bad < _NONE else "on another process"
+                first = self._sums.first_bad
+                where = "on another process" if first is None else f"first in batch {first} of the epoch"
                 raise ValueError(
                     f"NaN or inf in the activations at the {probe.side} of layer {probe.name!r}, {where}; nothing was "
                     "pruned. Check the data for NaN, lower the learning rate or clip gradients"
                 )
-
-
-def _origin(features: Tensor) -> Tensor:
-    """From where to measure: near the means of these rows (N, p), and exactly at features that are constant."""
-    first = features[0]
-    mean = first + (features - first).mean(0)
-    return torch.where(torch.isfinite(mean), mean, first)

@@ -37,6 +37,17 @@ class ClassMoments(NamedTuple):
         """The part that the F-statistic of the means needs."""
         return ClassSums(self.shift, self.counts, self.sums, self.squares.sum(0))
 
+    def add_(self, columns: slice | Tensor, batch: ClassMoments) -> None:
+        """Add sums over other instances to those of some features, measured from the same origin, in place.
+
+        Args:
+            columns: of these features.
+            batch: their sums, with counts (C,).
+        """
+        self.counts[:, columns] += batch.counts.unsqueeze(1)
+        for total, part in zip(self[2:], batch[2:], strict=True):
+            total[..., columns] += part
+
 
 Sums = TypeVar("Sums", ClassSums, ClassMoments)
 
