@@ -1,26 +1,38 @@
-"""Every example of the README runs, and its figures are those of the committed results."""
+"""Every example of the documents runs, their links lead somewhere, their figures are those of the committed results."""
 
-import math
+import json
 import re
-import statistics
+import shlex
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from torch.nn import functional as F
 
+import lightning_fscreen
 from lightning_fscreen import ScreeningPruningCallback, find_gates, models
-from lightning_fscreen.tables import grouped, metric_of
-from tests.benchmarks.readme import digest, digest_of_picture, table_and_results, updated
+from lightning_fscreen.criteria import CRITERIA
+from tests.benchmarks.committed import RESULTS
+from tests.benchmarks.readme import DOCUMENTS, digest, digest_of_picture, updated
 from tests.conftest import loader, trainer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT, PACKAGE = Path(__file__).parents[1], Path(lightning_fscreen.__file__).parent
+README, EVIDENCE, MAP = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md", PACKAGE / "README.md"
+ALL = {str(path.relative_to(ROOT)): path.read_text() for path in (README, EVIDENCE, MAP, ROOT / "CONTRIBUTING.md")}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def lines(language):
+    """Lines of all such blocks of all documents, those that are continued joined."""
+    found = "".join(block for text in ALL.values() for block in blocks(text, language))
+    return found.replace("\\\n", " ").splitlines()
 
 
 def my_net():
@@ -55,7 +67,6 @@ class Data(pl.LightningDataModule):
 def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     halfway = trainer([ScreeningPruningCallback(amount=0.5, end_epoch=2)], max_epochs=2)
     halfway.fit(MyModule(), Data())
     halfway.save_checkpoint("last.ckpt")
@@ -64,9 +75,9 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
     slim.save_checkpoint("best.ckpt")
     names = {
         "model": MyModule(), "datamodule": Data(), "MyNet": my_net, "MyModule": MyModule,
-        "images": loader().dataset[:4][0], "dataloader": loader(count=128), "quiet": quiet, "torch": torch,
+        "images": loader().dataset[:4][0], "dataloader": loader(count=128), "quiet": QUIET, "torch": torch,
     }  # fmt: skip
-    found = blocks("python")
+    found = blocks(README.read_text(), "python")
     assert len(found) == 5
     for block in found:
         code = block.replace("Trainer(max_epochs=160", "Trainer(**quiet, max_epochs=4")
@@ -79,15 +90,32 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
     assert (tmp_path / "net.onnx").exists() and (tmp_path / "model.safetensors").exists()
 
 
-COMMANDS = [
-    line.split("#")[0].split()
-    for block in blocks("console")
-    for line in block.splitlines()
-    if line.startswith("fscreen") and "--help" not in line
-]
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", blocks(MAP.read_text(), "python"))
+def test_the_extensions_in_the_map_run_and_prune_to_their_amount(block, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": MyModule(), "datamodule": Data(), "quiet": QUIET}
+    known = set(CRITERIA)
+    imported = "from lightning.pytorch import Trainer\nfrom lightning_fscreen import ScreeningPruningCallback\n"
+    exec(compile(imported + block.replace("Trainer(max", "Trainer(**quiet, max"), "README.md", "exec"), names)
+    for name in set(CRITERIA) - known:
+        del CRITERIA[name]
+    if "callback" in names:
+        report = names["callback"].report()
+        assert report.kept == pytest.approx(0.5 * report.total, abs=1)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def commands():
+    """Calls of `fscreen` and `fscreen-bench`, without variables and comments."""
+    for line in lines("console"):
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"\w+=", words[0]):
+            del words[0]
+        if words and words[0].startswith("fscreen") and "--help" not in words:
+            yield words
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
 def test_the_commands_have_valid_overrides(command):
     program, *overrides = command
     single = [re.sub(r"=([^=,]*),.*", r"=\1", override) for override in overrides if override != "-m"]
@@ -95,113 +123,92 @@ def test_the_commands_have_valid_overrides(command):
         assert compose({"fscreen": "train", "fscreen-bench": "bench"}[program], overrides=single)
 
 
-def test_the_tables_are_those_of_the_committed_results():
-    assert README.count("<!-- results:") == README.count("<!-- end of results -->") >= 1
-    assert updated(README) == README  # else: PYTHONPATH=. python tests/benchmarks/readme.py
+def test_scripts_and_targets_in_commands_exist():
+    text = "\n".join(lines("console"))
+    scripts, targets = set(re.findall(r"python (\S+\.py)", text)), set(re.findall(r"^make (\S+)", text, re.MULTILINE))
+    assert len(scripts) >= 8 and targets == {"demo", "test", "lint"}
+    assert all((ROOT / script).is_file() for script in scripts)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    named = re.findall(r"\| `(tests/\S+\.py|\w+\.py)` \|$", EVIDENCE.read_text(), re.MULTILINE)
+    assert len(named) >= 5 and all((ROOT / name).exists() or (EVIDENCE.parent / name).exists() for name in named)
+
+
+def anchors(text):
+    """Of the headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", ALL)
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", ALL[document])
+    assert links
+    for link in links:
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (ROOT / document).parent / path if path else ROOT / document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.skipif(not (PACKAGE / "fit").is_dir(), reason="the map shows the folders that the modules move to")
+def test_the_map_has_every_module():
+    rows = re.findall(r"^\| `([\w/.]+)` \|", MAP.read_text(), re.MULTILINE)
+    folders = {row for row in rows if row.endswith("/")}
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    modules = {module for module in modules if not module.startswith(tuple(folders))}
+    assert all((PACKAGE / folder).is_dir() for folder in folders)
+    assert len(rows) == len(set(rows)) and set(rows) - folders - {"__init__.py"} == modules
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_tables_and_figures_are_those_of_the_committed_results(document):
+    text = document.read_text()
+    for kind in ("results", "figures"):
+        assert text.count(f"<!-- {kind}:") == text.count(f"<!-- end of {kind} -->") >= 1
+    assert not re.search(r"^<!-- figures:", text, re.MULTILINE)  # Markdown would take the line for HTML
+    assert updated(text) == text  # else: PYTHONPATH=. python tests/benchmarks/readme.py
+
+
+def test_the_evidence_has_all_committed_results():
+    shown = set(re.findall(r"<!-- results: (\w+) -->", EVIDENCE.read_text()))
+    assert {path.stem for path in RESULTS.glob("*.jsonl")} <= shown
 
 
 def test_the_first_picture_was_made_of_the_committed_results():
     assert digest_of_picture() == digest()
 
 
-def errors(name):
-    """Errors in % by method and amount, one for every seed."""
-    table, results = table_and_results(name)
-    return {(method, amount): values for (_, method, amount), values in grouped(results, metric_of(table)).items()}
+def raw(table, **wanted):
+    """Errors in % of the lines of a file that have these values."""
+    found = map(json.loads, (RESULTS / f"{table}.jsonl").read_text().splitlines())
+    return [100 * line["test_error"] for line in found if all(line[key] == value for key, value in wanted.items())]
 
 
-def by_method(results):
-    """Lines of results by method and amount."""
-    lines = {}
-    for line in results:
-        lines.setdefault((line["method"], line["amount"]), []).append(line)
-    return lines
-
-
-def difference(name, first, second, amount):
-    """Of two methods' mean errors, and its standard error."""
-    groups = [errors(name)[method, amount] for method in (first, second)]
-    means = [statistics.fmean(values) for values in groups]
-    return means[0] - means[1], sum(statistics.variance(values) / len(values) for values in groups) ** 0.5
-
-
-def decimals(*values):
-    """Values to two decimals, without a minus before zero, joined as in prose."""
-    *others, last = [f"{round(value, 2) + 0.0:.2f}" for value in values]
-    return f"{', '.join(others)} and {last}"
-
-
-def lenet_figures():
-    held_out, test = (
-        [difference(name, "screening (shrunken F)", "magnitude", amount) for amount in (0.957, 0.98, 0.99)]
-        for name in ("lenet300_validation", "lenet300")
-    )
-    (a, held_out_errors), (b, test_errors) = zip(*held_out, strict=True), zip(*test, strict=True)
-    yield f"magnitude, ahead by {statistics.fmean(a):.3f} points in the mean of the three amounts"
-    yield (
-        f"Screening minus magnitude is {decimals(*a)} points on the held-out images (standard errors "
-        f"{decimals(*held_out_errors)}) and {decimals(*b)} on the test images ({decimals(*test_errors)})"
-    )
-
-
-def unit_figures():
-    _, results = table_and_results("comparators_channel")
-    lines = by_method(results)
-    found = errors("comparators_channel")
-
-    def parameters(*key):
-        return f"{statistics.fmean(line['params']['after'] for line in lines[key]):,.0f}"
-
-    def in_first_layer(*key):
-        return f"{statistics.fmean(line['layers'][0]['kept'] for line in lines[key]):.0f}"
-
-    def error(*key):
-        return f"{statistics.fmean(found[key]):.2f} %"
-
-    ranked, slimming = ("magnitude", 0.9), ("network slimming", 0.9)
-    together, alike, random = ("magnitude", 0.7), ("magnitude by layer", 0.9), ("random", 0.9)
-    assert in_first_layer(*slimming) == "1"
-    yield (
-        f"at 90 % magnitude leaves {in_first_layer(*ranked)} of its 300 units and {parameters(*ranked)} parameters of "
-        f"{parameters('dense', None)}, network slimming one unit; every layer alike, {in_first_layer(*alike)} units "
-        f"and {parameters(*alike)}."
-    )
-    yield (
-        f"Nearest in size are all units ranked together at 70 % ({parameters(*together)} parameters, "
-        f"{error(*together)}), by layer at 90 % ({parameters(*alike)}, {error(*alike)}) and random units at 90 % "
-        f"({parameters(*random)}, {error(*random)})."
-    )
-    spreads = [
-        abs(
-            statistics.fmean(found["magnitude by layer", amount])
-            - statistics.fmean(found["network slimming by layer", amount])
-        )
-        for amount in (0.7, 0.9)
-    ]
-    yield f"lie within {math.ceil(100 * max(spreads)) / 100:.2f} points of each other"
-
-
-def digits_figures():
-    _, results = table_and_results("digits_channel")
-
-    def left(method):
-        macs = [line["macs"] for line in by_method(results)[method, 0.9]]
-        return f"{100 * statistics.fmean(count['after'] / count['before'] for count in macs):.0f} %"
-
-    yield (
-        f"of the multiply–adds Taylor leaves {left('Taylor')}, SNIP {left('SNIP')}, gradient {left('gradient')} and "
-        f"every layer alike {left('magnitude by layer')}, screening {left('screening')}:"
-    )
-
-
-def fusion_figures():
-    at_98, at_99_5 = (
-        difference("fusion", "screening, all at once", "screening, λ = 0.25", amount)[0] for amount in (0.98, 0.995)
-    )
-    yield f"pruning all at once costs {at_98:.1f} points at 98 % and {at_99_5:.0f} at 99.5 %"
-
-
-@pytest.mark.parametrize("figures", [lenet_figures, unit_figures, digits_figures, fusion_figures])
-def test_the_figures_in_the_prose_are_those_of_the_committed_results(figures):
-    for sentence in figures():
-        assert sentence in " ".join(README.split())
+@pytest.mark.parametrize(
+    ("row", "column", "values"),
+    [
+        ("MNIST", 2, raw("lenet300", method="dense")),
+        ("MNIST", 3, raw("lenet300", method="magnitude", amount=0.98)),
+        ("MNIST, 1,000 images, 2,000 noise inputs", 2, raw("fusion", method="dense")),
+        (
+            "MNIST, 5,000 images, 2,000 noise inputs",
+            4,
+            raw("noisy_mnist", setting="n = 5,000", method="screening", amount=0.98),
+        ),
+        ("2,308 genes, 56 tumours", 2, raw("khan", method="dense")),
+        ("XOR of three inputs", 4, raw("blind_spots", setting="XOR of three", method="screening", amount=0.98)),
+        ("XOR of three inputs", 3, raw("blind_spots", setting="XOR of three", method="magnitude", amount=0.98)),
+        ("CIFAR-10, ResNet-20, ten epochs", 3, raw("finetune", method="magnitude", amount=0.5)),
+    ],
+)
+def test_the_overview_has_means_and_deviations_over_the_seeds(row, column, values):
+    cells = next(line for line in README.read_text().splitlines() if line.startswith(f"| {row} |")).strip("| ")
+    number = "" if len(values) == 5 else f" ({len(values)})"
+    assert cells.split(" | ")[column] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}{number}"

@@ -1,8 +1,9 @@
-"""Put the committed results into the README: the tables between its marks, and its first picture.
+"""Put the committed results into the documents: tables and sentences between their marks, and the first picture.
 
     PYTHONPATH=. python tests/benchmarks/readme.py
 
-tests/test_readme.py checks that neither has drifted from the results.
+tests/test_readme.py checks that nothing has drifted from the results. `<!-- results: NAME -->` is followed by a table,
+`<!-- figures: NAME -->` by a sentence of prose.py.
 """
 
 import hashlib
@@ -10,37 +11,40 @@ import re
 import statistics
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from PIL import Image
 
-from lightning_fscreen.bench import load_results, runs_of
-from lightning_fscreen.tables import by_layer, grouped, markdown
+from lightning_fscreen.tables import by_layer, grouped, markdown, summary
 from tests.benchmarks import finetune, redundancy
+from tests.benchmarks.committed import RESULTS, table_and_results
+from tests.benchmarks.prose import FIGURES, default_of, finetuned
 
 ROOT = Path(__file__).parents[2]
-README, RESULTS = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
 PICTURE = ROOT / ".github" / "results.png"
-BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+FIGURE = re.compile(r"(<!-- figures: (\w+) -->).*?(<!-- end of figures -->)", re.DOTALL)
 SHOWN = ("noisy_mnist", "fusion")  # tables in the picture
-EXTRA = {
-    "blind_spots": [
-        '+table.methods.means_alone=["callbacks.fscreen.criterion=tests.benchmarks.means_alone:means_alone"]'
-    ]
+# The overview: the tasks, and where their results are, by table and setting; a row for 98 % of the weights each.
+OVERVIEW = {
+    "MNIST": ("lenet300", ""),
+    "MNIST, 1,000 images, 2,000 noise inputs": ("noisy_mnist", "n = 1,000"),
+    "MNIST, 5,000 images, 2,000 noise inputs": ("noisy_mnist", "n = 5,000"),
+    "2,308 genes, 56 tumours": ("khan", ""),
+    "XOR of two inputs": ("blind_spots", "XOR"),
+    "XOR of three inputs": ("blind_spots", "XOR of three"),
+    "concentric shells": ("blind_spots", "shells"),
+    "handwritten digits of random sign": ("blind_spots", "flipped digits"),
+    "pairs of inputs beside single ones": ("blind_spots", "pairs"),
 }
-
-
-def table_and_results(name):
-    """A table, and the lines of its committed results."""
-    with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
-        table = OmegaConf.to_container(compose("bench", [f"table={name}", *EXTRA.get(name, [])]).table, resolve=True)
-    commands = {run.command for run in runs_of(table)}
-    return table, [line for line in load_results(RESULTS / f"{name}.jsonl") if line["command"] in commands]
+RESNET = (("dense", None), ("magnitude", 0.5))
+DENSE = {("noisy_mnist", "n = 1,000"): ("fusion", "")}  # run for another table
 
 
 def rendered(name):
     """The results as a table of Markdown: what a benchmark printed, or that of finetune.py or `fscreen-bench`."""
+    if name == "overview":
+        return overview()
     if name.endswith("_layers"):
         return by_layer(*table_and_results(name.removesuffix("_layers")))
     if not (RESULTS / f"{name}.jsonl").exists():
@@ -50,9 +54,34 @@ def rendered(name):
     return markdown(*table_and_results(name))
 
 
+def overview():
+    """The default beside magnitude and the dense network, on everything that was tried, at one share of the weights."""
+    rows = ["| data | pruned | dense | magnitude | screening |", "|---" * 5 + "|"]
+    for task, (name, setting) in OVERVIEW.items():
+        dense = _cell(*DENSE.get((name, setting), (name, setting)), "dense", None)
+        pruned = [_cell(name, setting, method, 0.98) for method in ("magnitude", default_of(name))]
+        rows.append(f"| {' | '.join([task, '98 % of the weights', dense, *pruned])} |")
+    dense, pruned = (_summary([line["test_error"] for line in finetuned(*key)]) for key in RESNET)
+    rows.append(f"| CIFAR-10, ResNet-20, ten epochs | 50 % of the channels | {dense} | {pruned} | the same |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(name, setting, method, amount):
+    _, results = table_and_results(name)
+    key = setting, method, amount
+    return _summary([r["test_error"] for r in results if (r["setting"], r["method"], r["amount"]) == key])
+
+
+def _summary(errors):
+    """Mean ± standard deviation in %, and the number of seeds where it is not five."""
+    number = "" if len(errors) in (0, 5) else f" ({len(errors)})"
+    return summary([100 * error for error in errors]) + number
+
+
 def updated(text):
-    """The README with its tables as the results are now."""
-    return BLOCK.sub(lambda block: f"{block[1]}{rendered(block[2])}{block[3]}", text)
+    """A document with its tables and figures as the results are now."""
+    text = TABLE.sub(lambda block: f"{block[1]}{rendered(block[2])}{block[3]}", text)
+    return FIGURE.sub(lambda block: f"{block[1]}{FIGURES[block[2]]()}{block[3]}", text)
 
 
 def digest():
@@ -120,5 +149,6 @@ def draw():
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(updated(document.read_text()))
     draw().savefig(PICTURE, dpi=150, metadata={"Results": digest()})

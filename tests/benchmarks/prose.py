@@ -1,0 +1,174 @@
+"""Sentences of the documents that quote the committed results: one function for each, which computes its numbers."""
+
+import json
+import math
+import statistics
+
+from lightning_fscreen.tables import grouped, metric_of
+from tests.benchmarks.committed import RESULTS, table_and_results
+
+PRUNED = (0.957, 0.98, 0.99)  # shares of the weights in the tables of LeNet-300-100
+
+
+def errors(name):
+    """Errors in % by method and amount, one for every seed."""
+    table, results = table_and_results(name)
+    return {(method, amount): values for (_, method, amount), values in grouped(results, metric_of(table)).items()}
+
+
+def by_method(name):
+    """Lines of results by method and amount."""
+    lines = {}
+    for line in table_and_results(name)[1]:
+        lines.setdefault((line["method"], line["amount"]), []).append(line)
+    return lines
+
+
+def finetuned(method, amount):
+    """Lines of the results of `finetune.py`."""
+    lines = map(json.loads, (RESULTS / "finetune.jsonl").read_text().splitlines())
+    return [line for line in lines if (line["method"], line["amount"]) == (method, amount)]
+
+
+def default_of(name):
+    """The label of the default criterion in a table."""
+    return next(method for method in table_and_results(name)[0]["methods"] if method.startswith("screening"))
+
+
+def difference(name, first, second, amount):
+    """Of two methods' mean errors, and its standard error."""
+    groups = [errors(name)[method, amount] for method in (first, second)]
+    means = [statistics.fmean(values) for values in groups]
+    return means[0] - means[1], sum(statistics.variance(values) / len(values) for values in groups) ** 0.5
+
+
+def decimals(*values):
+    """Values to two decimals, without a minus before zero, joined as in prose."""
+    *others, last = [f"{round(value, 2) + 0.0:.2f}" for value in values]
+    return f"{', '.join(others)} and {last}"
+
+
+def held_out():
+    """Which method the held-out images prefer."""
+    name = "lenet300_validation"
+    ahead = statistics.fmean(difference(name, default_of(name), "magnitude", amount)[0] for amount in PRUNED)
+    winner = "magnitude" if ahead > 0 else "screening"
+    return f"{winner}, ahead by {abs(ahead):.3f} points in the mean of the three amounts"
+
+
+def screening_minus_magnitude():
+    """On held-out and on test images."""
+    names = ("lenet300_validation", "lenet300")
+    (a, a_errors), (b, b_errors) = (
+        zip(*[difference(name, default_of(name), "magnitude", amount) for amount in PRUNED], strict=True)
+        for name in names
+    )
+    return (
+        f"Screening minus magnitude is {decimals(*a)} points on the held-out images (standard errors "
+        f"{decimals(*a_errors)}) and {decimals(*b)} on the test images ({decimals(*b_errors)})"
+    )
+
+
+def left_in_tensors():
+    """Parameters after the dead units of LeNet-300-100 are removed, and those of them that are not zero."""
+    lines = by_method("lenet300")[default_of("lenet300"), 0.98]
+    before, after, nonzero = (
+        statistics.fmean(line["params"][key] for line in lines) for key in ("before", "after", "nonzero")
+    )
+    return f"{after:,.0f} of LeNet-300-100's {before:,.0f} parameters, of which {nonzero:,.0f} are not zero"
+
+
+def _units(*key):
+    return f"{statistics.fmean(line['layers'][0]['kept'] for line in by_method('comparators_channel')[key]):.0f}"
+
+
+def _parameters(*key):
+    return f"{statistics.fmean(line['params']['after'] for line in by_method('comparators_channel')[key]):,.0f}"
+
+
+def _error(*key):
+    return f"{statistics.fmean(errors('comparators_channel')[key]):.2f} %"
+
+
+def units_left():
+    """By rankings of all units together, and of each layer's."""
+    ranked, slimming, alike = ("magnitude", 0.9), ("network slimming", 0.9), ("magnitude by layer", 0.9)
+    assert _units(*slimming) == "1"
+    return (
+        f"at 90 % magnitude leaves {_units(*ranked)} of its 300 units and {_parameters(*ranked)} parameters of "
+        f"{_parameters('dense', None)}, network slimming one unit; every layer alike, {_units(*alike)} units "
+        f"and {_parameters(*alike)}."
+    )
+
+
+def units_of_a_size():
+    """Errors of the networks that are nearest in size."""
+    together, alike, random = ("magnitude", 0.7), ("magnitude by layer", 0.9), ("random", 0.9)
+    return (
+        f"Nearest in size are all units ranked together at 70 % ({_parameters(*together)} parameters, "
+        f"{_error(*together)}), by layer at 90 % ({_parameters(*alike)}, {_error(*alike)}) and random units at 90 % "
+        f"({_parameters(*random)}, {_error(*random)})."
+    )
+
+
+def units_within_a_layer():
+    """Magnitude against network slimming."""
+    found = errors("comparators_channel")
+    spreads = [
+        abs(
+            statistics.fmean(found["magnitude by layer", amount])
+            - statistics.fmean(found["network slimming by layer", amount])
+        )
+        for amount in (0.7, 0.9)
+    ]
+    return f"lie within {math.ceil(100 * max(spreads)) / 100:.2f} points of each other"
+
+
+def digits_macs():
+    """Multiply–adds that criteria leave of the small ResNet."""
+    lines = by_method("digits_channel")
+
+    def left(method):
+        macs = [line["macs"] for line in lines[method, 0.9]]
+        return f"{100 * statistics.fmean(count['after'] / count['before'] for count in macs):.0f} %"
+
+    return (
+        f"of the multiply–adds Taylor leaves {left('Taylor')}, SNIP {left('SNIP')}, gradient {left('gradient')} and "
+        f"every layer alike {left('magnitude by layer')}, screening {left('screening')}"
+    )
+
+
+def all_at_once():
+    """The price of one pruning instead of many small ones."""
+    at_98, at_99_5 = (
+        difference("fusion", "screening, all at once", "screening, λ = 0.25", amount)[0] for amount in (0.98, 0.995)
+    )
+    return f"pruning all at once costs {at_98:.1f} points at 98 % and {at_99_5:.0f} at 99.5 %"
+
+
+def half_of_resnet20():
+    """Half of its channels: size, latency, error."""
+    lines, dense = finetuned("magnitude", 0.5), finetuned("dense", None)
+    params, macs = (dense[0][key] / statistics.fmean(line[key] for line in lines) for key in ("params", "macs"))
+    faster = statistics.fmean(line["speedup"]["64"] for line in lines)
+    error, least = (100 * statistics.fmean(line["test_error"] for line in group) for group in (lines, dense))
+    return (
+        f"{params:.1f} × fewer parameters, {macs:.1f} × fewer multiply–adds, {faster:.1f} × lower latency in batches "
+        f"of 64 on one CPU core, and a test error {error - least:.1f} points higher, after ten epochs in all"
+    )
+
+
+FIGURES = {
+    function.__name__: function
+    for function in (
+        held_out,
+        screening_minus_magnitude,
+        left_in_tensors,
+        units_left,
+        units_of_a_size,
+        units_within_a_layer,
+        digits_macs,
+        all_at_once,
+        half_of_resnet20,
+    )
+}
