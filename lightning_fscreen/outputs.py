@@ -21,16 +21,10 @@ from torch import Tensor, nn
 from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.checkpoint import save_slimmed
 from lightning_fscreen.data import ImageDataModule
-from lightning_fscreen.figures import (
-    channels_figure,
-    connections_figure,
-    layers_figure,
-    save_figures,
-    schedule_figure,
-    weights_figure,
-)
+from lightning_fscreen.figures import connections_figure, save_figures, schedule_figure, weights_figure
 from lightning_fscreen.files import replacing
 from lightning_fscreen.latency import measure_latency
+from lightning_fscreen.layer_figures import channels_figure, layers_figure
 from lightning_fscreen.schedule import scheduled_fraction
 
 _CURVE_POINTS = 200

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lightning_fscreen import figures
+from lightning_fscreen import figure_style, figures, layer_figures
 
 
 def texts(figure: Figure) -> list[str]:
@@ -120,7 +120,7 @@ def test_weights_takes_any_values(tmp_path: Path, weight: torch.Tensor) -> None:
 
 
 def test_layers_are_labelled_with_their_numbers(tmp_path: Path) -> None:
-    figure = figures.layers_figure(["fc1", "fc2"], [235200, 1000], [4704, 224])
+    figure = layer_figures.layers_figure(["fc1", "fc2"], [235200, 1000], [4704, 224])
     assert {"fc1", "4,704 of 235,200 (2 %)", "224 of 1,000 (22.4 %)", "4,928 of 236,200 (2.1 %)"} <= set(texts(figure))
     assert written(figure, tmp_path).exists()
 
@@ -129,7 +129,7 @@ def test_layers_are_labelled_with_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [0, 64])
 def test_layers_of_any_depth_do_not_overlap(tmp_path: Path, layers: int, kept: int) -> None:
     names = [f"features.denseblock{i}.denselayer{i}.norm.with.a.long.name" for i in range(layers)]
-    figure = figures.layers_figure(names, [64] * layers, [kept] * layers)
+    figure = layer_figures.layers_figure(names, [64] * layers, [kept] * layers)
     assert written(figure, tmp_path).exists()
     (axes,) = figure.axes
     deep = layers > 40
@@ -146,12 +146,15 @@ def test_layers_of_any_depth_do_not_overlap(tmp_path: Path, layers: int, kept: i
     [(0, "0 %"), (1, "100 %"), (0.98, "98 %"), (0.957, "95.7 %"), (0.9999, "99.99 %"), (0.00001, "0.001 %")],
 )
 def test_percent_never_rounds_to_none_or_all(fraction: float, text: str) -> None:
-    assert figures._percent(fraction) == text
+    assert figure_style.percent(fraction) == text
 
 
 def test_save_figures_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "figures"
-    some = {"layers": figures.layers_figure(["a"], [2], [1]), "weights": figures.weights_figure({"a": torch.ones(2)})}
+    some = {
+        "layers": layer_figures.layers_figure(["a"], [2], [1]),
+        "weights": figures.weights_figure({"a": torch.ones(2)}),
+    }
     figures.save_figures(some, folder)
     paths = figures.save_figures(some, folder)
     assert paths == [folder / "layers.png", folder / "weights.png"]
@@ -160,7 +163,7 @@ def test_save_figures_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
 
 
 def test_save_figures_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = figures.layers_figure(["a"], [2], [1])
+    figure = layer_figures.layers_figure(["a"], [2], [1])
     before = written(figure, tmp_path).read_bytes()
 
     def fail(path: Path, **_: object) -> None:
@@ -175,11 +178,11 @@ def test_save_figures_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch:
 
 def test_figures_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
     before = dict(rcParams)
-    written(figures.layers_figure(["a"], [2], [1]), tmp_path)
+    written(layer_figures.layers_figure(["a"], [2], [1]), tmp_path)
     assert dict(rcParams) == before
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed
     with pytest.raises(ImportError, match=r"pip install lightning-fscreen\[cli\]"):
-        figures.layers_figure(["a"], [2], [1])
+        layer_figures.layers_figure(["a"], [2], [1])
