@@ -9,7 +9,7 @@ from lightning_fscreen.metric import FStatistic
 from lightning_fscreen.report import PruningReport
 from lightning_fscreen.resume import load_from_checkpoint
 from lightning_fscreen.screening import screen
-from lightning_fscreen.slimming import SlimmingPlan, find_gates, slim
+from lightning_fscreen.slimming import SlimmingPlan, find_gates, register_operator, slim
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "load_slimmed",
     "models",
     "register_criterion",
+    "register_operator",
     "save_slimmed",
     "screen",
     "slim",

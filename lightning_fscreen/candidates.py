@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_fscreen.reasons import why_fixed
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,4 @@ def select(
 def _why_not(module: nn.Linear | _ConvNd, owners: dict[int, str]) -> str | None:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "attention uses this layer's weight without calling it"
-    if is_parametrized(module, "weight"):
-        return "its weight is computed by a parametrization"
-    if isinstance(module.weight, UninitializedParameter):
-        return "its weight is not initialised; run a batch through the lazy module before fitting"
-    if not isinstance(module.weight, nn.Parameter):
-        return "its weight is not a parameter (weight_norm or an older pruning hook replaced it)"
-    if not module.weight.requires_grad:
-        return "frozen (requires_grad is False)"
-    if id(module.weight) in owners:
-        return f"shares its weight with {owners[id(module.weight)]!r}, which is pruned"
-    return None
+    return why_fixed(module, owners)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.files import replacing
-from lightning_fscreen.slimming.capture import named_tensors
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.tensors import named_tensors
 
 _KEY, _DIGEST = "fscreen_plan", "fscreen_sha256"
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +35,21 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the folder does not exist or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_fscreen import load_slimmed, save_slimmed, slim
+        >>> def net():
+        ...     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> small = net()
+        >>> plan = slim(small, {"1": torch.arange(8) < 5}, torch.randn(2, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_slimmed(small, f"{folder}/net.safetensors")
+        ...     again = load_slimmed(net(), f"{folder}/net.safetensors")
+        >>> again[3]
+        Linear(in_features=5, out_features=2, bias=True)
+        >>> torch.equal(again[3].weight, small[3].weight)
+        True
     """
     model = uncompiled(model)
     with replacing(path) as partial:
@@ -60,6 +75,18 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
         FileNotFoundError: there is no such file.
         PlanError: the file is damaged, is something else, or does not fit the model; names the first tensor that
             differs. The model is untouched then.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_slimmed(nn.Linear(3, 2), f"{folder}/linear.safetensors")
+        ...     linear = load_slimmed(nn.Linear(3, 2), f"{folder}/linear.safetensors")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_slimmed(nn.Linear(3, 2), f"{folder}/linear.safetensors")
+        ...     load_slimmed(nn.Linear(4, 2), f"{folder}/linear.safetensors")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        lightning_fscreen.slimming.plan.PlanError: ...: tensor 'weight' has shape (2, 3), its plan says (2, 4)
     """
     path = Path(path)
     if not path.is_file():

@@ -52,7 +52,7 @@ class Granularity(ABC, Generic[Candidate]):
 
     def networks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Names and submodules that may be the network, from the outermost to the innermost; see `InputRecorder`."""
-        name, _ = common_parent(model, self.names)
+        name = common_parent(model, self.names)
         around = enclosing(model, name)
         return around[:-1] if name in self.names and len(around) > 1 else around  # one layer is no network
 
@@ -203,8 +203,9 @@ class Channels(Granularity[PrunableChannels]):
     ) -> SlimmingPlan:
         """Remove the channels that are not kept, and all that only they need; optimizers and strategy go along."""
         assert self.captured is not None
-        bias = "zero" if self._bias == "zero" else "fold"
-        return slim_in_fit(trainer, model, recorder, self.captured, kept, bias)
+        return slim_in_fit(
+            trainer, model, recorder, self.captured, kept, bias="zero" if self._bias == "zero" else "fold"
+        )
 
     def meet(self, recorder: InputRecorder) -> None:
         """Capture the network: which batch norms are coupled, which cannot be pruned.

@@ -25,8 +25,8 @@ examined: ContextVar[bool] = ContextVar("examined", default=False)
 """Whether the network runs only to be looked at, by one of several callbacks: no part of the training."""
 
 
-def common_parent(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Module]:
-    """The smallest submodule that holds all modules of these names; `model` itself if there is no smaller one."""
+def common_parent(model: nn.Module, names: Sequence[str]) -> str:
+    """Name of the smallest submodule that holds all modules of these names; "" (`model` itself) if there is none."""
     paths = [name.split(".") for name in names]
     shared: list[str] = []
     for parts in zip(*paths, strict=False):
@@ -38,7 +38,7 @@ def common_parent(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.Modul
     while name and type(module).forward is nn.Module.forward:  # ModuleList and the like are never called
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
-    return name, module
+    return name
 
 
 def enclosing(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_fscreen.units import Units, coupled_layers
+from lightning_fscreen.coupling import coupled_layers
+from lightning_fscreen.units import Units
 
 SCOPES = ("global", "layer")
 
@@ -94,7 +95,7 @@ def _prune_units(
     min_kept: int,
     units: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    layers = [list(kept)] if scope == "global" else coupled_layers({name: units[name] for name in kept})
+    layers = [list(kept)] if scope == "global" else coupled_layers({name: units[name].tolist() for name in kept})
     parts = {
         str(place): Units(scores, {name: kept[name] for name in names}, units, min_kept)
         for place, names in enumerate(layers)

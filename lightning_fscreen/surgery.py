@@ -16,7 +16,7 @@ from lightning_fscreen.network import InputRecorder
 from lightning_fscreen.optim import Move, check_state, move_parameters
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.plan import SlimmingPlan, join
-from lightning_fscreen.slimming.slim import slim_captured
+from lightning_fscreen.slimming.slim import Bias, slim_captured
 
 
 def slim_in_fit(
@@ -25,7 +25,7 @@ def slim_in_fit(
     recorder: InputRecorder,
     captured: Capture,
     keep: Mapping[str, Tensor],
-    bias: str,
+    bias: Bias,
 ) -> SlimmingPlan:
     """Slim the network that `recorder` has watched, between two epochs.
 

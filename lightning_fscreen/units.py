@@ -80,17 +80,3 @@ class Units:
         pruned[order[chosen]] = True
         masks = (self._kept & ~pruned[self._members]).split(list(self._lengths.values()))
         return dict(zip(self._lengths, masks, strict=True))
-
-
-def coupled_layers(units: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layers that share units, directly or through others, in lists of their own; in the order of the layers."""
-    groups: list[tuple[list[str], set[int]]] = []
-    for name, labels in units.items():
-        own = {int(label) for label in labels.unique() if label >= 0}
-        names = [name]
-        for group in [group for group in groups if group[1] & own]:
-            groups.remove(group)
-            names, own = [*group[0], *names], own | group[1]
-        groups.append((names, own))
-    order = {name: place for place, name in enumerate(units)}
-    return sorted((sorted(names, key=order.__getitem__) for names, _ in groups), key=lambda names: order[names[0]])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_fscreen.ranking import rank_and_prune
-from lightning_fscreen.units import Units, coupled_layers
+from lightning_fscreen.units import Units
 
 
 @st.composite
@@ -75,9 +75,3 @@ def test_without_coupling_units_change_nothing(case, scope, amount):
         return
     masks = rank_and_prune(scores, kept, amount, scope=scope, units=alone)
     assert all(torch.equal(masks[name], expected[name]) for name in kept)
-
-
-def test_layers_are_grouped_by_the_units_that_they_share():
-    units = {"a": [0, 1], "b": [2, 3], "c": [3, 1], "d": [-1, 5], "e": [-1, 6]}
-    groups = coupled_layers({name: torch.tensor(own) for name, own in units.items()})
-    assert groups == [["a", "b", "c"], ["d"], ["e"]]

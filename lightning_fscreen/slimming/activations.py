@@ -1,4 +1,4 @@
-"""Activation functions: what a captured network makes of the outputs of its batch norms, element by element."""
+"""Activation functions: the element-wise functions that follow the batch norms of a captured network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.elementwise import ACTIVATIONS
 from lightning_fscreen.slimming.interpreter import operator_name
-from lightning_fscreen.slimming.operators import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Activation:
     """An element-wise function.
 
     Attributes:
-        function: makes a new tensor of its argument, which stays as it is.
+        function: returns a new tensor; its argument stays as it is.
         in_place: the same, but overwrites its argument, which spares memory traffic; None if torch has no such form.
     """
 
@@ -37,7 +37,7 @@ class Activation:
 
 
 def activations_of(captured: Capture) -> dict[str, Activation]:
-    """Batch norm → the activation that alone reads what it puts out, where there is one."""
+    """Batch norm → the activation that alone reads its output, where there is one."""
     found = {}
     for node in captured.graph.nodes:
         if node.op != "call_function" or operator_name(node) != "batch_norm" or node.args[1] is None:
@@ -51,9 +51,8 @@ def activations_of(captured: Capture) -> dict[str, Activation]:
 def _activation(node: Any) -> Activation:
     """The operator of a node with the node's other arguments, in both forms (`relu` and `relu_`)."""
     name = operator_name(node).removesuffix("_")
-    function, in_place = (
-        getattr(getattr(torch.ops.aten, form, None), node.target._overloadname, None) for form in (name, f"{name}_")
-    )
+    overload = node.target._overloadname  # noqa: SLF001  # torch has no public way to it
+    function, in_place = (getattr(getattr(torch.ops.aten, form, None), overload, None) for form in (name, f"{name}_"))
     assert function is not None, name
     bound = {"others": node.args[1:], "keywords": dict(node.kwargs)}
     return Activation(

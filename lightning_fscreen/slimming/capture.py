@@ -108,13 +108,3 @@ def _without_cumulative_averages(network: nn.Module) -> Iterator[None]:
 def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Eval mode inside, every submodule's own mode restored afterwards."""
     return in_mode(network, training=False)
-
-
-def own_tensors(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias that a module holds itself: to read a parametrized one can write to its buffers."""
-    return module._parameters.get("weight"), module._parameters.get("bias")
-
-
-def named_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each tensor once (shared ones under their first name)."""
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fscreen.slimming.apply import apply_change
+from lightning_fscreen.slimming.apply import remove_dead_slots
 from lightning_fscreen.slimming.capture import capture
 from lightning_fscreen.slimming.plan import SlimmingPlan
-from lightning_fscreen.slimming.planning import find_slots, make_change
-from lightning_fscreen.slimming.verify import Verification, VerificationError
 
 
 def remove_dead_units(
@@ -19,8 +17,9 @@ def remove_dead_units(
 ) -> SlimmingPlan:
     """Physically remove hidden units and channels that do nothing, in place; outputs in eval mode stay the same.
 
-    Units without outgoing weights are removed with all that only they read; units without incoming weights put out a
-    constant, which is carried into the biases of the layers that read it. What cannot be removed exactly stays.
+    Units without outgoing weights are removed with all units that only they read; the output of units without incoming
+    weights is a constant, which is carried into the biases of the layers that read it. Units that cannot be removed
+    exactly stay.
 
     Args:
         network: any module that `torch.export` can capture.
@@ -37,18 +36,4 @@ def remove_dead_units(
         The network is untouched after an error.
     """
     kwargs = dict(kwargs or {})
-    captured = capture(network, args, kwargs)
-    slots = find_slots(network, captured)
-    change = make_change(network, slots)
-    if not change.plan:
-        return change.plan
-    verification = Verification(network, args, kwargs)
-    try:
-        apply_change(network, change, verification)
-    except VerificationError:
-        if not slots.assumed:
-            raise
-        change = make_change(network, find_slots(network, captured, literal=True))
-        if change.plan:
-            apply_change(network, change, verification)
-    return change.plan
+    return remove_dead_slots(network, capture(network, args, kwargs), args, kwargs)

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_fscreen.compiled import uncompiled
+from lightning_fscreen.coupling import coupled_layers
+from lightning_fscreen.reasons import why_fixed
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
-from lightning_fscreen.slimming.planning import find_slots
+from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.readers import NormReader
 from lightning_fscreen.slimming.slots import SlotGraph
+from lightning_fscreen.slimming.tensors import own_tensors
 
 STAYS = -1
 """Unit of a channel that cannot be pruned."""
@@ -30,7 +32,7 @@ class Gate:
     Attributes:
         name: its name in the model.
         channels: number of channels.
-        group: equal for gates that are coupled, because what they put out is added or multiplied.
+        group: equal for gates that are coupled, because their outputs are added or multiplied.
         units: one number per channel; channels of equal numbers, in this gate and in others, are pruned together.
             -1 where a channel has to stay.
         excluded: why none of the channels can be pruned; None if some can.
@@ -52,10 +54,18 @@ def find_gates(model: nn.Module, example_inputs: Any) -> list[Gate]:
             instances.
 
     Returns:
-        All gates, those that cannot be pruned with the reason.
+        All gates; those that cannot be pruned say why.
 
     Raises:
         CaptureError: the model cannot be captured.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_fscreen import find_gates
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2))
+        >>> [(gate.name, gate.channels, gate.excluded) for gate in find_gates(net, torch.randn(2, 3, 6, 6))]
+        [('1', 8, None), ('4', 2, 'the network puts it out')]
     """
     model = uncompiled(model)
     args, kwargs = call_arguments(example_inputs)
@@ -128,17 +138,13 @@ def fixed_reasons(modules: Mapping[str, _BatchNorm]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in modules.items():
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if is_parametrized(module, "weight"):
-            reasons[name] = "its scale is computed by a parametrization"
-        elif weight is None or bias is None:
-            reasons[name] = "it has no scale and shift (affine=False)"
-        elif isinstance(weight, UninitializedParameter):
-            reasons[name] = "its scale is not initialised; run a batch through the lazy module first"
-        elif not weight.requires_grad:
-            reasons[name] = "frozen (requires_grad is False)"
-        elif id(weight) in owners:
-            reasons[name] = f"shares its scale with {owners[id(weight)]!r}, which can be pruned"
+        weight, bias = own_tensors(module)
+        if (weight is None or bias is None) and not is_parametrized(module, "weight"):
+            reason: str | None = "it has no scale and shift (affine=False)"
+        else:
+            reason = why_fixed(module, owners, "scale")
+        if reason is not None:
+            reasons[name] = reason
         else:
             owners[id(weight)] = name
     return reasons
@@ -151,7 +157,7 @@ def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
         for label in root[labels].unique().tolist():
             reasons.setdefault(label, reason)
     for reader in slots.readers:
-        # A batch norm that is called twice cannot select: what it reads goes with what it puts out.
+        # A batch norm that is called twice cannot select: its inputs go with its outputs.
         itself = root[reader.inputs] == root[reader.outputs] if isinstance(reader, NormReader) else False
         for label in root[reader.inputs[~reader.known & ~torch.as_tensor(itself)]].unique().tolist():
             reasons.setdefault(label, f"{reader.layer!r} reads it mixed with channels that no gate can switch off")
@@ -159,14 +165,14 @@ def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
 
 
 def _couple(slots: SlotGraph) -> None:
-    """Make one of channels that are worth nothing without each other."""
+    """Couple channels that can only be removed together."""
     root = slots.components(pinned=False)
     for reader in slots.readers:
         if not isinstance(reader, NormReader):
             continue
-        # All it reads is a constant once the gates before it are off (a depthwise convolution lies between).
+        # All its inputs are constants once the gates before it are off (a depthwise convolution lies between).
         slots.unify(reader.inputs[reader.known], reader.outputs[reader.known])
-        # What it reads goes together (a grouped convolution puts it out).
+        # Its inputs go together (they are outputs of a grouped convolution).
         classes, members = root[reader.inputs].unique(return_inverse=True)
         if len(classes) < len(members):
             first = torch.full_like(classes, len(members)).scatter_reduce(
@@ -177,9 +183,5 @@ def _couple(slots: SlotGraph) -> None:
 
 def _groups(units: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Number the gates so that those that share a unit, directly or through others, have the same number."""
-    group = {name: index for index, name in enumerate(units)}
-    first: dict[int, str] = {}
-    for name, own in units.items():
-        shared = {group[first.setdefault(unit, name)] for unit in own if unit != STAYS} | {group[name]}
-        group = {other: min(shared) if number in shared else number for other, number in group.items()}
-    return group
+    order = {name: index for index, name in enumerate(units)}
+    return {name: order[names[0]] for names in coupled_layers(units) for name in names}

@@ -1,4 +1,4 @@
-"""One walk over a captured graph: every operator's transfer function, and what it finds out about slots."""
+"""One walk over a captured graph: every operator's handler says how slots and constants pass through it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.fx.experimental.sym_node import SymTypes
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.capture import Capture, named_tensors, own_tensors
+from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.slots import SlotGraph, Value
+from lightning_fscreen.slimming.tensors import named_tensors, own_tensors
 
 Handler = Callable[["Walk", Any], Any]
+"""(walk, node) → the `Value` of the operator's output, or a list of them; raises `Unsupported` if it cannot tell."""
+
+
+class Unsupported(Exception):
+    """Slots cannot be followed through this use of an operator: its inputs stay whole, and so does its output.
+
+    Only handlers raise it, before they change anything. The message is the reason that plans and gates report.
+    """
+
+    def __init__(self, reason: str = "not known to keep channels apart") -> None:
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,7 @@ class Walk:
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
             else:
-                self.values[node] = self._unknown(node)
+                self.values[node] = self._pinned(node, Unsupported())
         for (name, _), labels in self.slots.dims.items():
             if name in self.opaque:
                 self.slots.pin(labels, self.opaque[name])
@@ -115,9 +130,14 @@ class Walk:
         return self.names.get(node.name) if isinstance(node, fx.Node) else None
 
     def value(self, node: Any) -> Value:
-        """An argument as it comes; a parameter used like this stays whole."""
-        value = self.values[node]
-        assert isinstance(value, Value)
+        """The value of a tensor argument; a parameter used like this stays whole.
+
+        Raises:
+            Unsupported: the argument is no tensor.
+        """
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
+        if not isinstance(value, Value):
+            raise Unsupported("it takes an argument that is no tensor")
         if node.name in self.names:
             self.opaque.setdefault(self.names[node.name], "it is used outside of a layer")
         return value
@@ -129,43 +149,76 @@ class Walk:
         pytree.tree_map_only(Value, lambda value: self.slots.pin(value.labels, reason), self.values[node])
 
     def _call(self, node: Any) -> Any:
-        if node.target is operator.getitem:
-            source = self.values[node.args[0]]
-            return source[node.args[1]] if isinstance(source, list | tuple) else self._unknown(node)
-        name = operator_name(node)
-        handler = self._handlers.get(name)
         try:
-            result = handler(self, node) if handler is not None else None
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return self._unknown(node, f"{type(error).__name__}: {error}")
-        if result is None:
-            return self._unknown(node)
-        if name.endswith("_") and isinstance(node.args[0], fx.Node):
-            self.values[node.args[0]] = result  # in place: whoever reads the argument later sees the result
+            if node.target is operator.getitem:
+                return self._item(node)
+            handler = self._handlers.get(operator_name(node))
+            if handler is None:
+                raise Unsupported
+            result = handler(self, node)
+            if written(node) and not _returns_argument(node):
+                raise Unsupported("it writes to an argument that it does not return")
+        except Unsupported as unsupported:
+            result = self._pinned(node, unsupported)
+        except GuardOnDataDependentSymNode:  # raised by torch where a size is only known when forward runs
+            result = self._pinned(node, Unsupported("a size depends on values"))
+        for source in written(node):  # whoever reads the argument later sees the result
+            self.values[source] = result if isinstance(result, Value) else Value.pinned(self.values[source].shape)
         return result
 
-    def _unknown(self, node: Any, reason: str = "not known to keep channels apart") -> Any:
-        """Pin all that an operator reads, and what it puts out."""
-        message = f"operator {node.target}: {reason}"
+    def _item(self, node: Any) -> Any:
+        items, index = node.args
+        if not isinstance(self.values[items], list | tuple):
+            raise Unsupported
+        return self.values[items][index]
+
+    def _pinned(self, node: Any, unsupported: Unsupported) -> Any:
+        """Pin the inputs of an operator, and its output."""
+        reason = f"operator {node.target}: {unsupported}"
         for source in node.all_input_nodes:
-            self.pin(source, message)
-        self.slots.pinned[node.name] = message
+            self.pin(source, reason)
+        self.slots.pinned[node.name] = reason
         return pytree.tree_map(
             lambda item: Value.pinned(tuple(item.shape)) if isinstance(item, Tensor) else item, node.meta.get("val")
         )
 
 
 def operator_name(node: Any) -> str:
-    """`relu_` of the node of `aten.relu_.default`; empty for what is no operator."""
+    """`relu_` for the node of `aten.relu_.default`, `mine::gate` for `mine.gate.default`; "" if it is no operator."""
     return node.target.name().removeprefix("aten::").split(".")[0] if hasattr(node.target, "name") else ""
 
 
 def arguments(node: Any) -> dict[str, Any]:
-    """Arguments of a call by name, defaults filled in."""
-    schema = node.target._schema.arguments
+    """Arguments of a call by name, defaults filled in.
+
+    Raises:
+        Unsupported: one of them is a number that forward computes from values.
+    """
+    if any(isinstance(source.meta.get("val"), SymTypes) for source in node.all_input_nodes):
+        raise Unsupported("one of its arguments is computed from values")
+    schema = _schema(node).arguments
     values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     values.update(zip((argument.name for argument in schema), node.args, strict=False))
     return {**values, **node.kwargs}
+
+
+def written(node: Any) -> list[fx.Node]:
+    """The arguments that an operator writes to, as its schema says."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    names = [argument.name for argument in _schema(node).arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    targets = [given.get(item.name) for item in _schema(node).arguments if item.is_write]
+    return [target for target in pytree.tree_leaves(targets) if isinstance(target, fx.Node)]
+
+
+def _returns_argument(node: Any) -> bool:
+    returns = _schema(node).returns
+    return len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write
+
+
+def _schema(node: Any) -> Any:
+    return node.target._schema  # noqa: SLF001  # torch has no public way to an operator's schema
 
 
 def by_channel(node: fx.Node, dim: int, labels: Tensor, constant: Tensor, known: Tensor) -> Value:

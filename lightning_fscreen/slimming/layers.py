@@ -1,58 +1,77 @@
-"""Transfer functions of the layers with weights: linear, convolution, batch norm."""
+"""Handlers of the layers with weights: linear, convolution, batch norm."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.slimming.interpreter import Handler, Walk, arguments, by_channel, operator_name
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel
 from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
-from lightning_fscreen.slimming.select import SELECT
+from lightning_fscreen.slimming.select import SELECT, selected
 from lightning_fscreen.slimming.slots import Stream, Value
 
 
-def linear(walk: Walk, node: Any) -> Value | None:
+def linear(walk: Walk, node: Any) -> Value:
     """Features are the last dimension."""
-    return _dense(walk, node, channel_dim=-1, padded=False)
+    weight, bias = _parameters(walk, node)
+    if len(walk.shape(weight)) != 2:
+        raise Unsupported("its weight is no matrix")
+    return _dense(walk, node, weight, bias, channel_dim=-1)
 
 
-def convolution(walk: Walk, node: Any) -> Value | None:
+def convolution(walk: Walk, node: Any, transposed: bool = False) -> Value:
     """Channels are the dimension before the positions, with or without a batch."""
     given = arguments(node)
-    weight = walk.name(node.args[1])
-    if weight is None:
-        return None
+    weight, bias = _parameters(walk, node)
     shape = walk.shape(weight)
-    transposed = "transpose" in operator_name(node)
-    padding = given["padding"]
+    padding, groups = given["padding"], given["groups"]
     padded = transposed or (padding != "valid" if isinstance(padding, str) else any(padding))
     channel_dim = 1 if len(walk.value(node.args[0]).shape) == len(shape) else 0
-    groups = given["groups"]
     if groups == 1:
-        return _dense(walk, node, channel_dim, padded, transposed)
-    bias_node = given["bias"]
-    if not walk.layers.get(weight) or (bias_node is not None and walk.name(bias_node) is None):
-        return None
+        return _dense(walk, node, weight, bias, channel_dim, padded, transposed)
+    if not walk.layers.get(weight):
+        raise Unsupported("its weight belongs to no layer")
     per_group = shape[0] // groups if transposed else shape[1]
     grouped = _depthwise if per_group == 1 else _grouped
-    return grouped(walk, node, weight, walk.name(bias_node), channel_dim, padded, transposed)
+    return grouped(walk, node, weight, bias, channel_dim, padded, transposed)
 
 
-def _dense(walk: Walk, node: fx.Node, channel_dim: int, padded: bool, transposed: bool = False) -> Value | None:
-    """Linear and ungrouped convolution: new slots out, the input's slots read."""
-    source, weight_node, bias_node = (*node.args, None)[:3]
-    weight, bias = walk.name(weight_node), walk.name(bias_node)
-    if weight is None or (bias_node is not None and bias is None):
-        return None
+def _parameters(walk: Walk, node: Any) -> tuple[str, str | None]:
+    """Names of the weight and the bias."""
+    given = arguments(node)
+    weight, bias = walk.name(given["weight"]), walk.name(given["bias"])
+    if weight is None:
+        raise Unsupported("its weight is no parameter")
+    if bias is None and given["bias"] is not None:
+        raise Unsupported("its bias is no parameter")
+    return weight, bias
+
+
+def _dense(
+    walk: Walk,
+    node: fx.Node,
+    weight: str,
+    bias: str | None,
+    channel_dim: int,
+    padded: bool = False,
+    transposed: bool = False,
+) -> Value:
+    """Linear and ungrouped convolution: its outputs are new slots, its inputs are read."""
     input_dim = 1 if not transposed else 0
-    labels, constant, known = walk.slots.along(walk.value(source), channel_dim)
     outputs = walk.slots.new(walk.shape(weight)[1 - input_dim])
+    broadcast = bias is not None and walk.shape(bias) in ((), (1,)) and len(outputs) > 1  # one bias for all
+    if bias is not None and not broadcast and walk.shape(bias) != (len(outputs),):
+        raise Unsupported("its bias is no vector of as many elements as it has outputs")
+    labels, constant, known = walk.slots.along(walk.value(node.args[0]), channel_dim)
     walk.slots.cut(weight, 1 - input_dim, outputs)
     walk.slots.cut(weight, input_dim, labels)
-    if bias is not None:
+    if bias is not None and broadcast:
+        walk.opaque.setdefault(bias, "it is the bias of all units")
+    elif bias is not None:
         walk.slots.cut(bias, 0, outputs)
     nonzero = None
     out_constant = torch.zeros(len(outputs), dtype=torch.float64)
@@ -65,7 +84,7 @@ def _dense(walk: Walk, node: fx.Node, channel_dim: int, padded: bool, transposed
         out_known = ~(nonzero & ~carried).any(1)
         out_constant = kernels.sum(2) @ torch.where(carried, constant, 0.0)
         out_constant += 0.0 if bias is None else walk.tensor(bias)
-    owners = [name for name, own_bias in walk.layers.get(weight, []) if own_bias == bias]
+    owners = [name for name, own_bias in walk.layers.get(weight, []) if own_bias == bias and not broadcast]
     walk.slots.readers.append(
         DenseReader(
             layer=owners[0] if owners else weight,
@@ -134,15 +153,15 @@ def _depthwise(
     return by_channel(node, channel_dim, outputs, out_constant, out_known)
 
 
-def batch_norm(walk: Walk, node: Any) -> Value | None:
-    """New slots out: what a batch norm does not use of a stream may still be read by others."""
-    source, *tensors = node.args[:5]
-    training, _, eps = node.args[5:8]
+def batch_norm(walk: Walk, node: Any) -> Value:
+    """Its outputs are new slots: channels of a stream that a batch norm does not use may still be read by others."""
+    given = arguments(node)
+    source, tensors = given["input"], [given[key] for key in ("weight", "bias", "running_mean", "running_var")]
     names = [walk.name(tensor) for tensor in tensors]
     if any((name is None) != (tensor is None) for name, tensor in zip(names, tensors, strict=True)):
-        return None
-    if training and not walk.training:
-        return None
+        raise Unsupported("one of its tensors is no parameter or buffer")
+    if given["training"] and not walk.training:
+        raise Unsupported("it normalises with the statistics of the batch in eval mode")
     labels, constant, known = walk.slots.along(walk.value(source), 1)
     present = [name for name in names if name is not None]
     if not present:
@@ -172,16 +191,16 @@ def batch_norm(walk: Walk, node: Any) -> Value | None:
         return by_channel(node, 1, outputs, torch.zeros_like(constant), torch.zeros_like(known))
     scale = torch.ones_like(mean) if scale is None else scale
     offset = torch.zeros_like(mean) if offset is None else offset
-    normalised = torch.where(known, (constant - mean) / (variance + eps).sqrt(), 0.0)
+    normalised = torch.where(known, (constant - mean) / (variance + given["eps"]).sqrt(), 0.0)
     return by_channel(node, 1, outputs, normalised * scale + offset, known | (scale == 0))
 
 
-def select_stream(walk: Walk, node: Any) -> Value | None:
+def select_stream(walk: Walk, node: Any) -> Value:
     """Our own channel select in front of a batch norm; anybody else's index stays unknown."""
     source, dim, index = node.args
     name = walk.name(index)
     if dim != 1 or name is None or name.rpartition(".")[2] != SELECT:
-        return None
+        raise Unsupported
     labels, constant, known = walk.slots.along(walk.value(source), 1)
     chosen = walk.tensor(name).long()
     walk.streams[node] = labels
@@ -189,14 +208,16 @@ def select_stream(walk: Walk, node: Any) -> Value | None:
 
 
 def _select(walk: Walk, module: str, channels: int) -> Tensor:
-    index = walk.modules[module]._buffers.get(SELECT)
+    index = selected(walk.modules[module])
     return torch.arange(channels) if index is None else index.cpu()
 
 
 HANDLERS: dict[str, Handler] = {
     "linear": linear,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
+    **dict.fromkeys(
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), partial(convolution, transposed=True)
+    ),
     "batch_norm": batch_norm,
     "index_select": select_stream,
 }

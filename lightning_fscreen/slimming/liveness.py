@@ -1,18 +1,20 @@
-"""Which slots have to live: those that something that lives reads as more than a constant."""
+"""Find the slots whose values still influence an output of the network."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_fscreen.slimming.readers import DenseReader, NormReader
+from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
 from lightning_fscreen.slimming.slots import PINNED, SlotGraph
 
 # A carrier much weaker than what it carries would need huge weights, and lose digits in float32.
 _WEAK = 0.1
 
 
-def live_slots(slots: SlotGraph, foldable: set[str]) -> tuple[Tensor, Tensor]:
+def live_slots(slots: SlotGraph, readers: Sequence[Reader]) -> tuple[Tensor, Tensor]:
     """Least set of slots that has to stay for the network to compute the same function.
 
     A slot lives if it is pinned, or if a living output of some layer reads it, unless it is a known constant that can
@@ -21,8 +23,8 @@ def live_slots(slots: SlotGraph, foldable: set[str]) -> tuple[Tensor, Tensor]:
     alone.
 
     Args:
-        slots: what the walk over the graph found.
-        foldable: names of the weights whose layer can take constants into its bias.
+        slots: the slots, from the walk over the graph.
+        readers: in the order of the graph; they know only the constants that can be carried (see `carriable`).
 
     Returns:
         live, kept: (number of slots,) bool; `kept` has those kept for the shape in addition.
@@ -31,10 +33,10 @@ def live_slots(slots: SlotGraph, foldable: set[str]) -> tuple[Tensor, Tensor]:
     live = torch.zeros(len(root), dtype=torch.bool)  # by representative
     live[root[PINNED]] = True
     while True:
-        _spread(slots, root, live, foldable)
-        if not _keep_one_carrier(slots, root, live):
+        _spread(readers, root, live)
+        if not _keep_one_carrier(readers, root, live):
             break
-    return live[root], _keep_shapes(slots, root, live)[root]
+    return live[root], _keep_shapes(slots, readers, root, live)[root]
 
 
 def removed_constants(reader: DenseReader, live: Tensor, kept: Tensor) -> tuple[Tensor, int | None]:
@@ -50,24 +52,24 @@ def removed_constants(reader: DenseReader, live: Tensor, kept: Tensor) -> tuple[
     return gone, int(torch.where(constants & live[reader.inputs], reader.constant.abs(), -1.0).argmax())
 
 
-def _spread(slots: SlotGraph, root: Tensor, live: Tensor, foldable: set[str]) -> None:
-    """Backward from what lives to what it reads, to the fixed point."""
+def _spread(readers: Sequence[Reader], root: Tensor, live: Tensor) -> None:
+    """From living outputs backward to the inputs that they depend on, to the fixed point."""
     changed = True
     while changed:
         changed = False
-        for reader in reversed(slots.readers):
+        for reader in reversed(readers):
             rows = live[root[reader.outputs]]
             if not bool(rows.any()):
                 continue
-            needed = root[reader.inputs[reader.reads(rows) & ~reader.spared(foldable)]]
+            needed = root[reader.inputs[reader.reads(rows) & ~reader.spared()]]
             if not bool(live[needed].all()):
                 live[needed] = True
                 changed = True
 
 
-def _keep_one_carrier(slots: SlotGraph, root: Tensor, live: Tensor) -> bool:
+def _keep_one_carrier(readers: Sequence[Reader], root: Tensor, live: Tensor) -> bool:
     """Let a constant live where a padded layer needs one to carry the others; whether there was such a layer."""
-    for reader in reversed(slots.readers):
+    for reader in reversed(readers):
         if not isinstance(reader, DenseReader) or not reader.padded:
             continue
         constants = reader.known & (reader.constant != 0)
@@ -83,15 +85,15 @@ def _keep_one_carrier(slots: SlotGraph, root: Tensor, live: Tensor) -> bool:
     return False
 
 
-def _keep_shapes(slots: SlotGraph, root: Tensor, live: Tensor) -> Tensor:
-    """What lives, and what no dimension and no batch norm could do without."""
+def _keep_shapes(slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live: Tensor) -> Tensor:
+    """Living slots, one slot of every dimension, and the inputs of every batch norm's channels that are kept."""
     kept = live.clone()
     while True:
         before = int(kept.sum())
         for labels in slots.dims.values():
             if not bool(kept[root[labels]].any()):
                 kept[root[labels[0]]] = True
-        for reader in slots.readers:
+        for reader in readers:
             if isinstance(reader, NormReader):
                 kept[root[reader.inputs[kept[root[reader.outputs]]]]] = True
         if int(kept.sum()) == before:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_fscreen.slimming.capture import named_tensors, own_tensors
+from lightning_fscreen.slimming.tensors import named_tensors, own_tensors
 
 _FORMAT = 1
 _PLAN = "_fscreen_plan"
@@ -270,14 +270,3 @@ def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int,
     if kept[0] < 0 or kept[-1] >= shape[dim]:
         wrong = kept[0] if kept[0] < 0 else kept[-1]
         raise PlanError(f"the plan keeps index {wrong} of dimension {dim} of {name!r}, which has shape {shape}")
-
-
-def parameters_by_name(model: nn.Module) -> Mapping[str, list[tuple[nn.Module, str]]]:
-    """Tensor name (first one, where shared) → every (module, attribute) that holds that tensor."""
-    first: dict[int, str] = {id(tensor): name for name, tensor in reversed(list(named_tensors(model).items()))}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                places.setdefault(first[id(tensor)], []).append((module, attribute))
-    return places

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.slimming.capture import Capture, named_tensors
-from lightning_fscreen.slimming.interpreter import Off, Walk
-from lightning_fscreen.slimming.layers import HANDLERS as LAYERS
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
-from lightning_fscreen.slimming.operators import HANDLERS as OPERATORS
-from lightning_fscreen.slimming.plan import SlimmingPlan, join, parameters_by_name
-from lightning_fscreen.slimming.readers import DenseReader
+from lightning_fscreen.slimming.plan import SlimmingPlan, join
+from lightning_fscreen.slimming.readers import DenseReader, Reader
 from lightning_fscreen.slimming.select import selected
 from lightning_fscreen.slimming.slots import SlotGraph
-
-
-def find_slots(
-    network: nn.Module, captured: Capture, off: Mapping[str, Off] | None = None, literal: bool = False
-) -> SlotGraph:
-    """Walk over a captured network; see `Walk`."""
-    return Walk(network, captured, {**OPERATORS, **LAYERS}, off, literal).run()
+from lightning_fscreen.slimming.tensors import named_tensors, parameters_by_name
 
 
 @dataclass(frozen=True)
 class Change:
-    """A plan, and what it puts in place.
+    """A plan and its new tensors.
 
     Attributes:
-        plan: what stays of every tensor.
+        plan: the indices that stay of every tensor.
         tensors: the cut tensors and the new ones; in float64 where they are floating.
     """
 
@@ -41,22 +31,74 @@ class Change:
 
 
 def make_change(network: nn.Module, slots: SlotGraph) -> Change:
-    """The plan that removes all dead slots."""
-    tensors = named_tensors(network)
-    foldable = _foldable(network, slots)
-    live, kept = live_slots(slots, foldable)
+    """The plan that removes all dead slots; network and slots stay as they are."""
+    tensors, modules = named_tensors(network), dict(network.named_modules())
+    readers = carriable(network, slots)
+    live, kept = live_slots(slots, readers)
+    dense = [reader for reader in readers if isinstance(reader, DenseReader)]
+    cuts = _cuts(slots, kept)
+    folds, biases = _folds(tensors, dense, live, kept)
+    selects = _selects(modules, slots, kept)
+    plan = SlimmingPlan(
+        shapes={name: tuple(tensors[name].shape) for name in cuts},
+        cuts=cuts,
+        groups=_groups(slots, kept),
+        biases=biases,
+        selects=selects,
+        pinned=dict(slots.pinned),
+        removed=_removed(modules, slots, dense, selects, kept),
+    )
+    new = {name: plan.cut(name, tensor) for name, tensor in folds.items()}
+    new |= {name: plan.cut(name, tensors[name].detach()) for name in cuts if name not in folds}
+    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in new.items()}
+    return Change(plan, exact)
+
+
+def carriable(network: nn.Module, slots: SlotGraph) -> list[Reader]:
+    """The readers, in which only those inputs are known that can be carried when they go.
+
+    Constants go into the bias of a layer that nobody else uses. They cannot be carried in weights that are read more
+    than once, since every call meets other constants. Nor can trainable constants be at zero padding: one carrier's
+    update would change them all.
+    """
+    dense = [reader for reader in slots.readers if isinstance(reader, DenseReader)]
+    weights = Counter(reader.weight for reader in dense)
+    biases = Counter(reader.bias for reader in dense)
+    places = parameters_by_name(network)
+    root = slots.components()
+    trained = torch.zeros(len(root), dtype=torch.bool)
+    if slots.trained:
+        trained[root[torch.cat(slots.trained)]] = True
+
+    def restricted(reader: Reader) -> Reader:
+        if not isinstance(reader, DenseReader):
+            return reader
+        if weights[reader.weight] > 1:
+            return replace(reader, known=reader.silent())
+        if reader.padded:
+            return replace(reader, known=reader.known & (reader.silent() | ~trained[root[reader.inputs]]))
+        own_bias = reader.bias is None or (biases[reader.bias] == 1 and len(places[reader.bias]) == 1)
+        return replace(reader, foldable=reader.module is not None and own_bias)
+
+    return [restricted(reader) for reader in slots.readers]
+
+
+def _cuts(slots: SlotGraph, kept: Tensor) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Indices that stay, of every dimension that loses some."""
     cuts: dict[str, dict[int, tuple[int, ...]]] = {}
     for (name, dim), labels in slots.dims.items():
         if not bool(kept[labels].all()):
             cuts.setdefault(name, {})[dim] = tuple(kept[labels].nonzero().flatten().tolist())
-    folded: dict[str, Tensor] = {}
+    return cuts
+
+
+def _folds(
+    tensors: Mapping[str, Tensor], dense: Sequence[DenseReader], live: Tensor, kept: Tensor
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Weights and biases, before they are cut, that carry the constants that go; and the layers that get a bias."""
+    folds: dict[str, Tensor] = {}
     biases = []
-    removed: dict[str, int] = {}
-    for reader in slots.readers:
-        if not isinstance(reader, DenseReader):
-            continue
-        if reader.module is not None and (count := int((~kept[reader.outputs]).sum())):
-            removed[reader.module] = count
+    for reader in dense:
         gone, carrier = removed_constants(reader, live, kept)
         if not bool(gone.any()):
             continue
@@ -68,35 +110,26 @@ def make_change(network: nn.Module, slots: SlotGraph) -> Change:
         if carrier is not None:
             carrying = weight.to(torch.float64, copy=True)
             carrying.select(reader.input_dim, carrier).add_(lost / constants[carrier])
-            folded[reader.weight] = carrying
+            folds[reader.weight] = carrying
             continue
         assert reader.module is not None  # it is foldable
         addition = lost.flatten(1).sum(1) if lost.ndim > 1 else lost
         if reader.bias is None:  # the new one is not cut by the plan, so it has its final length here
             biases.append(reader.module)
-            folded[join(reader.module, "bias")] = addition[kept[reader.outputs].to(weight.device)]
+            folds[join(reader.module, "bias")] = addition[kept[reader.outputs].to(weight.device)]
         else:
-            folded[reader.bias] = tensors[reader.bias].detach().double() + addition
-    groups = {}
-    for name, labels in slots.depthwise.items():
-        if not bool(kept[labels].all()):
-            groups[name] = int(kept[labels].sum())
-            removed[name] = len(labels) - groups[name]
-    modules = dict(network.named_modules())
-    selects = _selects(modules, slots, kept)
-    for name in selects:
-        removed[name] = int((~kept[slots.gates[name]]).sum())
-    shapes = {name: tuple(tensors[name].shape) for name in cuts}
-    removed = {name: removed[name] for name in modules if removed.get(name)}  # in the network's order
-    plan = SlimmingPlan(shapes, cuts, groups, tuple(biases), selects, dict(slots.pinned), removed)
-    new = {name: plan.cut(name, tensor) for name, tensor in folded.items()}
-    new |= {name: plan.cut(name, tensors[name].detach()) for name in cuts if name not in folded}
-    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in new.items()}
-    return Change(plan, exact)
+            folds[reader.bias] = tensors[reader.bias].detach().double() + addition
+    return folds, tuple(biases)
+
+
+def _groups(slots: SlotGraph, kept: Tensor) -> dict[str, int]:
+    """Number of groups that depthwise convolutions have left, where they lose some."""
+    counts = {name: (int(kept[labels].sum()), len(labels)) for name, labels in slots.depthwise.items()}
+    return {name: left for name, (left, before) in counts.items() if left < before}
 
 
 def _selects(modules: Mapping[str, nn.Module], slots: SlotGraph, kept: Tensor) -> dict[str, tuple[int, ...]]:
-    """Channels that batch norms select of what is left of their streams; none where they read all."""
+    """Indices of the channels that batch norms select from the rest of their streams; none where they read all."""
     selects = {}
     for name, stream in slots.streams.items():
         present = kept[stream.labels]
@@ -109,31 +142,16 @@ def _selects(modules: Mapping[str, nn.Module], slots: SlotGraph, kept: Tensor) -
     return selects
 
 
-def _foldable(network: nn.Module, slots: SlotGraph) -> set[str]:
-    """Weights of the layers that can take constants into their bias, which nobody else must use.
-
-    In weights that are read more than once, constants cannot be carried at all: they meet different ones in each call.
-    Nor can those that training changes where padding meets them: what carries them would learn for all of them.
-    """
-    readers = [reader for reader in slots.readers if isinstance(reader, DenseReader)]
-    weights = Counter(reader.weight for reader in readers)
-    biases = Counter(reader.bias for reader in readers)
-    places = parameters_by_name(network)
-
-    def has_own_bias(reader: DenseReader) -> bool:
-        return reader.bias is None or (biases[reader.bias] == 1 and len(places[reader.bias]) == 1)
-
-    root = slots.components()
-    trained = torch.zeros(len(root), dtype=torch.bool)
-    if slots.trained:
-        trained[root[torch.cat(slots.trained)]] = True
-    for reader in readers:
-        if weights[reader.weight] > 1:
-            reader.known = reader.silent()
-        elif reader.padded:
-            reader.known = reader.known & (reader.silent() | ~trained[root[reader.inputs]])
-    return {
-        reader.weight
-        for reader in readers
-        if reader.module is not None and not reader.padded and weights[reader.weight] == 1 and has_own_bias(reader)
-    }
+def _removed(
+    modules: Mapping[str, nn.Module],
+    slots: SlotGraph,
+    dense: Sequence[DenseReader],
+    selects: Mapping[str, tuple[int, ...]],
+    kept: Tensor,
+) -> dict[str, int]:
+    """Number of units or channels that each layer loses, in the network's order; batch norms, if they select others."""
+    outputs = {reader.module: reader.outputs for reader in dense if reader.module is not None}
+    outputs |= slots.depthwise
+    outputs |= {name: slots.gates[name] for name in selects}
+    counts = {name: int((~kept[labels]).sum()) for name, labels in outputs.items()}
+    return {name: counts[name] for name in modules if counts.get(name)}

@@ -1,4 +1,4 @@
-"""Readers: the layers where the slots of an input are multiplied by weights and new slots come out."""
+"""Readers: the layers that multiply the slots of an input by weights, so that new slots begin at their outputs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Reader(ABC):
     """One call of a layer.
 
     Attributes:
         layer: name of the module or of its weight, for messages.
         inputs, outputs: slot labels, (in,) and (out,).
-        constant, known: (in,) constants that arrive.
+        constant, known: (in,) the constants that arrive, and which inputs are constant.
     """
 
     layer: str
@@ -33,12 +33,12 @@ class Reader(ABC):
         """(in,) bool: inputs that are always zero."""
         return self.known & (self.constant == 0)
 
-    def spared(self, foldable: set[str]) -> Tensor:
+    def spared(self) -> Tensor:
         """(in,) bool: inputs that may go although they are read."""
         return self.silent()
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DenseReader(Reader):
     """A linear or ungrouped convolution layer.
 
@@ -48,6 +48,7 @@ class DenseReader(Reader):
         nonzero: (out, in) bool, whether any weight of the kernel is not zero; None where zeros count like all others.
         padded: zero padding meets the input, so that a constant is not the same at the border.
         input_dim: dimension of the weight that runs over inputs.
+        foldable: whether constants can go into the bias; only planning knows (see `carriable`).
     """
 
     module: str | None
@@ -56,6 +57,7 @@ class DenseReader(Reader):
     nonzero: Tensor | None
     padded: bool
     input_dim: int = 1
+    foldable: bool = False
 
     def reads(self, rows: Tensor) -> Tensor:
         """Inputs with a weight that is not zero in one of the rows."""
@@ -63,12 +65,12 @@ class DenseReader(Reader):
             return rows.any().expand(len(self.inputs))
         return self.nonzero[rows].any(0)
 
-    def spared(self, foldable: set[str]) -> Tensor:
+    def spared(self) -> Tensor:
         """Constants go into the bias; where padding meets them, into one of them that stays."""
-        return self.known if self.weight in foldable or self.padded else self.silent()
+        return self.known if self.foldable or self.padded else self.silent()
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupedReader(Reader):
     """A grouped convolution: its outputs read the inputs of their own group."""
 
@@ -79,7 +81,7 @@ class GroupedReader(Reader):
         return rows.reshape(self.groups, -1).any(1).repeat_interleave(len(self.inputs) // self.groups)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NormReader(Reader):
     """A batch norm: every channel reads its own channel of the stream, and may leave it to others."""
 
@@ -87,6 +89,6 @@ class NormReader(Reader):
         """The same channels."""
         return rows
 
-    def spared(self, foldable: set[str]) -> Tensor:
-        """None: a channel that comes out needs one to come in."""
+    def spared(self) -> Tensor:
+        """None: every output channel needs an input channel."""
         return torch.zeros_like(self.known)

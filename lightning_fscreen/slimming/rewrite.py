@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_fscreen.slimming.capture import own_tensors
-from lightning_fscreen.slimming.plan import SlimmingPlan, join, parameters_by_name
+from lightning_fscreen.slimming.plan import SlimmingPlan, join
 from lightning_fscreen.slimming.select import put_select
+from lightning_fscreen.slimming.tensors import own_tensors, parameters_by_name, put_tensor
 
 Undo = Callable[[], None]
 _GROUPS = "_fscreen_groups"
@@ -36,7 +37,7 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
     for name in plan.biases:
         module = modules[name]
         bias = nn.Parameter(module.weight.new_zeros(tensors[join(name, "bias")].shape), module.weight.requires_grad)
-        undo.append(lambda module=module: module._parameters.__setitem__("bias", None))  # type: ignore[misc]
+        undo.append(partial(put_tensor, module, "bias", None))
         module.register_parameter("bias", bias)
     for name, places in parameters_by_name(network).items():
         if name not in tensors:
@@ -50,9 +51,8 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         for module, place in places:
-            store = module._parameters if place in module._parameters else module._buffers
-            undo.append(lambda store=store, place=place, old=old: store.__setitem__(place, old))  # type: ignore[misc]
-            store[place] = new  # type: ignore[assignment]
+            undo.append(partial(put_tensor, module, place, old))
+            put_tensor(module, place, new)
     for name, groups in plan.groups.items():
         undo.append(_restore(modules[name], "groups"))
         modules[name].__dict__.setdefault(_GROUPS, modules[name].groups)
@@ -77,9 +77,9 @@ def original_groups(module: nn.Module) -> int:
 
 def _match_sizes(module: nn.Module) -> list[Undo]:
     sizes: dict[str, int] = {}
-    weight, _ = own_tensors(module)
-    if weight is None:
-        weight = module._buffers.get("running_mean")
+    weight: Tensor | None = own_tensors(module)[0]
+    if weight is None and isinstance(module, _BatchNorm):
+        weight = module.running_mean
     if weight is None or isinstance(weight, UninitializedParameter):
         return []
     if isinstance(module, nn.Linear):

@@ -19,27 +19,28 @@ def select_channels(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 def selected(module: nn.Module) -> Tensor | None:
     """The indices that a batch norm selects, (channels,) int64; None if it reads all."""
-    return module._buffers.get(SELECT)
+    indices: Tensor | None = getattr(module, SELECT, None)
+    return indices
 
 
 def drop_select(module: nn.Module) -> None:
     """Let a batch norm read all channels again."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is select_channels:
-            del module._forward_pre_hooks[key]
-    module._buffers.pop(SELECT, None)
-    module._non_persistent_buffers_set.discard(SELECT)
+    hooks = module._forward_pre_hooks  # noqa: SLF001  # a copy of a module has the hook, but not its handle
+    for key in [key for key, hook in hooks.items() if hook is select_channels]:
+        del hooks[key]
+    if selected(module) is not None:
+        delattr(module, SELECT)
 
 
 def put_select(module: nn.Module, indices: tuple[int, ...], device: torch.device) -> Callable[[], None]:
-    """Let a batch norm read these channels of what it gets; returns a function that puts back what was."""
+    """Let a batch norm read these channels of its input; returns a function that restores the previous state."""
     old = selected(module)
     handle = module.register_forward_pre_hook(select_channels) if old is None else None
     module.register_buffer(SELECT, torch.tensor(indices, dtype=torch.int64, device=device), persistent=False)
 
     def undo() -> None:
         if handle is None:
-            module._buffers[SELECT] = old
+            setattr(module, SELECT, old)
         else:
             handle.remove()
             delattr(module, SELECT)

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen.compiled import uncompiled
-from lightning_fscreen.slimming.apply import apply_change
+from lightning_fscreen.slimming.apply import remove_dead_slots
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.plan import SlimmingPlan
-from lightning_fscreen.slimming.planning import find_slots, make_change
-from lightning_fscreen.slimming.verify import Verification, VerificationError
+from lightning_fscreen.slimming.tensors import own_tensors
 
-log = logging.getLogger(__name__)
-
-BIASES = ("zero", "fold")
+Bias = Literal["zero", "fold"]
 
 
-def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias: str = "zero") -> SlimmingPlan:
+def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias: Bias = "zero") -> SlimmingPlan:
     """Switch off channels of batch norms and physically remove them, in place.
 
     The output stays that of the same network with γ = β = 0 on the pruned channels (bias="zero"), or γ = 0 with β kept
     (bias="fold"), in eval and in train mode. Constants are carried into the biases of the layers that read them or,
-    where zero padding meets them, into one channel that stays. What cannot be removed exactly stays, switched off.
+    where zero padding meets them, into one channel that stays. Channels that cannot be removed exactly stay, switched
+    off.
 
     Args:
         model: any module that `torch.export` can capture. Its class, `forward`, modes, devices, dtypes, hooks,
@@ -47,6 +44,23 @@ def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias
         CaptureError: the model cannot be captured.
         VerificationError: outputs differ in float64, or forward fails on the smaller network.
         The model is untouched after an error.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_fscreen import slim
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+        >>> images, keep = torch.randn(2, 3, 6, 6), torch.tensor([True, False, True, True, False, True, True, True])
+        >>> with torch.no_grad():
+        ...     net[1].weight[~keep] = net[1].bias[~keep] = 0
+        ...     before = net(images)
+        >>> plan = slim(net, {"1": keep}, images)
+        >>> net[0], net[3]
+        (Conv2d(3, 6, kernel_size=(3, 3), stride=(1, 1)), Conv2d(6, 2, kernel_size=(1, 1), stride=(1, 1)))
+        >>> plan.removed
+        {'0': 2}
+        >>> torch.allclose(net(images), before, atol=1e-6)
+        True
     """
     model = uncompiled(model)
     check_keep(model, keep)
@@ -62,36 +76,22 @@ def slim_captured(
     keep: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    bias: str = "zero",
+    bias: Bias = "zero",
 ) -> SlimmingPlan:
     """As `slim`, for a network that has been captured and masks that have been checked."""
     undo = switch_off(network, keep, bias)
     try:
         off = {name: _off(network.get_submodule(name), mask) for name, mask in keep.items()}
-        slots = find_slots(network, captured, off)
-        change = make_change(network, slots)
-        if not change.plan:
-            return change.plan
-        verification = Verification(network, args, kwargs, training=True)
-        try:
-            apply_change(network, change, verification)
-        except VerificationError as error:
-            if not slots.assumed:
-                raise
-            log.warning("sizes seem to be written into forward, their channels stay: %s", error)
-            change = make_change(network, find_slots(network, captured, off, literal=True))
-            if change.plan:
-                apply_change(network, change, verification)
+        return remove_dead_slots(network, captured, args, kwargs, off)
     except BaseException:
         undo()
         raise
-    return change.plan
 
 
 def check_bias(bias: str) -> None:
-    """Raise ValueError unless `bias` is one of `BIASES`."""
-    if bias not in BIASES:
-        raise ValueError(f"unknown bias {bias!r}; choose one of {list(BIASES)}")
+    """Raise ValueError unless `bias` is one of `Bias`."""
+    if bias not in get_args(Bias):
+        raise ValueError(f"unknown bias {bias!r}; choose one of {list(get_args(Bias))}")
 
 
 def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -112,18 +112,20 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
             raise ValueError(f"keep[{name!r}] must be a bool tensor of shape ({channels},), got {found}")
         if not bool(mask.any()):
             raise ValueError(f"keep[{name!r}] keeps none of {channels} channels; a layer needs at least one")
-        if modules[name].weight is None and not bool(mask.all()):
-            raise ValueError(f"batch norm {name!r} has no scale to switch channels off with (affine=False)")
+        if own_tensors(modules[name])[0] is None and not bool(mask.all()):
+            raise ValueError(
+                f"batch norm {name!r} has no scale of its own to switch channels off with (affine=False, or computed "
+                "by a parametrization); leave it out of keep"
+            )
 
 
 @torch.no_grad()
-def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: str) -> Any:
+def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: Bias) -> Callable[[], None]:
     """γ = 0, and β = 0 for bias="zero", on the channels that are not kept; returns a function that undoes it."""
     old = []
     for name, mask in keep.items():
-        module = network.get_submodule(name)
-        for attribute in ("weight", "bias") if bias == "zero" else ("weight",):
-            parameter = module._parameters[attribute]
+        weight, shift = own_tensors(network.get_submodule(name))
+        for parameter in (weight, shift) if bias == "zero" else (weight,):
             if parameter is not None:
                 old.append((parameter, parameter.detach().clone()))
                 parameter[~mask.to(parameter.device)] = 0
@@ -138,6 +140,6 @@ def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: str) -> Any
 
 def _off(module: nn.Module, mask: Tensor) -> Off:
     pruned = ~mask.detach().cpu()
-    shift = module._parameters["bias"]
+    _, shift = own_tensors(module)
     constant = torch.zeros(len(mask), dtype=torch.float64) if shift is None else shift.detach().cpu().double()
     return Off(pruned, torch.where(pruned, constant, 0.0))

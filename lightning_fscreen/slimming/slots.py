@@ -4,7 +4,7 @@ A slot is an equivalence class of (tensor, dimension, index): a hidden unit is r
 and of a batch norm, and column i of the next weight. Slots are found by walking the captured graph once. Every value
 carries three small tensors broadcastable to its shape: the slot label of each element, its constant, and whether that
 constant is known (it is for the output of a unit whose weights are all zero). Operators that move data are run on the
-three as they are; the others have small transfer functions in `operators.py`. An unknown operator pins what it reads.
+three as they are; the others have small handlers (see `operators.py`). An unknown operator pins what it reads.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Value:
             torch.zeros(ones, dtype=torch.float64),
             torch.zeros(ones, dtype=torch.bool),
         )
+
+    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, constant and known as they are stored."""
+        return self.labels, self.constant, self.known
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, constant and known at full size, to run a data-moving operator on."""

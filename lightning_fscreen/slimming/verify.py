@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.capture import in_mode, named_tensors, plain_norms
+from lightning_fscreen.slimming.capture import in_mode, plain_norms
+from lightning_fscreen.slimming.tensors import named_tensors
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.slimming.capture import CaptureError, capture, evaluating, named_tensors
+from lightning_fscreen.slimming.capture import CaptureError, capture, evaluating
+from lightning_fscreen.slimming.tensors import named_tensors
 from tests.slimming import snapshot, untouched
 
 

@@ -1,0 +1,156 @@
+"""Handlers of the operators that compute every element by itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, written
+from lightning_fscreen.slimming.slots import PINNED, Value
+
+ACTIVATIONS = """
+    relu relu_ relu6 relu6_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ gelu silu silu_ mish mish_ sigmoid
+    sigmoid_ tanh tanh_ hardtanh hardtanh_ hardswish hardswish_ hardsigmoid hardsigmoid_ softplus softsign log_sigmoid
+    clamp clamp_ clamp_min clamp_max threshold
+""".split()
+_POINTWISE = """
+    abs neg exp sqrt square pow erf add add_ sub sub_ div div_ rsub maximum minimum clone contiguous alias detach
+    detach_
+""".split()
+
+
+def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False) -> Value:
+    """Elements that meet share their slot; constants are computed by the operator itself, in float64.
+
+    Args:
+        walk: the walk.
+        node: the call.
+        zero_absorbs: whether the output is zero where one of the operands is, as in a product.
+
+    Raises:
+        Unsupported: an argument is a number computed from values, or there is more than one output.
+    """
+    operands = [_operand(walk, source) for source in node.all_input_nodes]
+    if not isinstance(node.meta["val"], Tensor):
+        raise Unsupported("it has more than one output")
+    shape = tuple(node.meta["val"].shape)
+    rank = len(shape)
+    labels = _unify_operands(walk, operands, shape)
+    known = torch.ones([1] * rank, dtype=torch.bool)
+    for operand in operands:
+        known = known & _with_rank(operand.known, rank)
+    constant = torch.zeros([1] * rank, dtype=torch.float64)
+    if bool(known.any()):
+        constants = [operand.constant for operand in operands]
+        if written(node):  # in place there must be room for the result
+            constants = list(torch.broadcast_tensors(*constants))
+        replaced = dict(zip(node.all_input_nodes, constants, strict=True))
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda source: replaced[source].clone(), (node.args, node.kwargs))
+        constant = _with_rank(node.target(*args, **kwargs).double(), rank)
+    if zero_absorbs:
+        for operand in operands:
+            zero = _with_rank(operand.known & (operand.constant == 0), rank)
+            known, zero = torch.broadcast_tensors(known, zero)
+            constant = torch.where(zero, 0.0, constant)
+            known = known | zero
+    return Value(shape, labels, constant, known)
+
+
+def cast(walk: Walk, node: Any) -> Value:
+    """Another dtype or device; constants are rounded where it is one of integers."""
+    value = _operand(walk, node.args[0])
+    dtype = node.meta["val"].dtype
+    exact = dtype.is_floating_point or dtype.is_complex
+    constant = value.constant if exact else value.constant.to(dtype).double()
+    return Value(value.shape, value.labels, constant, value.known)
+
+
+def prelu(walk: Walk, node: Any) -> Value:
+    """One slope for all channels, or one for each."""
+    source, slope = node.args
+    name = walk.name(slope)
+    if name is None:
+        raise Unsupported("its slope is no parameter")
+    value = walk.value(source)
+    if torch.Size(walk.shape(name)).numel() == 1:
+        walk.opaque.setdefault(name, "it is the slope of all channels")
+        silent = value.known & (value.constant == 0)
+        return Value(value.shape, value.labels, torch.zeros_like(value.constant), silent)
+    labels, constant, known = walk.slots.along(value, 1)
+    walk.slots.cut(name, 0, labels)
+    return by_channel(node, 1, labels, torch.zeros_like(constant), known & (constant == 0))
+
+
+def dropout(walk: Walk, node: Any, keeps_zero: bool = True) -> Value:
+    """In train mode only zeros are constant, and they only if dropping means to set to zero."""
+    value = walk.value(node.args[0])
+    given = arguments(node)
+    if not (given["p"] and (given["train"] or walk.training)):  # the graph of eval mode may stand for both
+        return value
+    known = value.known & (value.constant == 0) if keeps_zero else torch.zeros_like(value.known)
+    return Value(value.shape, value.labels, value.constant, known)
+
+
+def noise(walk: Walk, node: Any) -> Value:
+    """Random numbers of the same shape."""
+    value = walk.value(node.args[0])
+    return Value(value.shape, value.labels, value.constant, torch.zeros_like(value.known))
+
+
+def _operand(walk: Walk, source: Any) -> Value:
+    """The value of a tensor argument; a parameter gets slots along its only long dimension."""
+    name, value = walk.name(source), walk.values[source]
+    if not isinstance(value, Value):
+        raise Unsupported("one of its arguments is computed from values")
+    return value if name is None else _parameter(walk, name)
+
+
+def _parameter(walk: Walk, name: str) -> Value:
+    shape = walk.shape(name)
+    ones = [1] * len(shape)
+    value = Value.pinned(shape)
+    if not walk.training:
+        value = Value(shape, value.labels, walk.tensor(name), torch.ones(ones, dtype=torch.bool))
+    long = [dim for dim, size in enumerate(shape) if size > 1]
+    if len(long) == 1:
+        labels = walk.slots.dims.get((name, long[0]))
+        labels = walk.slots.new(shape[long[0]]) if labels is None else labels
+        walk.slots.cut(name, long[0], labels)
+        value.labels = labels.reshape([-1 if dim == long[0] else 1 for dim in range(len(shape))])
+    else:
+        walk.opaque.setdefault(name, "it is used outside of a layer")
+    return value
+
+
+def _unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) -> Tensor:
+    """Elements that meet share their slot; an operand of size 1 along the others' slots only broadcasts."""
+    ranked = [(_with_rank(v.labels, len(shape)), (1,) * (len(shape) - len(v.shape)) + v.shape) for v in operands]
+    varying = [dim for dim in range(len(shape)) if any(labels.shape[dim] > 1 for labels, _ in ranked)]
+    full = [labels for labels, own in ranked if all(own[dim] == shape[dim] for dim in varying)]
+    for labels, own in ranked:
+        if any(own[dim] != shape[dim] for dim in varying):
+            walk.slots.pin(labels, "it is broadcast along several dimensions")
+    if not full:  # an outer product: no operand spans all slots
+        return torch.full([1] * len(shape), PINNED, dtype=torch.int64)
+    for labels in full[1:]:
+        walk.slots.unify(full[0], labels)
+    return max(full, key=Tensor.numel)
+
+
+def _with_rank(tensor: Tensor, rank: int) -> Tensor:
+    return tensor.reshape([1] * (rank - tensor.ndim) + list(tensor.shape))
+
+
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys((*ACTIVATIONS, *_POINTWISE), pointwise),
+    **dict.fromkeys(("mul", "mul_"), partial(pointwise, zero_absorbs=True)),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
+    "prelu": prelu,
+    **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "feature_dropout_"), dropout),
+    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), partial(dropout, keeps_zero=False)),
+    **dict.fromkeys(("bernoulli", "bernoulli_", "uniform_", "normal_"), noise),
+}

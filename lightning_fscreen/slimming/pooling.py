@@ -1,0 +1,70 @@
+"""Handlers of the operators that combine positions: pooling, upsampling, sums and means."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel
+from lightning_fscreen.slimming.slots import Value
+
+
+def pool(walk: Walk, node: Any, rank: int, averages: bool = False) -> Value | list[Value]:
+    """Windows over positions: slots and constants pass through, except where zero padding is averaged in.
+
+    Args:
+        walk: the walk.
+        node: the call.
+        rank: number of dimensions that are positions, the last ones.
+        averages: whether windows are averaged with their padding, or divided by a number that the call gives.
+    """
+    value = walk.value(node.args[0])
+    dim = len(value.shape) - rank - 1
+    labels, constant, known = walk.slots.along(value, dim)
+    if averages:
+        given = arguments(node)
+        padding = given["padding"]
+        if any(padding if isinstance(padding, list | tuple) else [padding]) or given.get("divisor_override"):
+            known = known & (constant == 0)
+    pooled = by_channel(node, dim, labels, constant, known)
+    if isinstance(node.meta["val"], Tensor):
+        return pooled
+    # Indices of the largest: positions, which differ by channel.
+    return [pooled, by_channel(node, dim, labels, torch.zeros_like(constant), torch.zeros_like(known))]
+
+
+def reduce(walk: Walk, node: Any, adds: bool = False) -> Value:
+    """Mean or extremum over positions; or their sum, which depends on how many they are."""
+    value = walk.value(node.args[0])
+    given = arguments(node)
+    rank = len(value.shape)
+    dims = given.get("dim")
+    dims = range(rank) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
+    dims = [dim % rank for dim in dims] if rank else []
+    parts = [value.labels, *torch.broadcast_tensors(value.constant, value.known)]
+    if any(part.shape[dim] > 1 for part in parts for dim in dims):
+        raise Unsupported("it mixes channels")
+    if adds:
+        parts[2] = parts[2] & (parts[1] == 0)
+    if not given.get("keepdim"):
+        parts = [part.squeeze(dims) for part in parts]
+    return Value(tuple(node.meta["val"].shape), *parts)
+
+
+def _pools(names: str, averages: bool = False) -> dict[str, Handler]:
+    """Handlers of operators for one, two and three dimensions of positions; {} stands for their number."""
+    return {
+        name.format(rank): partial(pool, rank=rank, averages=averages) for name in names.split() for rank in (1, 2, 3)
+    }
+
+
+HANDLERS: dict[str, Handler] = {
+    **_pools("max_pool{}d max_pool{}d_with_indices adaptive_max_pool{}d adaptive_avg_pool{}d upsample_nearest{}d"),
+    **_pools("avg_pool{}d", averages=True),
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), partial(pool, rank=2)),
+    **dict.fromkeys(("mean", "amax", "amin"), reduce),
+    "sum": partial(reduce, adds=True),
+}
