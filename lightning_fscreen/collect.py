@@ -16,6 +16,7 @@ from lightning_fscreen.candidates import PrunableWeight, num_inputs
 from lightning_fscreen.connections import ConnectionSums
 from lightning_fscreen.feature_sums import FeatureSums
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
+from lightning_fscreen.labels import check_proportions
 from lightning_fscreen.moments import Sums, spread_statistic
 from lightning_fscreen.network import examined
 from lightning_fscreen.origins import is_learned
@@ -153,6 +154,7 @@ class ActivationCollector:
         try:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
+                check_proportions(labels)
             self._check_rows(len(labels))
             if len(ran) == len(self._probes) and not self._exact:
                 if not buffer.has_room(len(labels)):

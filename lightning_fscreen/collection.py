@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics
 from lightning_fscreen.distributed import merge_processes
 from lightning_fscreen.gradients import GradientStatistics, GradientSums
-from lightning_fscreen.labels import infer_num_classes
+from lightning_fscreen.labels import class_labels, infer_num_classes
 from lightning_fscreen.sampling import collection_stride
 
 
@@ -26,12 +26,15 @@ class Collection:
     """
 
     def __init__(self, labels: Callable[[Any], Tensor], num_classes: int | None) -> None:
-        self._labels = labels
+        self._find_labels = labels
         self._num_classes = num_classes
         self._collector: ActivationCollector | None = None
         self._gradients: GradientSums | None = None
         self.stride: int | None = None
         """Every how-manieth batch is gathered, where that is up to us; the same in every process."""
+
+    def _labels(self, batch: Any) -> Tensor:
+        return class_labels(self._find_labels(batch))
 
     def is_due(
         self, trainer: Trainer, batch: Any, batch_idx: int, collect_every: int | Literal["auto"], epochs: int

@@ -45,8 +45,8 @@ def f_statistic(features: Tensor, labels: Tensor, num_classes: int | None = None
 
     Args:
         features: (N, p), any floating or integer dtype; computed in float64.
-        labels: (N,) integer class indices, or (N, C) floating class weights ≥ 0 (mixup, label smoothing): an instance
-            then counts in each class with that weight.
+        labels: (N,) integer class indices (-100: the instance does not count), or (N, C) floating class weights ≥ 0
+            (mixup, label smoothing): an instance then counts in each class with that weight.
         num_classes: number of classes; taken from the labels if None.
 
     Returns:
@@ -61,35 +61,42 @@ def f_statistic(features: Tensor, labels: Tensor, num_classes: int | None = None
     return f_statistic_compute(f_statistic_update(features, labels, num_classes))
 
 
+IGNORED = -100
+"""Label of instances that belong to no class, as in `torch.nn.functional.cross_entropy`; they do not count."""
+
+
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Check form and values of labels; the values of labels on an accelerator are waited for.
 
     Raises:
         ValueError: labels that are neither integers of shape (N,) nor floating (N, num_classes), class indices outside
-            0 … num_classes − 1, class weights that are negative or not finite.
+            0 … num_classes − 1 (except -100), class weights that are negative or not finite.
     """
     if labels.is_floating_point():
         if labels.ndim != 2 or labels.shape[1] != num_classes:
             raise ValueError(
                 f"labels of dtype {labels.dtype} must be class weights of shape (N, {num_classes}), got shape "
-                f"{tuple(labels.shape)}; pass integer class indices of shape (N,), or the right num_classes="
+                f"{tuple(labels.shape)}; pass integer class indices of shape (N,), or the right num_classes=. To prune "
+                'without classes (regression, one logit), use criterion="magnitude" or "taylor"'
             )
         if not bool((torch.isfinite(labels) & (labels >= 0)).all()):
             raise ValueError("class weights in labels must be finite and not negative; pass the mixing proportions")
         return
     if labels.ndim != 1:
         raise ValueError(
-            f"labels of dtype {labels.dtype} must have shape (N,), got {tuple(labels.shape)}; "
-            "pass class indices, or floating class weights of shape (N, C)"
+            f"labels of dtype {labels.dtype} must have shape (N,), got {tuple(labels.shape)}; pass class indices, or "
+            "floating class weights of shape (N, C). To prune without one class per instance (segmentation), use "
+            'criterion="magnitude" or "taylor"'
         )
+    labels = labels[labels != IGNORED]
     if labels.numel() == 0:
         return
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"labels must lie in 0 … {num_classes - 1}, found {wrong}; "
-            "pass num_classes= the number of classes, and leave out instances without a label"
+            f"labels must lie in 0 … {num_classes - 1}, found {wrong}; pass num_classes= the number of classes, and "
+            f"mark instances without a label by {IGNORED}, or leave them out"
         )
 
 
@@ -163,13 +170,14 @@ class Members:
 
     def __init__(self, labels: Tensor, num_classes: int, dtype: torch.dtype) -> None:
         self._num_classes = num_classes
-        self._soft = labels.is_floating_point()
         # Index sums are faster than a product, but only on CPUs is the order of additions fixed.
-        self._index = None if self._soft or labels.device.type != "cpu" else labels.long()
-        self._weights = None
-        if self._soft:
+        self._index: Tensor | None = None
+        self._weights: Tensor | None = None
+        if labels.is_floating_point():
             self._weights = labels.to(dtype)
-        elif self._index is None:
+        elif labels.device.type == "cpu" and not bool((labels == IGNORED).any()):
+            self._index = labels.long()
+        else:
             self._weights = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(dtype)
 
     def add_(self, totals: Tensor, values: Tensor) -> None:
@@ -185,7 +193,7 @@ class Members:
 
     def total(self, values: Tensor) -> Tensor:
         """Σ_k of values (N, p) over all instances, those that count more or less than once included; (p,)."""
-        return self._weights.sum(1) @ values if self._soft and self._weights is not None else values.sum(0)
+        return values.sum(0) if self._weights is None else self._weights.sum(1) @ values
 
     def count_(self, counts: Tensor) -> None:
         """Add the number of instances of every class to counts, (C,) or (C, p), in place."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+_TOLERANCE = 0.02  # of a sum of proportions in bfloat16
 _KEYS = ("label", "labels", "target", "targets", "y")
 
 
 def find_labels(batch: Any) -> Tensor:
-    """Labels of a batch: the second item of (x, y, …), or what a mapping or object names label, labels, target, y, ….
+    """Labels of a batch: the second item of (x, y, …), or the entry of a mapping or object named label, target, y, ….
 
     Raises:
         ValueError: none found; the message says what the batch looks like and how to pass `labels=`.
@@ -24,6 +26,8 @@ def find_labels(batch: Any) -> Tensor:
         found = getattr(batch, named)
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         found = batch[1] if len(batch) > 1 else None
+        if isinstance(found, Mapping):
+            found = next((found[key] for key in _KEYS if key in found), None)
     elif not isinstance(batch, Tensor):
         found = next((getattr(batch, key) for key in _KEYS if hasattr(batch, key)), None)
     if not isinstance(found, Tensor):
@@ -33,6 +37,37 @@ def find_labels(batch: Any) -> Tensor:
             "class indices (N,) or class weights (N, C), for instance labels=lambda batch: batch['class']"
         )
     return found
+
+
+def class_labels(labels: Tensor) -> Tensor:
+    """Other ways to write one class per instance as class indices (N,) or class weights (N, C).
+
+    Columns (N, 1) of integers become (N,); integer or boolean one-hot rows (N, C) become class weights, whose values
+    `check_proportions` looks at. Everything else stays as it is.
+    """
+    if labels.ndim == 2 and not labels.is_floating_point():
+        return labels.squeeze(1) if labels.shape[1] == 1 and labels.dtype != torch.bool else labels.float()
+    return labels
+
+
+def check_proportions(labels: Tensor) -> None:
+    """Check that class weights (N, C) are proportions: every row sums to one, up to the rounding of half precision.
+
+    Raises:
+        ValueError: they are not, so that they may mean something else than classes.
+    """
+    if not labels.is_floating_point() or labels.ndim != 2:
+        return
+    sums = labels.double().sum(1)
+    wrong = ((sums - 1).abs() > _TOLERANCE).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} can be read as proportions of classes (one-hot, mixup, label "
+            f"smoothing) only if every row sums to 1, but row {row} sums to {float(sums[row]):.4g}. Several labels per "
+            "instance, boxes and regression targets are no classes: pass labels=, a function of the batch that returns "
+            'one class per instance, or use criterion="magnitude" or "taylor", which need none'
+        )
 
 
 def describe(value: Any, depth: int = 0) -> str:

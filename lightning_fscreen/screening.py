@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lightning_fscreen.candidates import select
 from lightning_fscreen.collect import ActivationCollector, Probe
-from lightning_fscreen.labels import describe, find_labels, infer_num_classes
+from lightning_fscreen.labels import class_labels, describe, find_labels, infer_num_classes
 from lightning_fscreen.slimming.capture import evaluating
 
 
@@ -76,14 +76,15 @@ def screen(
         with evaluating(model), torch.no_grad():
             for batch in tqdm(dataloader, desc="screening", unit="batch", disable=not progress):
                 batch = move_data_to_device(batch, device)
-                batch_labels = labels(batch)
+                given = labels(batch)
+                batch_labels = class_labels(given)
                 if collector is None:
                     collector = ActivationCollector(probes, num_classes or _infer(model, batch_labels))
                 collector.attach()
                 if forward is not None:
                     forward(model, batch)
                 else:
-                    _call_with_inputs(model, batch, batch_labels)
+                    _call_with_inputs(model, batch, given)
                 collector.remove()
                 collector.update(batch_labels)
     finally:

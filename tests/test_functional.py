@@ -301,7 +301,7 @@ def test_features_that_saw_different_instances_are_merged_feature_by_feature():
         (torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long), 2, r"got \(3, 2, 2\)"),
         (torch.zeros(3, 2), torch.zeros(4, dtype=torch.long), 2, "3 and 4"),
         (torch.zeros(3, 2), torch.tensor([0, 1, 7]), 3, r"0 … 2, found 7.*num_classes="),
-        (torch.zeros(3, 2), torch.tensor([0, -100, 1]), 3, r"0 … 2, found -100"),
+        (torch.zeros(3, 2), torch.tensor([0, -1, 1]), 3, r"0 … 2, found -1"),
         (torch.zeros(3, 2), torch.tensor([0.0, 1.0, 1.0]), 2, r"float32.*\(N, 2\), got shape \(3,\)"),
         (torch.zeros(3, 2), torch.zeros(3, 4), 2, r"\(N, 2\), got shape \(3, 4\)"),
         (torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.5, 1.5]]), 2, "not negative"),
@@ -314,3 +314,11 @@ def test_features_that_saw_different_instances_are_merged_feature_by_feature():
 def test_bad_input_is_an_error_that_names_the_value(features, labels, num_classes, said):
     with pytest.raises(ValueError, match=said):
         f_statistic(features, labels, num_classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ignored_instances_do_not_count(dtype):
+    features, labels = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=dtype), torch.arange(60) % 4
+    labels[::5] = -100
+    counted = labels != -100
+    torch.testing.assert_close(f_statistic(features, labels), f_statistic(features[counted], labels[counted]))

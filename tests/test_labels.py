@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
-from lightning_fscreen.labels import describe, find_labels, infer_num_classes
+from lightning_fscreen.labels import check_proportions, class_labels, describe, find_labels, infer_num_classes
 
 X, Y, OTHER = torch.zeros(4, 3), torch.tensor([0, 1, 1, 0]), torch.arange(4)
 Pair = namedtuple("Pair", "x y")
@@ -31,6 +31,8 @@ class Record:
         (X, Y),
         [X, Y],
         (X, Y, OTHER),
+        (X, {"label": Y}),
+        (X, {"index": OTHER, "targets": Y}),
         ({"image": X}, Y),
         [[X, OTHER], Y],
         Pair(X, Y),
@@ -132,3 +134,35 @@ def test_class_weights_know_the_number_of_classes_best():
     assert infer_num_classes(WithAttribute(), labels=torch.rand(4, 3)) == 3
     assert infer_num_classes(WithAttribute(), labels=Y) == 7
     assert infer_num_classes(WithAttribute(), labels=torch.rand(4)) == 7
+
+
+def test_columns_and_one_hot_rows_are_classes_too():
+    assert class_labels(Y) is Y
+    assert class_labels(Y.unsqueeze(1)).tolist() == Y.tolist()
+    one_hot = nn.functional.one_hot(Y)
+    for rows in (one_hot, one_hot.bool(), one_hot.int()):
+        assert class_labels(rows).tolist() == one_hot.float().tolist()
+        check_proportions(class_labels(rows))
+    soft = torch.rand(4, 2)
+    assert class_labels(soft) is soft
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_proportions_are_proportions_in_any_precision(dtype):
+    check_proportions(torch.rand(64, 1000).softmax(1).to(dtype))
+    check_proportions(Y)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]), "row 1 sums to 2"),
+        (torch.tensor([[1, 0, 0], [1, 1, 1]]), "row 1 sums to 3"),
+        (torch.tensor([[0.0, 0.0], [0.0, 1.0]]), "row 0 sums to 0"),
+        (torch.tensor([[0.1, 0.2, 0.9, 0.95]]), "row 0 sums to 2.15"),
+    ],
+    ids=["multi-hot", "integer multi-hot", "nothing", "boxes"],
+)
+def test_what_may_not_be_proportions_is_refused_with_its_readings(labels, found):
+    with pytest.raises(ValueError, match=rf"{found}.*boxes.*criterion=\"magnitude\""):
+        check_proportions(class_labels(labels))
