@@ -312,7 +312,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
         r"batch 0 of epoch 0: labels must lie in 0 … 4, found 9",
         "pass num_classes=",
     ),
-    ("negative labels", with_batches(lambda x, y: (x, y - 1)), ValueError, "found -1", "leave out instances"),
+    ("negative labels", with_batches(lambda x, y: (x, y - 1)), ValueError, "found -1", "-100, or leave them out"),
     ("float labels", with_batches(lambda x, y: (x, y.float())), ValueError, "batch 0.*float32", r"shape \(N, 10\)"),
     (
         "too few labels",

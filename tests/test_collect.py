@@ -193,7 +193,7 @@ def test_soft_labels_are_class_weights(attached):
     collector = attached(collecting(model, layers=["head"]))
     rng, values, weights = torch.Generator().manual_seed(0), [], []
     for x, labels, _ in batches((10, 20, 5)):
-        weights.append(torch.rand(len(labels), C, generator=rng, dtype=torch.float64))
+        weights.append(torch.rand(len(labels), C, generator=rng, dtype=torch.float64).softmax(1))
         values += feed(collector, model, [(x, weights[-1], False)])
     values = torch.cat([record["head"] for record, _, _ in values])
     found = collector.statistics()["head"].f
