@@ -1,4 +1,4 @@
-"""What can be pruned: the weights of linear and convolution layers, and why the others cannot."""
+"""Weights of linear and convolution layers that can be pruned, and why the others cannot."""
 
 from __future__ import annotations
 

@@ -361,7 +361,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
         "batch norms that cannot be pruned",
         with_model(fixed_gates),
         ValueError,
-        "nothing to prune.*\n.*net.2: the network puts it out",
+        "nothing to prune.*\n.*net.2: it is an output of the network",
         'granularity="weight"',
     ),
     (

@@ -322,7 +322,9 @@ def test_networks_without_gates_are_refused_with_the_reasons():
     with pytest.raises(ValueError, match=r"(?s)none of its batch norms can be.*net.0: .*frozen"):
         frozen = nn.Sequential(nn.BatchNorm2d(1).requires_grad_(False), nn.Flatten(), nn.Linear(64, 10))
         fitted(Pruning(), net=lambda: frozen)
-    with pytest.raises(ValueError, match=r"(?s)nothing to prune in Classifier.forward.*net.2: the network puts it out"):
+    with pytest.raises(
+        ValueError, match=r"(?s)nothing to prune in Classifier.forward.*net.2: it is an output of the network"
+    ):
         fitted(Pruning(), net=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10)))
 
 

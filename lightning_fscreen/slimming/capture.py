@@ -48,7 +48,7 @@ def capture(
         training: capture the train mode, where auxiliary heads are seen; eval mode is the default.
 
     Raises:
-        CaptureError: torch.export cannot follow the network's forward; the message holds what it said.
+        CaptureError: torch.export cannot follow the network's forward; the message quotes its error.
     """
     try:
         with in_mode(network, training), plain_norms(network), _without_cumulative_averages(network), torch.no_grad():
@@ -81,7 +81,7 @@ class _PlainNorm(_BatchNorm):
 
 @contextlib.contextmanager
 def plain_norms(network: nn.Module) -> Iterator[None]:
-    """Synchronised batch norms work for themselves inside: what other processes do is no part of the network."""
+    """Synchronised batch norms do not communicate inside: other processes are no part of the network."""
     norms = [(module, type(module)) for module in network.modules() if isinstance(module, nn.SyncBatchNorm)]
     for module, _ in norms:
         module.__class__ = _PlainNorm  # type: ignore[assignment]

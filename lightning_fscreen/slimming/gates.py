@@ -1,4 +1,4 @@
-"""Gates: the batch norms of a network, whose channels can be switched off, and which of them go together."""
+"""Gates: the batch norms of a network, whose channels can be switched off, and how they are coupled."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def find_gates(model: nn.Module, example_inputs: Any) -> list[Gate]:
         >>> from lightning_fscreen import find_gates
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2))
         >>> [(gate.name, gate.channels, gate.excluded) for gate in find_gates(net, torch.randn(2, 3, 6, 6))]
-        [('1', 8, None), ('4', 2, 'the network puts it out')]
+        [('1', 8, None), ('4', 2, 'it is an output of the network')]
     """
     model = uncompiled(model)
     args, kwargs = call_arguments(example_inputs)
@@ -94,7 +94,7 @@ def capture_training(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         if left_out := captured.unused() & {name for name, _ in network.named_parameters()}:
             raise CaptureError(
                 f"{type(network).__name__} cannot be captured in train mode, and in eval mode it does not use "
-                f"{sorted(left_out)[0]!r}: what train mode does with it is unknown, so nothing can be removed; "
+                f"{sorted(left_out)[0]!r}: its part in train mode is unknown, so nothing can be removed; "
                 f"pass at least two instances. {error}"
             ) from error
         return captured

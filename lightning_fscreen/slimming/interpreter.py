@@ -39,7 +39,7 @@ class Off:
 
     Attributes:
         pruned: (channels,) bool.
-        constant: (channels,) float64, what they put out from then on.
+        constant: (channels,) float64, their output from then on.
     """
 
     pruned: Tensor
@@ -49,9 +49,9 @@ class Off:
 class Walk:
     """Walks a captured graph once and fills a `SlotGraph`.
 
-    Without `off`, weights that are zero tell which units are constant, and the walk says what holds in eval mode. With
-    it, only the channels that are switched off are constant: what the walk says holds in both modes and whatever the
-    other parameters are, so that training can go on.
+    Without `off`, weights that are zero tell which units are constant, and the result holds in eval mode. With it, only
+    the channels that are switched off are constant, and the result holds in both modes and for any values of the other
+    parameters, so that training can go on.
 
     Args:
         network: the network that was captured.
@@ -75,7 +75,7 @@ class Walk:
         self.off = off
         self.literal = literal
         self.values: dict[fx.Node, Any] = {}
-        self.streams: dict[fx.Node, Tensor] = {}  # what a node selects channels from
+        self.streams: dict[fx.Node, Tensor] = {}  # selects of ours → the channels of the stream that they select from
         self._graph = captured.graph
         self._handlers = handlers
         tensors = named_tensors(network)
@@ -92,7 +92,7 @@ class Walk:
             if isinstance(module, nn.Linear | _ConvNd) and id(weight) in first_name:
                 own_bias = None if bias is None else first_name[id(bias)]
                 self.layers.setdefault(first_name[id(weight)], []).append((name, own_bias))
-        self.opaque: dict[str, str] = {}  # tensors that some operator uses whole, and which
+        self.opaque: dict[str, str] = {}  # tensors that some operator uses whole, and why
 
     @property
     def training(self) -> bool:
@@ -107,7 +107,9 @@ class Walk:
                 value = node.meta.get("val")
                 self.values[node] = Value.pinned(tuple(value.shape)) if isinstance(value, Tensor) else value
             elif node.op == "output":
-                pytree.tree_map_only(fx.Node, lambda source: self.pin(source, "the network puts it out"), node.args)
+                pytree.tree_map_only(
+                    fx.Node, lambda source: self.pin(source, "it is an output of the network"), node.args
+                )
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
             else:
@@ -156,6 +158,8 @@ class Walk:
             if handler is None:
                 raise Unsupported
             result = handler(self, node)
+            if isinstance(node.meta.get("val"), Tensor) and not isinstance(result, Value):
+                raise TypeError(f"the handler of {operator_name(node)!r} returned {result!r}, which is no Value")
             if written(node) and not _returns_argument(node):
                 raise Unsupported("it writes to an argument that it does not return")
         except Unsupported as unsupported:
@@ -222,7 +226,7 @@ def _schema(node: Any) -> Any:
 
 
 def by_channel(node: fx.Node, dim: int, labels: Tensor, constant: Tensor, known: Tensor) -> Value:
-    """Value of a node, or of the first item that it puts out, whose channels run along `dim`."""
+    """Value of a node, or of its first output, whose channels run along `dim`."""
     result = node.meta["val"]
     shape = tuple((result[0] if isinstance(result, list | tuple) else result).shape)
     view = [1] * len(shape)

@@ -1,4 +1,4 @@
-"""The slimming plan: what stays of every tensor, as plain data."""
+"""The slimming plan: the indices that stay of every tensor, as plain data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SlimmingPlan:
         cuts: tensor name → {dim: indices kept, ascending}.
         groups: convolution name → its number of groups afterwards (depthwise ones).
         biases: layers that got a bias, to carry constants.
-        selects: batch norm → indices of the channels that it reads of what it gets.
+        selects: batch norm → indices of the channels of its input that it reads.
         pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
         removed: units or channels removed, by layer; likewise.
     """
@@ -84,7 +84,7 @@ class SlimmingPlan:
         )
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of a tensor."""
+        """The part of a tensor that stays."""
         for dim, kept in self.cuts.get(name, {}).items():
             tensor = tensor.index_select(dim, torch.tensor(kept, dtype=torch.int64, device=tensor.device))
         return tensor
@@ -176,7 +176,7 @@ class SlimmingPlan:
 
     @classmethod
     def from_json(cls, text: str) -> SlimmingPlan:
-        """From what `to_json` gave.
+        """From the text that `to_json` returned.
 
         Raises:
             PlanError: it is not a plan.
@@ -204,12 +204,12 @@ class SlimmingPlan:
 
 
 def join(prefix: str, name: str) -> str:
-    """Name of what is called `name` within the submodule `prefix`; either may be empty."""
+    """Name, in a model, of the tensor or module `name` of its submodule `prefix`; either may be empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def attach_plan(network: nn.Module, plan: SlimmingPlan) -> None:
-    """Remember on every layer how it was slimmed, after what was done to it before; it follows copies and parts."""
+    """Remember on every layer how it was slimmed, after its earlier slimmings; copies and parts keep it."""
     for name, own in _by_module(plan).items():
         module = network.get_submodule(name)
         earlier = getattr(module, _PLAN, None)

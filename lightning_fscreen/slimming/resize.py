@@ -60,7 +60,7 @@ def grow(network: nn.Module) -> Undo:
 
 
 def reattach(network: nn.Module, plan: SlimmingPlan) -> None:
-    """Put back what a slimmed network loses where its batch norms are replaced (by synchronised ones, and back)."""
+    """Restore selects and plans that are lost where batch norms are replaced (by synchronised ones, and back)."""
     for name, indices in plan.selects.items():
         module = network.get_submodule(name)
         if selected(module) is None:

@@ -80,7 +80,7 @@ def _pin_literal(walk: Walk, node: Any, labels: Tensor, reason: str) -> None:
 
 
 def split(walk: Walk, node: Any) -> list[Value]:
-    """Parts of given sizes: equal ones keep the same of what they hold, others keep everything."""
+    """Parts of given sizes: equal parts lose the same channels, others none."""
     value = walk.value(node.args[0])
     dim, parts = _parts(node, value)
     if value.labels.shape[dim] > 1:
@@ -89,7 +89,7 @@ def split(walk: Walk, node: Any) -> list[Value]:
 
 
 def chunk(walk: Walk, node: Any) -> list[Value]:
-    """A given number of parts: equal ones keep the same of what they hold, others keep everything."""
+    """A given number of parts: equal parts lose the same channels, others none."""
     value = walk.value(node.args[0])
     dim, parts = _parts(node, value)
     if value.labels.shape[dim] > 1:
@@ -101,7 +101,7 @@ def chunk(walk: Walk, node: Any) -> list[Value]:
 
 
 def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
-    """The dimension that is divided, and what is known of the parts."""
+    """The dimension that is divided, and the values of the parts, not yet compressed."""
     dim = arguments(node)["dim"] % len(value.shape)
     parts, start = [], 0
     for output in node.meta["val"]:
@@ -131,7 +131,7 @@ def _compressed(value: Value) -> Value:
 
 
 def slice_(walk: Walk, node: Any) -> Value:
-    """A range of one dimension; halves of the channels keep the same of what they hold, other ranges everything."""
+    """A range of one dimension; two halves of the channels lose the same ones, with other ranges all stay."""
     value = walk.value(node.args[0])
     given = arguments(node)
     dim, step = given["dim"] % len(value.shape), given["step"]

@@ -98,7 +98,7 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     """Check masks against the batch norms of a model.
 
     Raises:
-        ValueError: names the first module that does not fit, and what was expected.
+        ValueError: names the first module that does not fit, and the mask that it needs.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, mask in keep.items():

@@ -4,7 +4,7 @@ A slot is an equivalence class of (tensor, dimension, index): a hidden unit is r
 and of a batch norm, and column i of the next weight. Slots are found by walking the captured graph once. Every value
 carries three small tensors broadcastable to its shape: the slot label of each element, its constant, and whether that
 constant is known (it is for the output of a unit whose weights are all zero). Operators that move data are run on the
-three as they are; the others have small handlers (see `operators.py`). An unknown operator pins what it reads.
+three as they are; the others have small handlers (see `operators.py`). An unknown operator pins its inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PINNED = 0  # the slot that can never go
 
 @dataclass
 class Value:
-    """What is known about a tensor in the graph; all fields have its number of dimensions.
+    """Slots and constants of a tensor in the graph; all fields have its number of dimensions.
 
     Attributes:
         shape: the tensor's own shape.
@@ -67,7 +67,7 @@ def compress(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a batch norm reads.
+    """The input of a batch norm.
 
     Attributes:
         labels: slots of all channels of the stream.
@@ -86,9 +86,9 @@ class SlotGraph:
         readers: in the order of the graph.
         dims: (tensor name, dim) → labels of that dimension, for all that can be cut.
         depthwise: depthwise convolution → slots of its channels.
-        gates: batch norm → slots of the channels that it puts out.
-        streams: batch norm → what it selects its channels from, where it is free to select.
-        pinned: what could not be analysed, operator → reason.
+        gates: batch norm → slots of its output channels.
+        streams: batch norm → its input, where it is free to select channels of it.
+        pinned: operators that could not be followed → reason.
         pins: slots that have to stay, and why.
         assumed: operators whose sizes were taken for computed, not written as numbers.
         trained: slots whose constant is a parameter, so that training changes it.

@@ -269,9 +269,9 @@ def test_gates_without_a_scale_say_so() -> None:
 
 
 def test_the_output_of_the_network_stays() -> None:
-    assert excluded(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8)), "1") == "the network puts it out"
+    assert excluded(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8)), "1") == "it is an output of the network"
     network = Function(lambda x, a, last: {"features": [a(x)], "out": last(a(x))}, normed(3, 8), conv(8, 2))
-    assert excluded(network, "parts.0.1") == "the network puts it out"
+    assert excluded(network, "parts.0.1") == "it is an output of the network"
 
 
 def test_a_gate_that_is_added_to_what_no_gate_switches_off_names_the_reader() -> None:

@@ -49,7 +49,7 @@ overwrite.register_fake(lambda x: None)
 
 
 @pytest.fixture
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def handlers() -> Iterator[None]:
     """What is registered is forgotten again."""
     before = dict(HANDLERS)
     yield
@@ -274,6 +274,12 @@ def test_a_wrong_handler_is_found_out(handlers: None) -> None:
     with pytest.raises(VerificationError):
         slim(network, {"norm": KEEP}, X)
     assert untouched(network, before)
+
+
+def test_a_handler_that_returns_no_value_is_an_error(handlers: None) -> None:
+    register_operator("fscreen_tests::quartic")(lambda walk, node: None)
+    with pytest.raises(TypeError, match="'fscreen_tests::quartic' returned None, which is no Value"):
+        find_gates(Network(lambda x: quartic(x)), X)
 
 
 def test_operators_of_torch_can_be_added(handlers: None) -> None:
