@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,29 +14,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fscreen.arguments import check_arguments
 from lightning_fscreen.budget import Budget
+from lightning_fscreen.channels import Feature
 from lightning_fscreen.collect import FeatureStatistics
 from lightning_fscreen.collection import Collection
 from lightning_fscreen.compiled import Eagerly
-from lightning_fscreen.criteria import Criterion, Ranked, resolve_criterion
+from lightning_fscreen.criteria import Criterion, Ranked
 from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, gather
 from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Channels, Granularity, Weights
 from lightning_fscreen.labels import find_labels
 from lightning_fscreen.optim import check_optimizers, check_state, order_of, restore_order
 from lightning_fscreen.pruner import Pruner
-from lightning_fscreen.ranking import check_floors
+from lightning_fscreen.ranking import Scope, check_floors
 from lightning_fscreen.report import PruningReport
 from lightning_fscreen.resume import resize_on_load
 from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
+from lightning_fscreen.settings import Bias, Connections, HasSettings, Patterns, Settings
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.surgery import LearningRates, forget_scores
 
 log = logging.getLogger(__name__)
 
 
-class ScreeningPruningCallback(Callback):
+class ScreeningPruningCallback(HasSettings, Callback):
     """Prune a classifier while it trains, by what its activations say about the classes (F-statistic) and by magnitude.
 
     At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
@@ -97,47 +98,48 @@ class ScreeningPruningCallback(Callback):
         schedule: str | Schedule = "logistic",
         start_epoch: int = 0,
         end_epoch: int | None = None,
-        scope: str = "global",
+        scope: Scope = "global",
         criterion: str = "screening",
         min_channels: int = 1,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
         num_classes: int | None = None,
         labels: Callable[[Any], Tensor] | None = None,
         slim: bool = True,
         collect_every: int | Literal["auto"] = "auto",
         collect_epochs: int = 1,
-        connections: str = "factored",
-        bias: str = "zero",
-        feature: str = "activation",
+        connections: Connections = "factored",
+        bias: Bias = "zero",
+        feature: Feature = "activation",
         rewind_lr: bool = False,
         rewind_weights: bool = False,
         soft: bool = False,
     ) -> None:
         super().__init__()
-        self.granularity = granularity
-        self.amount = amount
-        self.screening_weight = screening_weight
-        self.schedule = resolve_schedule(schedule)
-        self.start_epoch = start_epoch
-        self.end_epoch = end_epoch
-        self.scope = scope
-        self.criterion = criterion
-        self.min_channels = min_channels
-        self.include = include
-        self.exclude = exclude
-        self.num_classes = num_classes
-        self.labels = labels or find_labels
-        self.slim = slim
-        self.collect_every = collect_every
-        self.collect_epochs = collect_epochs
-        self.connections = connections
-        self.bias = bias
-        self.feature = feature
-        self.rewind_lr = rewind_lr
-        self.rewind_weights = rewind_weights
-        self.soft = soft
-        check_arguments(self)
+        self.settings = Settings(
+            granularity=granularity,
+            amount=amount,
+            screening_weight=screening_weight,
+            schedule=resolve_schedule(schedule),
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            scope=scope,
+            criterion=criterion,
+            min_channels=min_channels,
+            include=include,
+            exclude=exclude,
+            num_classes=num_classes,
+            labels=labels or find_labels,
+            slim=slim,
+            collect_every=collect_every,
+            collect_epochs=collect_epochs,
+            connections=connections,
+            bias=bias,
+            feature=feature,
+            rewind_lr=rewind_lr,
+            rewind_weights=rewind_weights,
+            soft=soft,
+        )
         # Lightning asks for it around every hook.
         self._key = self._generate_state_key(granularity=granularity, include=include, exclude=exclude)
 
@@ -172,7 +174,6 @@ class ScreeningPruningCallback(Callback):
             check_strategy(trainer)
             fast = bool(getattr(trainer, "fast_dev_run", False))  # one epoch that goes through everything
             last = None if fast else trainer.max_epochs
-            self._budget.amount, self._budget.schedule = self.amount, self.schedule  # they may have been set since
             self._budget.window = resolve_window(self.start_epoch, self.end_epoch, last, fast)
         if self._loading is None:
             self._loading = resize_on_load(pl_module)
@@ -236,7 +237,7 @@ class ScreeningPruningCallback(Callback):
 
     @property
     def _criterion(self) -> Criterion:
-        return resolve_criterion(self.criterion)
+        return self.settings.resolved_criterion
 
     # ---- the training step
 
@@ -338,7 +339,7 @@ class ScreeningPruningCallback(Callback):
 
     @property
     def _wants_activations(self) -> bool:
-        return self._criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+        return self.settings.needs_activations
 
     def _collects(self, epoch: int) -> bool:
         wanted = self._wants_activations or self._criterion.needs_gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from lightning_fscreen.collect import Probe
 from lightning_fscreen.slimming.activations import Activation
 from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
 
-FEATURES = ("activation", "activation_square", "output", "output_square")
+Feature = Literal["activation", "activation_square", "output", "output_square"]
+FEATURES: tuple[Feature, ...] = get_args(Feature)
 _GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
 _ZOOMS = 4
 _REACH = 30.0
@@ -46,8 +48,8 @@ class PrunableChannels:
         """β, (channels,)."""
         return self.module.get_parameter("bias")
 
-    def probe(self, feature: str = "activation") -> Probe:
-        """Where its activations are read, and what is taken of them: one of `FEATURES`."""
+    def probe(self, feature: Feature = "activation") -> Probe:
+        """Where its activations are read, for one of `FEATURES`."""
         activation = self.activation if feature.startswith("activation") else None
         return Probe(self.name, self.module, "output", activation, square=feature.endswith("square"))
 

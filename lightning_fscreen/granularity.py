@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates import PrunableWeight, find_weights
-from lightning_fscreen.channels import PrunableChannels, find_channels, refine
+from lightning_fscreen.channels import Feature, PrunableChannels, find_channels, refine
 from lightning_fscreen.collect import ActivationCollector, FeatureStatistics, Probe
 from lightning_fscreen.criteria import Ranked
 from lightning_fscreen.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder, common_parent, enclosing
-from lightning_fscreen.ranking import rank_and_prune
+from lightning_fscreen.ranking import Scope, rank_and_prune
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.activations import activations_of
 from lightning_fscreen.slimming.capture import Capture
@@ -113,7 +113,7 @@ class Granularity(ABC, Generic[Candidate]):
         """The network has been called, its inputs are known."""
 
     def prune(
-        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: str, min_kept: int
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: Scope, min_kept: int
     ) -> dict[str, Tensor]:
         """New masks for a budget; see `rank_and_prune`."""
         return rank_and_prune(scores, kept, amount, scope=scope, min_kept=min_kept)
@@ -191,7 +191,7 @@ class Channels(Granularity[PrunableChannels]):
         include: str | Sequence[str] | None,
         exclude: str | Sequence[str] | None,
         bias: str = "zero",
-        feature: str = "activation",
+        feature: Feature = "activation",
     ) -> None:
         self._candidates, self.not_pruned = find_channels(model, include, exclude)
         self._bias, self._feature = bias, feature
@@ -240,7 +240,7 @@ class Channels(Granularity[PrunableChannels]):
         return [candidate.scale, candidate.shift]
 
     def prune(
-        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: str, min_kept: int
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, scope: Scope, min_kept: int
     ) -> dict[str, Tensor]:
         """Coupled channels go together."""
         units = {candidate.name: candidate.units.to(kept[candidate.name].device) for candidate in self._candidates}

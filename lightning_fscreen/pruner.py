@@ -17,6 +17,7 @@ from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Granularity
 from lightning_fscreen.masks import Masks
 from lightning_fscreen.network import InputRecorder
+from lightning_fscreen.ranking import Scope
 from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
 from lightning_fscreen.resume import carry_plan
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
@@ -192,7 +193,7 @@ class Pruner:
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
         fraction: float,
-        scope: str,
+        scope: Scope,
         min_kept: int,
     ) -> dict[str, Tensor]:
         """New masks that prune a fraction of all candidates.
