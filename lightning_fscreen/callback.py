@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -22,7 +22,7 @@ from lightning_fscreen.compiled import Eagerly
 from lightning_fscreen.criteria import Criterion, Ranked
 from lightning_fscreen.distributed import broadcast_buffers, check_strategy, decide_once, gather
 from lightning_fscreen.gradients import GradientStatistics
-from lightning_fscreen.granularity import Channels, Granularity, Weights
+from lightning_fscreen.granularity import Patterns
 from lightning_fscreen.labels import find_labels
 from lightning_fscreen.optim import check_optimizers, check_state, order_of, restore_order
 from lightning_fscreen.pruner import Pruner
@@ -30,7 +30,7 @@ from lightning_fscreen.ranking import Scope, check_floors
 from lightning_fscreen.report import PruningReport
 from lightning_fscreen.resume import resize_on_load
 from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
-from lightning_fscreen.settings import Bias, Connections, HasSettings, Patterns, Settings
+from lightning_fscreen.settings import Bias, Connections, HasSettings, Settings
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.surgery import LearningRates, forget_scores
 
@@ -191,7 +191,7 @@ class ScreeningPruningCallback(HasSettings, Callback):
         self._remove_hooks()
         self._tuning, self._epoch = bool(state.get("tuning", False)), state.get("epoch")
         self._rates, self._eagerly = LearningRates(trainer), Eagerly(pl_module)
-        self._pruner = Pruner(pl_module, self._find, state.get("pruner", {}), self._met)
+        self._pruner = Pruner(pl_module, self.settings, state.get("pruner", {}), self._met)
         self._budget.total = self._pruner.total
         self._budget.target = state.get("target", self._pruner.pruned)
         if not self._pruner.granularity.slims_in_fit:
@@ -211,11 +211,6 @@ class ScreeningPruningCallback(HasSettings, Callback):
                 "the network was made smaller in an earlier fit, so no more is pruned in this one; to prune more, "
                 "train with a new ScreeningPruningCallback"
             )
-
-    def _find(self, model: nn.Module) -> Granularity[Any]:
-        if self.granularity == "channel":
-            return Channels(model, self.include, self.exclude, self.bias, self.feature)
-        return Weights(model, self.include, self.exclude, self.connections == "exact")
 
     def _present_state(self, pl_module: LightningModule) -> dict[str, Any]:
         """What another fit of the same model goes on from; empty for a new one."""
@@ -329,10 +324,10 @@ class ScreeningPruningCallback(HasSettings, Callback):
         assert self._pruner is not None
         recorder = self._pruner.recorder
         recorder.stop()
-        if recorder.inputs is None and self.granularity == "channel":
+        if recorder.inputs is None and self._pruner.granularity.slims_in_fit:
             raise ValueError(
-                f"{recorder.describe()} was not called in training_step, so it is not known how its batch "
-                "norms are connected; call the module that holds them as a whole, self.net(x)"
+                f"{recorder.describe()} was not called in training_step, so it is not known how its layers are "
+                "connected; call the module that holds them as a whole, self.net(x)"
             )
         if self._gathers:
             self._collection.add(trainer, batch, batch_idx)
@@ -408,8 +403,9 @@ class ScreeningPruningCallback(HasSettings, Callback):
         pruner = self._pruner
         pl_module.log("fscreen/sparsity", pruner.pruned / pruner.total, prog_bar=True)
         metrics = {f"fscreen/kept/{name}": kept / pruner.kept[name].numel() for name, kept in pruner.num_kept.items()}
-        if self.granularity == "channel":
-            metrics |= {"fscreen/channels": sum(pruner.num_kept.values()), "fscreen/params": pruner.size.params}
+        if pruner.granularity.slims_in_fit:
+            kept = sum(pruner.num_kept.values())
+            metrics |= {f"fscreen/{pruner.granularity.noun}": kept, "fscreen/params": pruner.size.params}
             metrics |= {} if pruner.size.macs is None else {"fscreen/macs": pruner.size.macs}
         pl_module.log_dict({name: float(value) for name, value in metrics.items()})
 
@@ -458,7 +454,8 @@ class ScreeningPruningCallback(HasSettings, Callback):
                 log.warning("nothing was physically removed: %s", self._pruner.not_removed)
             return
         self._pruner.measure()
-        if self.granularity == "weight" or self._pruner.pruned:  # channels: if no epoch of fine-tuning came
+        # Without an epoch of fine-tuning, not even what can be slimmed in the fit has been.
+        if not self._pruner.granularity.slims_in_fit or self._pruner.pruned:
             self._slim(trainer)
             self._remove_hooks()
 
@@ -514,7 +511,7 @@ class ScreeningPruningCallback(HasSettings, Callback):
         """
         if self._pruner is None:
             raise RuntimeError("there is nothing to report before Trainer.fit has started with this callback")
-        return self._pruner.report(self.granularity)
+        return self._pruner.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""

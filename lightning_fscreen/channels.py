@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.candidates import select
+from lightning_fscreen.candidates import require_candidates, select
 from lightning_fscreen.collect import Probe
 from lightning_fscreen.slimming.activations import Activation
 from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
@@ -54,12 +54,12 @@ class PrunableChannels:
         return Probe(self.name, self.module, "output", activation, square=feature.endswith("square"))
 
     @torch.no_grad()
-    def put_out(self, values: Tensor, channels: Tensor) -> None:
-        """Set β so that these channels, whose γ is zero, are activated to given values.
+    def set_output(self, values: Tensor, channels: Tensor) -> None:
+        """Set β so that the activations of these channels, whose γ is zero, take given values.
 
         Args:
             values: (channels,).
-            channels: (channels,) bool, which of them.
+            channels: (channels,) bool, True for these channels.
         """
         wanted = values.to(self.shift)[channels]
         self.shift[channels] = wanted if self.activation is None else inverse(self.activation, wanted)
@@ -89,27 +89,21 @@ def find_channels(
         for name, module in modules.items()
         if name not in reasons
     ]
-    if not found:
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        why = f"none of its batch norms can be:{listing}" if listing else "it has no batch norms"
-        raise ValueError(
-            f"nothing to prune in {type(model).__name__}: {why}\n"
-            'Check include=/exclude= and requires_grad, or use granularity="weight".'
-        )
+    require_candidates(found, type(model).__name__, "batch norms", reasons)
     return found, reasons
 
 
 def refine(
     candidates: Sequence[PrunableChannels], gates: Mapping[str, Gate], activations: Mapping[str, Activation]
 ) -> tuple[list[PrunableChannels], dict[str, str]]:
-    """Add what a captured network tells: coupled channels and activations.
+    """Add the coupled channels and the activations that a captured network shows.
 
     Channels that are coupled to a batch norm that is no candidate stay with it.
 
     Args:
         candidates: from `find_channels`.
         gates: gates of the captured network, by name in the model.
-        activations: what follows them, by name in the model.
+        activations: the activation that follows each gate, by its name in the model.
 
     Returns:
         The candidates that are left, and {name: reason} of the others.

@@ -49,6 +49,13 @@ def enclosing(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     return [(outer, module) for outer, module in modules if uncompiled(module) is module]
 
 
+def networks_around(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Names and submodules that may be the network with these layers, from the outermost to the innermost."""
+    name, _ = common_parent(model, names)
+    around = enclosing(model, name)
+    return around[:-1] if name in names and len(around) > 1 else around  # one layer is no network
+
+
 class InputRecorder:
     """Remembers the first inputs that a network gets in training, cut to a few instances.
 

@@ -30,6 +30,7 @@ from lightning_fscreen.figures import (
     weights_figure,
 )
 from lightning_fscreen.files import replacing
+from lightning_fscreen.granularity import GRANULARITIES
 from lightning_fscreen.latency import measure_latency
 from lightning_fscreen.schedule import scheduled_fraction
 
@@ -118,7 +119,7 @@ def write_figures(
         ),
     }
     first = next(iter(pruning.masks.values()))
-    if pruning.granularity == "channel":
+    if first.ndim == 1:
         figures["channels"] = channels_figure(
             [layer.name for layer in report.layers],
             [layer.total for layer in report.layers],
@@ -148,9 +149,15 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     """What came out, as a table."""
     console = Console()
     table = Table(title=f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", title_justify="left")
-    removed = report.get("removed", {}) if report["granularity"] == "weight" else None
-    noun = "channels" if report["granularity"] == "channel" else "weights"
-    for column in ("layer", noun, "kept", "kept %", *([] if removed is None else ["units removed"])):
+    kind = GRANULARITIES.get(report["granularity"])
+    removed = report.get("removed", {}) if kind and not kind.slims_in_fit else None
+    for column in (
+        "layer",
+        kind.noun if kind else "",
+        "kept",
+        "kept %",
+        *([] if removed is None else ["units removed"]),
+    ):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in report["layers"]:
         gone = [] if removed is None else [f"{removed.get(layer['name'], 0):,}"]

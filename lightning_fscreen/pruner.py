@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fscreen.collect import FeatureStatistics
@@ -16,12 +16,14 @@ from lightning_fscreen.criteria import Explained, Ranked
 from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Granularity
 from lightning_fscreen.masks import Masks
-from lightning_fscreen.network import InputRecorder
-from lightning_fscreen.ranking import Scope
+from lightning_fscreen.network import InputRecorder, networks_around
+from lightning_fscreen.ranking import Scope, rank_and_prune
 from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
 from lightning_fscreen.resume import carry_plan
+from lightning_fscreen.settings import Settings
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
+from lightning_fscreen.surgery import slim_in_fit
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class Pruner:
 
     Args:
         model: the module that is trained, full-size or as small as `state` says.
-        find: finds the candidates of a model.
+        settings: the callback's arguments.
         state: what `state_dict` gave, to go on from; empty to begin.
         on_met: called when the network has been called for the first time, before it runs.
 
@@ -42,12 +44,12 @@ class Pruner:
     def __init__(
         self,
         model: LightningModule,
-        find: Callable[[nn.Module], Granularity[Any]],
+        settings: Settings,
         state: Mapping[str, Any],
         on_met: Callable[[], None],
     ) -> None:
         self._model = model
-        self._find = find
+        self._settings = settings
         self._on_met = on_met
         self._state = dict(state)
         self.plan: SlimmingPlan | None = _plan(self._state.pop("plan", ""))
@@ -60,7 +62,7 @@ class Pruner:
         self._masks = Masks({})
         self._optimizers: list[Optimizer] = []
         self.granularity = self._found()
-        networks = self.granularity.networks(model)
+        networks = networks_around(model, self.granularity.names)
         self.recorder = InputRecorder(networks, on_inputs=self._meet if self.granularity.slims_in_fit else None)
         self._after = measure_size(networks[-1][1], None, 1)
         self._before = Size(*self._state["sizes"]) if self.plan is not None else self._after
@@ -72,7 +74,7 @@ class Pruner:
         self._take_over()
 
     def _found(self) -> Granularity[Any]:
-        granularity = self._find(self._model)
+        granularity = self._settings.find_candidates(self._model)
         for name, reason in granularity.not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
         return granularity
@@ -81,11 +83,15 @@ class Pruner:
         """Learn from the network and its inputs, which are known now."""
         known = set(self.granularity.not_pruned)
         if self.plan is None:
-            self.granularity.meet(self.recorder)
+            self._learn()
         for name, reason in self.granularity.not_pruned.items():
             if name not in known:
                 log.info("layer %r is not pruned: %s", name, reason)
         self.measure()
+
+    def _learn(self) -> None:
+        args, kwargs = self.recorder.inputs_on_device()
+        self.granularity.learn(self.recorder.network, args, kwargs, self.recorder.name)
 
     def _meet(self) -> None:
         """The network is being called for the first time: go on with what it turns out to be."""
@@ -101,7 +107,7 @@ class Pruner:
         if self.plan is not None:
             self.granularity.keep_only(restored)
             self.granularity.not_pruned |= self._state.get("not_pruned", {})
-        masks = self.granularity.masks()
+        masks = Masks(self.granularity.parameters(), self.granularity.companions())
         if restored.keys() == masks.kept.keys():
             self.kept = {name: mask.to(masks.kept[name].device) for name, mask in restored.items()}
             masks.set(self._current())
@@ -213,7 +219,8 @@ class Pruner:
             gone = pruned - (present - sum(self._masks.num_kept.values()))  # pruned, and removed by another callback
             fraction = min(max((fraction * total - gone) / present, 0.0), 1.0)
         scores = score(self.ranked(statistics, gradients))
-        return self.granularity.prune(scores, kept, fraction, scope, min_kept)
+        units = self.granularity.units()
+        return rank_and_prune(scores, kept, fraction, scope=scope, min_kept=min_kept, units=units)
 
     def ranked(
         self, statistics: Mapping[str, FeatureStatistics], gradients: Mapping[str, GradientStatistics]
@@ -243,7 +250,8 @@ class Pruner:
             return
         before = self._masks.kept
         self._masks.set(kept, trainer.optimizers)
-        self.granularity.after_pruning(before, self._masks.kept, statistics)
+        pruned = {name: before[name] & ~mask for name, mask in self._masks.kept.items()}
+        self.granularity.after_pruning(pruned, statistics)
         self.kept = {name: self._full_size(name, mask) for name, mask in self._masks.kept.items()}
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
 
@@ -269,7 +277,10 @@ class Pruner:
     def slim(self, trainer: Trainer) -> SlimmingPlan | None:
         """Make the network smaller; returns the plan, or None if that turns out to be impossible."""
         try:
-            plan = self.granularity.slim(trainer, self._model, self.recorder, self._masks.kept)
+            if self.granularity.slims_in_fit:
+                plan = slim_in_fit(trainer, self._model, self._slim_network)
+            else:
+                plan = self._slim_network()
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
@@ -280,16 +291,23 @@ class Pruner:
         log.info("slimmed: %s → %s parameters", self._before.params, self._after.params)
         return plan
 
+    def _slim_network(self) -> SlimmingPlan:
+        recorder = self.recorder
+        prefix = f"{recorder.name}." if recorder.name else ""
+        kept = {name.removeprefix(prefix): mask for name, mask in self._masks.kept.items()}
+        args, kwargs = recorder.inputs_on_device()
+        return self.granularity.slim(recorder.network, args, kwargs, kept).under(recorder.name)
+
     def follow(self, plan: SlimmingPlan) -> None:
         """Something was removed from the model, by this pruner or by another one: go on with what is left."""
         self._since = self._since.then(plan)
         not_pruned = self.granularity.not_pruned
-        self.granularity = self._find(self._model)
+        self.granularity = self._settings.find_candidates(self._model)
         self.granularity.keep_only(self.kept)
         self.granularity.not_pruned = not_pruned
         if self.plan is None and self.recorder.inputs is not None:
-            self.granularity.meet(self.recorder)
-        masks = self.granularity.masks()
+            self._learn()
+        masks = Masks(self.granularity.parameters(), self.granularity.companions())
         masks.set(self._current())
         self._replace_masks(masks)
         if self.recorder.inputs is not None:
@@ -297,10 +315,10 @@ class Pruner:
 
     # ---- what others ask for
 
-    def report(self, granularity: str) -> PruningReport:
+    def report(self) -> PruningReport:
         """What pruning has done so far."""
         return PruningReport(
-            granularity=granularity,
+            granularity=self._settings.granularity,
             layers=tuple(
                 LayerReport(name, mask.numel(), int(mask.sum()), self._evidence.get(name))
                 for name, mask in self.kept.items()

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fscreen.channels import Feature
 from lightning_fscreen.criteria import Criterion, resolve_criterion
+from lightning_fscreen.granularity import GRANULARITIES, Granularity, Patterns
 from lightning_fscreen.ranking import Scope
 from lightning_fscreen.schedule import Schedule
 
 Connections = Literal["factored", "exact"]
 Bias = Literal["zero", "fold", "mean"]
-Patterns = str | Sequence[str] | None
-
-GRANULARITIES = ("channel", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +42,15 @@ class Settings:
     slim: bool
     collect_every: int | Literal["auto"]
     collect_epochs: int
-    connections: Connections
-    bias: Bias
-    feature: Feature
+    connections: Connections = "factored"  # with defaults: those that not all granularities have
+    bias: Bias = "zero"
+    feature: Feature = "activation"
     rewind_lr: bool
     rewind_weights: bool
     soft: bool
 
     def __post_init__(self) -> None:
-        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("granularity", self.granularity, list(GRANULARITIES))
         _check_choice("scope", self.scope, get_args(Scope))
         _check_choice("connections", self.connections, get_args(Connections))
         _check_choice("bias", self.bias, get_args(Bias))
@@ -76,18 +74,17 @@ class Settings:
         self._check_window()
 
     def _check_combinations(self) -> None:
-        if self.granularity == "channel" and self.connections == "exact":
-            raise ValueError(
-                'connections="exact" is for granularity="weight"; channels have no connections of their own'
-            )
-        if self.granularity == "weight" and self.bias != "zero":
-            raise ValueError(f'bias={self.bias!r} is for granularity="channel"; pruned weights are zero')
+        for field in fields(self):
+            value = getattr(self, field.name)
+            having = [name for name, kind in GRANULARITIES.items() if field.name in kind.options]
+            if having and self.granularity not in having and value != field.default:
+                raise ValueError(
+                    f'{field.name}={value!r} is for granularity="{having[0]}"; leave it out with "{self.granularity}"'
+                )
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True takes back what bias={self.bias!r} sets; use bias="zero"')
         if self.feature != "activation":
             given = f"feature={self.feature!r}"
-            if self.granularity == "weight":
-                raise ValueError(f'{given} is for granularity="channel"; connections are screened by their inputs')
             if self.bias == "mean":
                 raise ValueError(
                     f'bias="mean" needs the mean activation, which {given} does not gather; use another bias'
@@ -106,6 +103,15 @@ class Settings:
             raise ValueError(
                 "soft=True needs epochs in which pruned weights can grow again; set end_epoch later than 0"
             )
+
+    def find_candidates(self, model: nn.Module) -> Granularity[Any]:
+        """The candidates of a model.
+
+        Raises:
+            ValueError: nothing to prune, patterns that match nothing.
+        """
+        kind = GRANULARITIES[self.granularity]
+        return kind(model, self.include, self.exclude, **{name: getattr(self, name) for name in kind.options})
 
     @property
     def resolved_criterion(self) -> Criterion:

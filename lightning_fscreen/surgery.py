@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_fscreen.distributed import broadcast_buffers, rewrap
-from lightning_fscreen.network import InputRecorder
 from lightning_fscreen.optim import Move, check_state, move_parameters
-from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.plan import SlimmingPlan, join
-from lightning_fscreen.slimming.slim import slim_captured
 
 
 def slim_in_fit(
     trainer: Trainer,
     pl_module: LightningModule,
-    recorder: InputRecorder,
-    captured: Capture,
-    keep: Mapping[str, Tensor],
-    bias: str,
+    slim: Callable[[], SlimmingPlan],
 ) -> SlimmingPlan:
-    """Slim the network that `recorder` has watched, between two epochs.
+    """Slim the network of a module between two epochs.
 
     Args:
         trainer: the trainer.
         pl_module: the module that it trains.
-        recorder: knows the network and its inputs.
-        captured: the network's graph.
-        keep: batch norm, by its name in `pl_module` → (channels,) bool.
-        bias: "zero" or "fold".
+        slim: makes the network smaller, in place; returns the plan, with names as in `pl_module`.
 
     Returns:
-        The plan, with names as in `pl_module`.
+        The plan.
 
     Raises:
         NotImplementedError: an optimizer whose state cannot be cut.
@@ -48,10 +39,7 @@ def slim_in_fit(
     before = dict(pl_module.named_parameters())
     check_state(trainer.optimizers, {parameter: name for name, parameter in before.items()})
     broadcast_buffers(trainer, pl_module)
-    prefix = f"{recorder.name}." if recorder.name else ""
-    own = {name.removeprefix(prefix): mask for name, mask in keep.items()}
-    plan = slim_captured(recorder.network, captured, own, *recorder.inputs_on_device(), bias)
-    plan = plan.under(recorder.name)
+    plan = slim()
     after = dict(pl_module.named_parameters())
     moves = [
         Move(old, after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
