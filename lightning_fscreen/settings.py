@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
@@ -118,12 +119,12 @@ class Settings:
         """The criterion of that name."""
         return resolve_criterion(self.criterion)
 
-    @property
+    @functools.cached_property  # asked for in every step
     def needs_activations(self) -> bool:
         """Whether statistics of activations are needed, for the criterion or for the bias."""
         return self.resolved_criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
 
-    @property
+    @functools.cached_property
     def needs_gradients(self) -> bool:
         """Whether the criterion needs statistics of gradients."""
         return self.resolved_criterion.needs_gradients

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -67,25 +65,3 @@ def forget_scores(trainer: Trainer) -> None:
         if isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)
-
-
-class LearningRates:
-    """The state of a trainer's schedulers and learning rates at the start, to go back to.
-
-    Args:
-        trainer: the trainer, before it has restored a checkpoint's schedulers.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._schedulers: list[dict[str, Any]] = [
-            copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
-        ]
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-
-    def rewind(self, trainer: Trainer) -> None:
-        """Start the schedules again (learning-rate rewinding, arXiv 2003.02389)."""
-        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
-        for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
