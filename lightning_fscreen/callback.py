@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class ScreeningPruningCallback(TrainingHooks):
-    """Prune a classifier while it trains, by what its activations say about the classes (F-statistic) and by magnitude.
+    """Prune a classifier while it trains, by the F-statistics of its activations and by magnitude.
 
     At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
     are exactly zero from then on (arXiv 2502.07189). With granularity "channel" (CLS) the network is made physically
@@ -63,14 +63,14 @@ class ScreeningPruningCallback(TrainingHooks):
         collect_epochs: epochs before each pruning over which statistics are gathered; none in the others.
         connections: "factored" keeps F per input of a layer, C × inputs numbers; "exact" per connection, C × weights,
             which differs by the weights' movement within an epoch. For weights only.
-        bias: what pruned channels put out until training makes up for them: "zero" nothing (γ = β = 0); "fold" their
-            shift β, carried into the layers that read them; "mean" their mean activation, likewise. For channels only.
-        feature: what F is taken of, averaged over the positions: "activation", the channel behind the activation
-            function that follows its batch norm, if one does; "activation_square", its square; "output" and
+        bias: output of pruned channels until training makes up for them: "zero" (γ = β = 0); "fold", their shift β,
+            carried into the layers that read them; "mean", their mean activation, likewise. For channels only.
+        feature: the feature that is screened, averaged over the positions: "activation", the channel behind the
+            activation function that follows its batch norm, if one does; "activation_square", its square; "output" and
             "output_square", the same of the batch norm's own output. For channels only.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
-        rewind_weights: put what is left back to where it was when the fit began, learning rates too (lottery ticket).
-        soft: until the window ends, zero what is ranked lowest at the end of an epoch but let it grow again (soft
+        rewind_weights: put the remaining weights, and the learning rates, back to where the fit began (lottery ticket).
+        soft: until the window ends, zero the lowest-ranked candidates after an epoch but let them grow again (soft
             filter pruning, arXiv 1808.06866); of channels the scales γ, so that those with a positive shift can.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Channels of batch norms as candidates: their scales, what activates them, and which of them go together."""
+"""Channels of batch norms as candidates: their scales, their activation functions, and which go together."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def find_channels(
         The batch norms whose channels can be pruned, and {name: reason} of those that cannot.
 
     Raises:
-        ValueError: a pattern that matches no batch norm; none left to prune.
+        ValueError: a pattern that matches no batch norm; nothing to prune.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     reasons = select(modules, include, exclude)

@@ -84,7 +84,7 @@ class Decision:
         self._granularity.after_pruning(pruned, self._statistics)
 
     def _present_fraction(self, fraction: float) -> float:
-        """The fraction as one of the candidates that other callbacks' slimming has left."""
+        """The fraction of the candidates that remain after other callbacks' slimming."""
         kept, present = self._masks.kept.values(), self._masks.present.values()
         total, left = (sum(mask.numel() for mask in masks) for masks in (kept, present))
         if left == total:

@@ -1,4 +1,4 @@
-"""What a callback prunes: the connections of layers, or the channels of batch norms."""
+"""The granularities of pruning: the connections of layers, or the channels of batch norms."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class Channels(Granularity[PrunableChannels]):
 
         Raises:
             CaptureError: the network cannot be captured.
-            ValueError: no batch norm is left that can be pruned; lists the reasons.
+            ValueError: none of the batch norms can be pruned; lists the reasons.
         """
         self._captured = captured = capture_training(network, args, kwargs)
         gates = {join(name, gate.name): gate for gate in gates_of(network, captured)}

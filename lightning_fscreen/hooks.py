@@ -225,7 +225,7 @@ class TrainingHooks(HasSettings, Callback):
         """Go on with a network that another of these callbacks has made smaller.
 
         Args:
-            plan: what was removed, with names as in the module.
+            plan: the plan of that slimming, with names as in the module.
         """
         if self._pruner is not None:
             self._pruner.follow(plan)

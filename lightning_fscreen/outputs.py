@@ -1,4 +1,4 @@
-"""What a run of `fscreen` leaves behind: report.json, model.safetensors, figures, and what it shows on the terminal."""
+"""The outputs of a run of `fscreen`: report.json, model.safetensors, figures, and tables on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decisions of a fit: its phase, and what a training step is for. Pure functions; the callback carries them out."""
+"""The decisions of a fit: its phase, and the purpose of a training step. Pure functions; the hooks carry them out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Phase(Enum):
 
 
 class Step(NamedTuple):
-    """What the callback does in one training step, besides keeping pruned values at zero.
+    """The purpose of one training step, besides keeping pruned values at zero.
 
     Attributes:
         record: record the inputs of the network, which are not known yet.
@@ -66,7 +66,7 @@ def gathers(settings: Settings, budget: Budget, epoch: int) -> bool:
 def plan_step(
     settings: Settings, budget: Budget, epoch: int, batch_idx: int, inputs_known: bool, stride: int | None
 ) -> Step:
-    """Decide what a training step is for.
+    """Decide what the callback does in a training step.
 
     Args:
         settings: the callback's arguments.

@@ -191,7 +191,7 @@ class Pruner:
             self._record.before = self._record.after
 
     def reattach(self) -> None:
-        """Put back what the network loses where a strategy replaces its batch norms."""
+        """Attach the plan again where a strategy has replaced batch norms."""
         reattach(self._model, self._applied_plan)
 
     # ---- pruning

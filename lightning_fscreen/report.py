@@ -26,8 +26,8 @@ class LayerReport:
     Attributes:
         name: name of the layer.
         total: number of candidates.
-        kept: candidates left.
-        evidence: what the last ranking went by; for `criterion="screening"` the counts of `Evidence`: features, how
+        kept: number of candidates that remain.
+        evidence: the evidence of the last ranking; for `criterion="screening"` the counts of `Evidence`: features, how
             many of them which test spoke for, how many were shrunk, and why none was where magnitude ranked alone.
             None if the criterion does not say.
     """
@@ -81,7 +81,7 @@ class PruningReport:
 
     @property
     def kept(self) -> int:
-        """Candidates left."""
+        """Number of candidates that remain."""
         return sum(layer.kept for layer in self.layers)
 
     @property

@@ -83,7 +83,7 @@ class Settings:
                     f'{field.name}={value!r} is for granularity="{having[0]}"; leave it out with "{self.granularity}"'
                 )
         if self.rewind_weights and self.bias != "zero":
-            raise ValueError(f'rewind_weights=True takes back what bias={self.bias!r} sets; use bias="zero"')
+            raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')
         if self.feature != "activation":
             given = f"feature={self.feature!r}"
             if self.bias == "mean":
