@@ -17,6 +17,7 @@ class Budget:
         window: first epoch of the annealing window, and first epoch after it.
         total: number of candidates.
         target: how many of them should be pruned by now. Units of several candidates may fall short of it by a few.
+        closed: nothing more is pruned, because the network has been made smaller.
     """
 
     amount: float
@@ -24,6 +25,7 @@ class Budget:
     window: tuple[int, int]
     total: int = 0
     target: int = 0
+    closed: bool = False
 
     def fraction(self, epoch: int) -> float:
         """Fraction of the candidates pruned at the end of an epoch."""
@@ -31,8 +33,16 @@ class Budget:
 
     def asks_for_more(self, epoch: int) -> bool:
         """Whether the end of an epoch is to prune more than is pruned now."""
-        return round(self.fraction(epoch) * self.total) > self.target
+        return not self.closed and self._number(epoch) > self.target
 
     def met(self, epoch: int) -> None:
-        """What the end of an epoch asks for has been pruned."""
-        self.target = max(self.target, round(self.fraction(epoch) * self.total))
+        """The number for the end of an epoch has been pruned."""
+        self.target = max(self.target, self._number(epoch))
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether the budget was closed before the whole amount was pruned."""
+        return self.closed and self._number(self.window[1]) > self.target
+
+    def _number(self, epoch: int) -> int:
+        return round(self.fraction(epoch) * self.total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -90,14 +90,30 @@ def find_weights(
         else:
             owners[id(module.weight)] = name
             found.append(PrunableWeight(name, module))
-    if not found:
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in excluded.items())
-        reasons = f"none of its linear and convolution layers can be:{listing}" if listing else "it has no such layers"
-        raise ValueError(
-            f"nothing to prune in {type(model).__name__}: {reasons}\n"
-            "Check include=/exclude=, requires_grad and that the layers are attributes of the module."
-        )
+    require_candidates(found, type(model).__name__, "linear and convolution layers", excluded)
     return found, excluded
+
+
+def require_candidates(found: Sequence[object], where: str, layers: str, reasons: Mapping[str, str]) -> None:
+    """Check that there is something to prune.
+
+    Args:
+        found: the layers that can be pruned.
+        where: how the model is called in the message.
+        layers: how such layers are called.
+        reasons: layer → why it cannot be pruned.
+
+    Raises:
+        ValueError: there is nothing; lists the reasons.
+    """
+    if not found:
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        why = f"none of its {layers} can be pruned:{listing}" if reasons else f"it has no {layers}"
+        raise ValueError(
+            f"nothing to prune in {where}: {why}\n"
+            "Check include=/exclude=, requires_grad, and that the layers are attributes of the module; batch norms are "
+            'pruned with granularity="channel", linear and convolution layers with granularity="weight".'
+        )
 
 
 def select(

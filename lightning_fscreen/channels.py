@@ -1,20 +1,22 @@
-"""Channels of batch norms as candidates: their scales, what activates them, and which of them go together."""
+"""Channels of batch norms as candidates: their scales, their activation functions, and which go together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.candidates import select
+from lightning_fscreen.candidates import require_candidates, select
 from lightning_fscreen.collect import Probe
 from lightning_fscreen.slimming.activations import Activation
 from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
 
-FEATURES = ("activation", "activation_square", "output", "output_square")
+Feature = Literal["activation", "activation_square", "output", "output_square"]
+FEATURES: tuple[Feature, ...] = get_args(Feature)
 _GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
 _ZOOMS = 4
 _REACH = 30.0
@@ -46,18 +48,18 @@ class PrunableChannels:
         """β, (channels,)."""
         return self.module.get_parameter("bias")
 
-    def probe(self, feature: str = "activation") -> Probe:
-        """Where its activations are read, and what is taken of them: one of `FEATURES`."""
+    def probe(self, feature: Feature = "activation") -> Probe:
+        """Where its activations are read, for one of `FEATURES`."""
         activation = self.activation if feature.startswith("activation") else None
         return Probe(self.name, self.module, "output", activation, square=feature.endswith("square"))
 
     @torch.no_grad()
-    def put_out(self, values: Tensor, channels: Tensor) -> None:
-        """Set β so that these channels, whose γ is zero, are activated to given values.
+    def set_output(self, values: Tensor, channels: Tensor) -> None:
+        """Set β so that the activations of these channels, whose γ is zero, take given values.
 
         Args:
             values: (channels,).
-            channels: (channels,) bool, which of them.
+            channels: (channels,) bool, True for these channels.
         """
         wanted = values.to(self.shift)[channels]
         self.shift[channels] = wanted if self.activation is None else inverse(self.activation, wanted)
@@ -77,7 +79,7 @@ def find_channels(
         The batch norms whose channels can be pruned, and {name: reason} of those that cannot.
 
     Raises:
-        ValueError: a pattern that matches no batch norm; none left to prune.
+        ValueError: a pattern that matches no batch norm; nothing to prune.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     reasons = select(modules, include, exclude)
@@ -87,27 +89,21 @@ def find_channels(
         for name, module in modules.items()
         if name not in reasons
     ]
-    if not found:
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        why = f"none of its batch norms can be:{listing}" if listing else "it has no batch norms"
-        raise ValueError(
-            f"nothing to prune in {type(model).__name__}: {why}\n"
-            'Check include=/exclude= and requires_grad, or use granularity="weight".'
-        )
+    require_candidates(found, type(model).__name__, "batch norms", reasons)
     return found, reasons
 
 
 def refine(
     candidates: Sequence[PrunableChannels], gates: Mapping[str, Gate], activations: Mapping[str, Activation]
 ) -> tuple[list[PrunableChannels], dict[str, str]]:
-    """Add what a captured network tells: coupled channels and activations.
+    """Add the coupled channels and the activations that a captured network shows.
 
     Channels that are coupled to a batch norm that is no candidate stay with it.
 
     Args:
         candidates: from `find_channels`.
         gates: gates of the captured network, by name in the model.
-        activations: what follows them, by name in the model.
+        activations: the activation that follows each gate, by its name in the model.
 
     Returns:
         The candidates that are left, and {name: reason} of the others.

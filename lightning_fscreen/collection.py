@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -15,69 +15,64 @@ from lightning_fscreen.distributed import merge_processes
 from lightning_fscreen.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.labels import class_labels, infer_num_classes
 from lightning_fscreen.sampling import collection_stride
+from lightning_fscreen.settings import Settings
 
 
 class Collection:
-    """Gathers activations between `open` and `close`, and `add` gives them the labels of their batch.
+    """Gathers activations between `open` and `close`; `add` then adds them to the sums, with the labels of their batch.
 
     Args:
-        labels: batch → class indices (N,) or class weights (N, C).
-        num_classes: number of classes; None to find it at the first batch.
+        settings: the callback's arguments.
     """
 
-    def __init__(self, labels: Callable[[Any], Tensor], num_classes: int | None) -> None:
-        self._find_labels = labels
-        self._num_classes = num_classes
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._num_classes = settings.num_classes
         self._collector: ActivationCollector | None = None
         self._gradients: GradientSums | None = None
-        self.stride: int | None = None
-        """Every how-manieth batch is gathered, where that is up to us; the same in every process."""
+        self._batch: tuple[Any, int] | None = None  # of the running step, and its index
+        self.found_stride: int | None = None  # for collect_every="auto", the same in every process
 
     def _labels(self, batch: Any) -> Tensor:
-        return class_labels(self._find_labels(batch))
+        return class_labels(self._settings.labels(batch))
 
-    def is_due(
-        self, trainer: Trainer, batch: Any, batch_idx: int, collect_every: int | Literal["auto"], epochs: int
-    ) -> bool:
-        """Whether to gather a batch.
+    @property
+    def stride(self) -> int | None:
+        """Every so many-th batch is gathered; None while that is not known."""
+        return self.found_stride if self._settings.collect_every == "auto" else self._settings.collect_every
 
-        Args:
-            trainer: the trainer.
-            batch: the batch.
-            batch_idx: its place in the epoch.
-            collect_every: every how-manieth; "auto" for as many as the tests need, see `sampling`.
-            epochs: over how many epochs.
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the number of classes and the stride are known."""
+        return self._num_classes is not None and self.stride is not None
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Find the number of classes and, for `collect_every="auto"`, the stride.
 
         Raises:
-            ValueError: no labels in the batch.
+            ValueError: the number of classes cannot be found; no labels in the batch.
         """
-        if collect_every != "auto":
-            return batch_idx % collect_every == 0
+        if self._num_classes is None:
+            with _naming_batch(batch_idx, trainer):
+                labels = self._labels(batch)
+            datamodule = getattr(trainer, "datamodule", None)
+            self._num_classes = infer_num_classes(datamodule, pl_module, labels=labels)
+            if self._num_classes is None:
+                model = type(pl_module).__name__
+                raise ValueError(f"the number of classes cannot be found in {model}; pass num_classes=")
         if self.stride is None:
-            assert self._num_classes is not None
             with _naming_batch(batch_idx, trainer):
                 instances = len(self._labels(batch)) * trainer.world_size
-            stride = collection_stride(trainer.num_training_batches * epochs, instances, self._num_classes)
-            self.stride = trainer.strategy.broadcast(stride) if trainer.world_size > 1 else stride
-        return batch_idx % self.stride == 0
+            batches = trainer.num_training_batches * self._settings.collect_epochs
+            stride = collection_stride(batches, instances, self._num_classes)
+            self.found_stride = trainer.strategy.broadcast(stride) if trainer.world_size > 1 else stride
 
-    def find_classes(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Find the number of classes, unless it is known.
-
-        Raises:
-            ValueError: it cannot be found; no labels in the batch.
-        """
-        if self._num_classes is not None:
-            return
-        with _naming_batch(batch_idx, trainer):
-            labels = self._labels(batch)
-        datamodule = getattr(trainer, "datamodule", None)
-        self._num_classes = infer_num_classes(datamodule, pl_module, labels=labels)
-        if self._num_classes is None:
-            raise ValueError(f"the number of classes cannot be found in {type(pl_module).__name__}; pass num_classes=")
+    def begin(self, batch: Any, batch_idx: int) -> None:
+        """The activations that are gathered from now on are those of this batch."""
+        self._batch = batch, batch_idx
 
     def open(self, make_collector: Callable[[int], ActivationCollector]) -> None:
-        """Gather what runs from here on."""
+        """Gather activations from now on."""
         if self._collector is None:
             assert self._num_classes is not None
             self._collector = make_collector(self._num_classes)
@@ -88,15 +83,17 @@ class Collection:
         if self._collector is not None:
             self._collector.remove()  # even a hook that does nothing costs every forward pass some microseconds
 
-    def add(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Add what was gathered to the sums.
+    def add(self, trainer: Trainer) -> None:
+        """Add the activations of the batch to the sums.
 
         Raises:
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
-        if self._collector is not None:
+        if self._collector is not None and self._batch is not None:
+            batch, batch_idx = self._batch
             with _naming_batch(batch_idx, trainer):
                 self._collector.update(self._labels(batch))
+        self._batch = None
 
     def add_gradients(self, make_sums: Callable[[], GradientSums], optimizer: Optimizer) -> None:
         """Add the gradients that an optimizer is about to use."""
@@ -127,8 +124,8 @@ class Collection:
             self._collector.reset()
 
     def end(self) -> None:
-        """Take the hooks away, and forget the sums."""
-        self._gradients = None
+        """Remove the hooks, and forget the sums."""
+        self._gradients = self._batch = None
         if self._collector is not None:
             self._collector.remove()
             self._collector = None
@@ -142,10 +139,12 @@ class Collection:
         self,
         trainer: Trainer,
         states: Sequence[Mapping[str, Any]],
+        stride: int | None,
         make_collector: Callable[[int], ActivationCollector],
         make_sums: Callable[[], GradientSums],
     ) -> None:
-        """Continue from what `state_dict` gave in every process; additional processes begin with nothing."""
+        """Continue from the `state_dict` of every process and the stride; additional processes begin with nothing."""
+        self.found_stride = stride
         if not any(states):
             return
         own = states[trainer.global_rank] if trainer.global_rank < len(states) else {}

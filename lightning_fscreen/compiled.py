@@ -13,7 +13,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def uncompiled(module: Module) -> Module:
     """The module that `torch.compile` has wrapped; any other as it is."""
-    original = module._modules.get("_orig_mod")
+    original = module._modules.get("_orig_mod")  # noqa: SLF001  # an attribute that is no submodule does not count
     return module if original is None else original  # type: ignore[return-value]
 
 
@@ -21,7 +21,8 @@ def is_compiled(model: nn.Module) -> bool:
     """Whether a module, or a part of it, is compiled."""
     if getattr(model, "_compiler_ctx", None) is not None:  # how Lightning keeps torch.compile(pl_module)
         return True
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+    # torch has no public way to ask for `module.compile()`.
+    return any(uncompiled(module) is not module or module._compiled_call_impl for module in model.modules())  # noqa: SLF001
 
 
 class Eagerly:

@@ -89,4 +89,4 @@ def rewrap(trainer: Trainer) -> None:
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
-        strategy._pl_static_graph_delay_done = False
+        strategy._pl_static_graph_delay_done = False  # noqa: SLF001  # as Lightning does for a new DDP module

@@ -51,7 +51,7 @@ class _L1(Callback, ABC):
         pairs = [(p.detach(), p.grad) for p in self._penalised if p in used and p.grad is not None]
         if pairs:
             values, gradients = (list(tensors) for tensors in zip(*pairs, strict=True))
-            torch._foreach_add_(gradients, torch._foreach_sign(values), alpha=self.strength)
+            torch._foreach_add_(gradients, torch._foreach_sign(values), alpha=self.strength)  # noqa: SLF001  # torch has no public one
 
 
 class ScaleL1(_L1):

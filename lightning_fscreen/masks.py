@@ -10,12 +10,14 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fscreen.slimming import SlimmingPlan
+
 # Where value, gradient and state are zero, these leave a zero, whatever their options: it need not be written again.
 _FIXED_AT_ZERO = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RMSprop, optim.Adagrad)
 
 
 class Masks:
-    """Boolean masks over parameters, True where a value is kept, and their enforcement.
+    """Boolean masks over the candidates, True where a value is kept, and their enforcement on the parameters.
 
     Pruned values are set to zero when they are pruned, their optimizer state with them and their gradients before every
     step, so that the others are updated as if the pruned ones did not exist, clipping by norm included. After the step
@@ -23,68 +25,119 @@ class Masks:
     are set to zero again.
 
     Args:
-        parameters: name → parameter.
-        companions: name → a parameter of the same shape that is pruned with it, and not counted.
+        parameters: layer → parameter, at the size that it has now.
+        companions: layer → a parameter of the same shape that is zeroed with it, and not counted.
+        kept: layer → mask at full size; all are kept by default.
+        held: whether pruned values stay at zero.
+        plan: all slimmings of the parameters so far.
+        names: layer → name of its parameter in the plan; by default the layer's own.
+
+    Attributes:
+        kept: layer → mask at full size, also after slimming.
+        num_kept: layer → number of candidates that are kept.
+        held: whether pruned values stay at zero; otherwise they were zeroed once, and can grow again.
+        present: layer → mask at the size that the parameter has now, False for the values that are held at zero. Where
+            slimming has put a constant into the place of a pruned value, it is True.
+
+    Raises:
+        ValueError: masks that do not fit the parameters.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], companions: Mapping[str, nn.Parameter] | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        companions: Mapping[str, nn.Parameter] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+        held: bool = True,
+        plan: SlimmingPlan | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self._parameters = dict(parameters)
         self._companions = dict(companions or {})
-        self.kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
-        self.num_kept = {name: p.numel() for name, p in self._parameters.items()}
-        """Candidates left, by layer."""
+        self._plan = plan or SlimmingPlan()
+        self._names = dict(names or {name: name for name in parameters})
+        self.held = held
+        if kept is None:
+            self.kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+        else:
+            self.kept = {name: m.to(parameters[name].device) if name in parameters else m for name, m in kept.items()}
+        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
+        present = {name: self.kept[name] for name in parameters}
+        if kept is not None:
+            present = {name: self._plan.cut(self._names[name], mask) for name, mask in present.items()}
+        self._check(present)
+        if not held:
+            present = {name: torch.ones_like(mask) for name, mask in present.items()}
+        elif self._plan:
+            present = {name: mask | (parameters[name].detach() != 0) for name, mask in present.items()}
+        self.present = present
         # Where something is pruned: the parameter and its mask in its dtype; multiplying by that is several times
         # faster than filling by a boolean one.
         self._factors: list[tuple[Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._gradients_masked = False  # since the last step
+        self._enforce(())
 
     @property
     def _masked(self) -> list[tuple[str, nn.Parameter]]:
         return [*self._parameters.items(), *self._companions.items()]
 
-    @property
-    def total(self) -> int:
-        """Number of candidates."""
-        return sum(parameter.numel() for parameter in self._parameters.values())
+    def set(self, present: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+        """Replace the masks, and zero the pruned values and their state in these optimizers.
 
-    @property
-    def total_kept(self) -> int:
-        """Number of candidates left."""
-        return sum(self.num_kept.values())
-
-    @torch.no_grad()
-    def set(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
-        """Replace the masks, and zero what they prune: weights, and state of these optimizers.
+        Args:
+            present: layer → mask at the size that the parameter has now.
+            optimizers: the optimizers.
 
         Raises:
             ValueError: masks that do not fit the parameters; nothing is changed then.
         """
+        self._check(present)
+        self.held = True
+        self.present = {name: present[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()}
+        self._record(self.present)
+        self._enforce(optimizers)
+
+    @torch.no_grad()
+    def zero_once(self, present: Mapping[str, Tensor]) -> None:
+        """Replace the masks, and zero the pruned values, without companions and state; they can grow again."""
+        self._check(present)
+        self.held = False
+        self._record({name: present[name].to(p.device, torch.bool) for name, p in self._parameters.items()})
+        self.present = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
+        self._factors = []
         for name, parameter in self._parameters.items():
-            if name not in kept or kept[name].shape != parameter.shape:
-                found = f"shape {tuple(kept[name].shape)}" if name in kept else "no mask"
+            parameter.mul_(present[name].to(parameter))
+
+    def _check(self, present: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            if name not in present or present[name].shape != parameter.shape:
+                found = f"shape {tuple(present[name].shape)}" if name in present else "no mask"
                 raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
-        self.kept = {name: kept[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()}
+
+    def _record(self, present: Mapping[str, Tensor]) -> None:
+        self.kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
         self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
-        self._factors = [
-            (parameter, self.kept[name].to(parameter.dtype))
-            for name, parameter in self._masked
-            if self.num_kept[name] < parameter.numel()
-        ]
+
+    def _full_size(self, name: str, present: Tensor) -> Tensor:
+        full = self.kept[name]
+        if full.shape == present.shape:
+            return present
+        places = torch.arange(full.numel(), device=full.device).view(full.shape)
+        places = self._plan.cut(self._names[name], places)
+        return full.flatten().index_copy(0, places.flatten(), present.flatten()).view(full.shape)
+
+    @torch.no_grad()
+    def _enforce(self, optimizers: Iterable[Optimizer]) -> None:
+        pruned = {name for name, mask in self.present.items() if not bool(mask.all())}
+        masked = [(parameter, self.present[name]) for name, parameter in self._masked if name in pruned]
+        self._factors = [(parameter, mask.to(parameter.dtype)) for parameter, mask in masked]
         self.apply()
-        by_parameter: dict[Tensor, Tensor] = {parameter: self.kept[name] for name, parameter in self._masked}
+        by_parameter: dict[Tensor, Tensor] = dict(masked)
         for optimizer in optimizers:
             for tensor, state in optimizer.state.items():
                 if tensor in by_parameter:
                     _mask_state(state, by_parameter[tensor])
-
-    @torch.no_grad()
-    def zero_once(self, kept: Mapping[str, Tensor]) -> None:
-        """Zero what these masks prune, without companions and state, and let it grow again."""
-        for name, parameter in self._parameters.items():
-            parameter.mul_(kept[name].to(parameter))
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -98,7 +151,9 @@ class Masks:
         self._gradients_masked = True
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Keep the pruned weights at zero through every step of these optimizers, until `unwatch`."""
+        """Keep pruned values at zero, in these optimizers' state and through all their steps, until `unwatch`."""
+        optimizers = list(optimizers)
+        self._enforce(optimizers)
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if not self._gradients_masked or type(optimizer) not in _FIXED_AT_ZERO:
@@ -108,7 +163,7 @@ class Masks:
         self._handles += [optimizer.register_step_post_hook(after_step) for optimizer in optimizers]
 
     def unwatch(self) -> None:
-        """Take the optimizer hooks away again."""
+        """Remove the optimizer hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,15 +14,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.compiled import uncompiled
-from lightning_fscreen.slimming.capture import CaptureError
-
-log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+OnCall = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
 _INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
 
 examined: ContextVar[bool] = ContextVar("examined", default=False)
-"""Whether the network runs only to be looked at, by one of several callbacks: no part of the training."""
+"""Whether the network runs only because a callback examines it: this is no part of the training."""
 
 
 def common_parent(model: nn.Module, names: Sequence[str]) -> str:
@@ -49,36 +47,43 @@ def enclosing(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     return [(outer, module) for outer, module in modules if uncompiled(module) is module]
 
 
+def networks_around(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Names and submodules that may be the network with these layers, from the outermost to the innermost."""
+    name = common_parent(model, names)
+    around = enclosing(model, name)
+    return around[:-1] if name in names and len(around) > 1 else around  # one layer is no network
+
+
 class InputRecorder:
     """Remembers the first inputs that a network gets in training, cut to a few instances.
 
     Args:
         networks: names and modules that may be the network, from the outermost to the innermost.
-        on_inputs: called once the inputs are known, before the network runs on them. The network is then the outermost
-            one that is called; if it raises a `CaptureError`, the next inner one. Without `on_inputs` it is the
-            innermost one that is called.
+        outermost: whether the network is the outermost one that is called, and not rejected; else the innermost one.
     """
 
-    def __init__(self, networks: Sequence[tuple[str, nn.Module]], on_inputs: Callable[[], None] | None = None) -> None:
+    def __init__(self, networks: Sequence[tuple[str, nn.Module]], outermost: bool = False) -> None:
         self._networks = list(networks)
-        self._on_inputs = on_inputs
+        self._outermost = outermost
         self.name, self.network = self._networks[-1]
         self.inputs: Inputs | None = None
         self.dtype = torch.float32  # of the parameters when they were recorded
         self.instances = _INSTANCES
         self._handles: list[RemovableHandle] = []
 
-    def set(self, name: str, network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
+    def restore(self, name: str, network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
         """The network, its inputs, and the dtype of its parameters then, are known from before."""
         self.name, self.network, self.inputs, self.dtype = name, network, inputs, dtype
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
         self.instances = min(len(tensors[0]), _INSTANCES) if tensors else 1
 
-    def start(self) -> None:
-        """Watch for the next call."""
+    def start(self, on_call: OnCall | None = None) -> None:
+        """Call `on_call`, which calls `record`, before any of these modules runs; by default `record` itself."""
         if not self._handles:
             self._handles = [
-                network.register_forward_pre_hook(functools.partial(self._record, name), with_kwargs=True)
+                network.register_forward_pre_hook(
+                    functools.partial(_call, on_call or self.record, name), with_kwargs=True
+                )
                 for name, network in self._networks
             ]
 
@@ -103,14 +108,15 @@ class InputRecorder:
         return self.inputs if _is_plain(self.inputs) else None
 
     def describe(self) -> str:
-        """How to name the network in a message."""
+        """Name of the network in a message."""
         return f"module {self.name!r}" if self.name else f"{type(self.network).__name__}.forward"
 
-    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def record(self, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Record the inputs of a module that is about to run; returns whether it is the network from now on."""
+        deeper = not self._outermost and len(name) > len(self.name)
         # Lightning lets DistributedDataParallel call training_step through a replaced forward.
-        deeper = self._on_inputs is None and len(name) > len(self.name)
-        if (self.inputs is not None and not deeper) or "forward" in vars(module) or examined.get():
-            return
+        if (self.inputs is not None and not deeper) or "forward" in vars(network) or examined.get():
+            return False
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         batch_size = len(tensors[0]) if tensors else 0
         self.instances = min(batch_size, _INSTANCES) or 1
@@ -119,22 +125,31 @@ class InputRecorder:
             first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
             return first.detach().clone()
 
-        self.name, self.network, self.dtype = name, module, next(module.parameters()).dtype
+        self.name, self.network, self.dtype = name, network, next(network.parameters()).dtype
         self.inputs = pytree.tree_map_only(torch.Tensor, cut, (tuple(args), dict(kwargs)))
-        if self._on_inputs is None:
-            return
+        return True
+
+    def reject(self) -> bool:
+        """Wait for the next module inside to be called instead; returns False if there is none."""
+        if self.network is self._networks[-1][1]:
+            return False
+        self.inputs = None
+        return True
+
+    @contextlib.contextmanager
+    def examining(self) -> Iterator[None]:
+        """Within this context the network runs as it was written, and other callbacks do not take part."""
+        tensors = [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.ndim]
         token = examined.set(True)
         try:
-            # What it looks at is the network as it was written.
             with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
-                self._on_inputs()
-        except CaptureError as error:
-            if module is self._networks[-1][1]:
-                raise
-            log.info("%s; trying the next module inside", error)
-            self.inputs = None
+                yield
         finally:
             examined.reset(token)
+
+
+def _call(on_call: OnCall, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    on_call(name, network, args, kwargs)  # without a result, which would replace the inputs
 
 
 def _is_plain(value: Any) -> bool:

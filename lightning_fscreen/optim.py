@@ -16,7 +16,7 @@ class Move:
 
     Attributes:
         old, new: the parameters.
-        cut: what stays of a tensor of the old one's shape.
+        cut: gives the part of a tensor of the old one's shape that remains.
     """
 
     old: nn.Parameter
@@ -25,7 +25,7 @@ class Move:
 
 
 def check_optimizers(trainer: Trainer) -> None:
-    """Refuse optimizers that shard what they update.
+    """Refuse optimizers that shard their parameters or their state.
 
     Raises:
         NotImplementedError: names the optimizer, or the kind of parameter, and what to use instead.

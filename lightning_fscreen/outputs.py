@@ -1,4 +1,4 @@
-"""What a run of `fscreen` leaves behind: report.json, model.safetensors, figures, and what it shows on the terminal."""
+"""The outputs of a run of `fscreen`: report.json, model.safetensors, figures, and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lightning_fscreen.checkpoint import save_slimmed
 from lightning_fscreen.data import ImageDataModule
 from lightning_fscreen.figures import connections_figure, save_figures, schedule_figure, weights_figure
 from lightning_fscreen.files import replacing
+from lightning_fscreen.granularity import GRANULARITIES
 from lightning_fscreen.latency import measure_latency
 from lightning_fscreen.layer_figures import channels_figure, layers_figure
 from lightning_fscreen.schedule import scheduled_fraction
@@ -112,7 +113,7 @@ def write_figures(
         ),
     }
     first = next(iter(pruning.masks.values()))
-    if pruning.granularity == "channel":
+    if first.ndim == 1:
         figures["channels"] = channels_figure(
             [layer.name for layer in report.layers],
             [layer.total for layer in report.layers],
@@ -142,9 +143,15 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     """What came out, as a table."""
     console = Console()
     table = Table(title=f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", title_justify="left")
-    removed = report.get("removed", {}) if report["granularity"] == "weight" else None
-    noun = "channels" if report["granularity"] == "channel" else "weights"
-    for column in ("layer", noun, "kept", "kept %", *([] if removed is None else ["units removed"])):
+    kind = GRANULARITIES.get(report["granularity"])
+    removed = report.get("removed", {}) if kind and not kind.slims_in_fit else None
+    for column in (
+        "layer",
+        kind.noun if kind else "",
+        "kept",
+        "kept %",
+        *([] if removed is None else ["units removed"]),
+    ):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in report["layers"]:
         gone = [] if removed is None else [f"{removed.get(layer['name'], 0):,}"]

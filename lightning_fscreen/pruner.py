@@ -1,137 +1,153 @@
-"""What a callback does to one model: candidates, masks and slimming, and what a checkpoint has to know about them."""
+"""The pruner of one model in a fit: its candidates, masks and slimming, and their state for checkpoints."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fscreen.collect import FeatureStatistics
-from lightning_fscreen.criteria import Explained, Ranked
+from lightning_fscreen.compiled import Eagerly
+from lightning_fscreen.decision import Decision
 from lightning_fscreen.gradients import GradientStatistics
 from lightning_fscreen.granularity import Granularity
 from lightning_fscreen.masks import Masks
-from lightning_fscreen.network import InputRecorder
-from lightning_fscreen.report import LayerReport, PruningReport, Size, measure_size
+from lightning_fscreen.network import InputRecorder, networks_around
+from lightning_fscreen.origin import Origin
+from lightning_fscreen.report import PruningReport, Record, measure_size
 from lightning_fscreen.resume import carry_plan
+from lightning_fscreen.settings import Settings
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
+from lightning_fscreen.surgery import slim_in_fit
 
 log = logging.getLogger(__name__)
 
 
 class Pruner:
-    """The candidates of one model, what is pruned of them, and what was physically removed.
+    """The candidates of one model, their masks, and the channels and units that were physically removed.
 
     Args:
         model: the module that is trained, full-size or as small as `state` says.
-        find: finds the candidates of a model.
-        state: what `state_dict` gave, to go on from; empty to begin.
-        on_met: called when the network has been called for the first time, before it runs.
+        settings: the callback's arguments.
+        state: a `state_dict` to go on from; empty to begin.
+        origin: where the fit began.
+
+    Attributes:
+        granularity: the candidates.
+        masks: their masks.
+        recorder: the network and its inputs.
+        eagerly: lets a compiled network run eagerly while hooks are active.
+        origin: where the fit began.
+        plan: the plan of this pruner's own slimming; None before.
+        not_removed: why nothing could be removed physically; None if nothing stood in the way.
 
     Raises:
         ValueError: nothing to prune, patterns that match nothing.
     """
 
-    def __init__(
-        self,
-        model: LightningModule,
-        find: Callable[[nn.Module], Granularity[Any]],
-        state: Mapping[str, Any],
-        on_met: Callable[[], None],
-    ) -> None:
-        self._model = model
-        self._find = find
-        self._on_met = on_met
-        self._state = dict(state)
-        self.plan: SlimmingPlan | None = _plan(self._state.pop("plan", ""))
-        self._since = _plan(self._state.pop("since", "")) or SlimmingPlan()  # removed by us and by others
-        self.not_removed: str | None = self._state.pop("not_removed", None)
-        self.kept: dict[str, Tensor] = {}  # at full size, also after slimming
-        self.num_kept: dict[str, int] = {}
-        self._evidence: dict[str, dict[str, Any]] = dict(self._state.pop("evidence", {}))
-        reattach(model, self._since)
-        self._masks = Masks({})
+    def __init__(self, model: LightningModule, settings: Settings, state: Mapping[str, Any], origin: Origin) -> None:
+        self._model, self._settings, self._state = model, settings, state
+        self.origin = origin
+        self.eagerly = Eagerly(model)
+        self.plan = _plan(state.get("plan", ""))
+        self._applied_plan = _plan(state.get("since", "")) or SlimmingPlan()  # all slimmings, other callbacks' included
+        self.not_removed: str | None = state.get("not_removed")
+        reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
         self.granularity = self._found()
-        networks = self.granularity.networks(model)
-        self.recorder = InputRecorder(networks, on_inputs=self._meet if self.granularity.slims_in_fit else None)
-        self._after = measure_size(networks[-1][1], None, 1)
-        self._before = Size(*self._state["sizes"]) if self.plan is not None else self._after
-        if self._state.get("inputs") is not None:
-            name = self._state["network"]
-            self.recorder.set(name, model.get_submodule(name), self._state["inputs"], self._state["dtype"])
+        networks = networks_around(model, self.granularity.names)
+        self.recorder = InputRecorder(networks, outermost=self.granularity.slims_in_fit)
+        sizes = state["sizes"] if self.plan is not None else None
+        self._record = Record(networks[-1][1], sizes, state.get("evidence", {}))
+        if state.get("inputs") is not None:
+            name = state["network"]
+            self.recorder.restore(name, model.get_submodule(name), state["inputs"], state["dtype"])
             if self.granularity.slims_in_fit:
-                self._look()
-        self._take_over()
+                self._learn()
+        self.masks = self._restored_masks()
 
     def _found(self) -> Granularity[Any]:
-        granularity = self._find(self._model)
+        granularity = self._settings.find_candidates(self._model)
         for name, reason in granularity.not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
         return granularity
 
-    def _look(self) -> None:
-        """Learn from the network and its inputs, which are known now."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether all is known that has to be before candidates are pruned and removed."""
+        return not self.granularity.slims_in_fit or self.recorder.inputs is not None
+
+    def learn(self, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Record the inputs of a module that is about to run, and learn from them if it is the network.
+
+        Returns:
+            Whether the candidates have become known by that.
+
+        Raises:
+            CaptureError: neither this module nor one inside can be captured.
+            ValueError: nothing to prune.
+        """
+        if not self.recorder.record(name, network, args, kwargs) or not self.granularity.slims_in_fit:
+            return False
+        before = self.granularity.names
+        try:
+            with self.recorder.examining():
+                self._learn()
+        except CaptureError as error:
+            if not self.recorder.reject():
+                raise
+            log.info("%s; trying the next module inside", error)
+            return False
+        if self.granularity.names != before:
+            self._replace_masks(self._restored_masks())
+        return True
+
+    def _learn(self) -> None:
         known = set(self.granularity.not_pruned)
         if self.plan is None:
-            self.granularity.meet(self.recorder)
+            self._learn_candidates()
         for name, reason in self.granularity.not_pruned.items():
             if name not in known:
                 log.info("layer %r is not pruned: %s", name, reason)
         self.measure()
 
-    def _meet(self) -> None:
-        """The network is being called for the first time: go on with what it turns out to be."""
-        names = self.granularity.names
-        self._look()
-        if self.granularity.names != names:
-            self._take_over()
-        self._on_met()
+    def _learn_candidates(self) -> None:
+        args, kwargs = self.recorder.inputs_on_device()
+        self.granularity.learn(self.recorder.network, args, kwargs, self.recorder.name)
 
-    def _take_over(self) -> None:
-        """Fresh masks, with what was pruned before, if these are the same candidates."""
+    def _restored_masks(self) -> Masks:
+        """Those of the state, if it has masks of the same candidates; else fresh ones."""
         restored = self._state.get("kept", {})
         if self.plan is not None:
             self.granularity.keep_only(restored)
             self.granularity.not_pruned |= self._state.get("not_pruned", {})
-        masks = self.granularity.masks()
-        if restored.keys() == masks.kept.keys():
-            self.kept = {name: mask.to(masks.kept[name].device) for name, mask in restored.items()}
-            masks.set(self._current())
-        elif restored and self.recorder.inputs is not None:
+        names = self.granularity.names
+        if restored.keys() == set(names):
+            return self._make_masks(restored, self._state.get("held", True))
+        if restored and self.recorder.inputs is not None:
             raise ValueError(
                 f"the checkpoint has masks for {sorted(restored)}, but the candidates of "
-                f"{type(self._model).__name__} are {sorted(masks.kept)}; resume with the same model and the same "
+                f"{type(self._model).__name__} are {sorted(names)}; resume with the same model and the same "
                 "granularity, include and exclude"
             )
-        else:
-            self.kept = dict(masks.kept)
-        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
-        self._replace_masks(masks)
+        return self._make_masks()
+
+    def _make_masks(self, kept: Mapping[str, Tensor] | None = None, held: bool = True) -> Masks:
+        parameters, names = self.granularity.parameters(), self.parameters
+        self._names = {layer: names[parameter] for layer, parameter in parameters.items()}
+        return Masks(parameters, self.granularity.companions(), kept, held, self._applied_plan, self._names)
 
     def _replace_masks(self, masks: Masks) -> None:
-        """Other masks from now on, over the parameters that the model has now; optimizers are watched as they were."""
-        self._masks.unwatch()
-        self._masks = masks
-        if self._optimizers:
-            self.watch(self._optimizers)
-
-    def _current(self) -> dict[str, Tensor]:
-        """The masks at the size that the network has now; constants that slimming put into pruned places are kept."""
-        masks = {name: self._since.cut(f"{name}.weight", mask) for name, mask in self.kept.items()}
-        if self._since:
-            parameters = dict(self._model.named_parameters())
-            for name, mask in masks.items():
-                weight = parameters.get(f"{name}.weight")
-                if weight is not None and weight.shape == mask.shape:
-                    masks[name] = mask | (weight.detach() != 0).to(mask.device)
-        return masks
+        """Enforce other masks from now on, or the same over other parameters, in the optimizers that are watched."""
+        self.masks.unwatch()
+        self.masks = masks
+        masks.watch(self._optimizers)
 
     # ---- masks
 
@@ -143,132 +159,63 @@ class Pruner:
     @property
     def total(self) -> int:
         """Number of candidates, at full size."""
-        return sum(mask.numel() for mask in self.kept.values())
+        return sum(mask.numel() for mask in self.masks.kept.values())
 
     @property
     def pruned(self) -> int:
         """How many of them are pruned."""
-        return self.total - sum(self.num_kept.values())
+        return self.total - sum(self.masks.num_kept.values())
 
     @property
-    def size(self) -> Size:
-        """Size of the network now."""
-        return self._after
+    def pruned_fraction(self) -> float:
+        """Fraction of them that are pruned."""
+        return self.pruned / self.total
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
-        """Keep what is pruned at zero, from now on and in the state that the optimizers have."""
+        """Keep pruned values at zero, from now on and in the state of these optimizers."""
         self._optimizers = list(optimizers)
-        self._masks.set(self._masks.kept, optimizers)
-        self._masks.watch(optimizers)
+        self.masks.watch(optimizers)
 
     def unwatch(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
+        self.eagerly.stop()
         self.recorder.stop()
-        self._masks.unwatch()
+        self.masks.unwatch()
         self._optimizers = []
 
     def measure(self) -> None:
         """Measure the network on the inputs that it got."""
         recorder = self.recorder
-        self._after = measure_size(recorder.network, recorder.inputs_on_device(), recorder.instances)
+        self._record.after = measure_size(recorder.network, recorder.inputs_on_device(), recorder.instances)
         if self.plan is None:
-            self._before = self._after
+            self._record.before = self._record.after
 
     def reattach(self) -> None:
-        """Put back what the network loses where a strategy replaces its batch norms."""
-        reattach(self._model, self._since)
+        """Attach the plan again where a strategy has replaced batch norms."""
+        reattach(self._model, self._applied_plan)
 
-    def mask_gradients(self) -> None:
-        """Zero the gradients of what is pruned."""
-        self._masks.mask_gradients()
+    # ---- pruning
 
-    def apply_masks(self) -> None:
-        """Zero what is pruned, whatever has happened to it."""
-        self._masks.apply()
-
-    def rank(
-        self,
-        score: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
-        statistics: Mapping[str, FeatureStatistics],
-        gradients: Mapping[str, GradientStatistics],
-        fraction: float,
-        scope: str,
-        min_kept: int,
-    ) -> dict[str, Tensor]:
-        """New masks that prune a fraction of all candidates.
-
-        Args:
-            score: layer → what a criterion needs to know; returns scores by layer.
-            statistics: of activations, by layer.
-            gradients: by layer.
-            fraction: of the candidates at full size.
-            scope: "global" or "layer".
-            min_kept: floor by layer.
-        """
-        kept = self._masks.kept
-        total, present = self.total, sum(mask.numel() for mask in kept.values())
-        if present < total:
-            pruned = total - sum(int(mask.sum()) for mask in self.kept.values())
-            gone = pruned - (present - sum(self._masks.num_kept.values()))  # pruned, and removed by another callback
-            fraction = min(max((fraction * total - gone) / present, 0.0), 1.0)
-        scores = score(self.ranked(statistics, gradients))
-        return self.granularity.prune(scores, kept, fraction, scope, min_kept)
-
-    def ranked(
+    def decide(
         self, statistics: Mapping[str, FeatureStatistics], gradients: Mapping[str, GradientStatistics]
-    ) -> dict[str, Ranked]:
-        """What a criterion needs to know, by layer."""
-        return self.granularity.ranked(self._masks.kept, statistics, gradients)
+    ) -> Decision:
+        """Rank the candidates, and note for the report why they are ranked so."""
+        decision = Decision(self._settings, self.granularity, self.masks, statistics, gradients)
+        self._record.note(decision.explain())
+        return decision
 
-    def note_evidence(self, explained: Mapping[str, Explained]) -> None:
-        """Remember for the report why layers are ranked as they are."""
-        for name, evidence in explained.items():
-            found = evidence.to_dict()
-            if found.get("trusted") != self._evidence.get(name, {}).get("trusted"):
-                log.info("layer %r: %s", name, evidence)
-            self._evidence[name] = found
-
-    def prune(
-        self,
-        kept: Mapping[str, Tensor],
-        statistics: Mapping[str, FeatureStatistics],
-        trainer: Trainer,
-        hold: bool = True,
-    ) -> None:
-        """Replace the masks by those that `rank` gave; or, unless they are to `hold`, zero once what they prune."""
-        if not hold:
-            self._masks.zero_once(kept)
-            self.num_kept = {name: int(self._full_size(name, mask).sum()) for name, mask in kept.items()}
-            return
-        before = self._masks.kept
-        self._masks.set(kept, trainer.optimizers)
-        self.granularity.after_pruning(before, self._masks.kept, statistics)
-        self.kept = {name: self._full_size(name, mask) for name, mask in self._masks.kept.items()}
-        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
-
-    @torch.no_grad()
-    def rewind(self, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
-        """Put what is left back to earlier values (of a state dict at full size); optimizers begin afresh."""
-        for name, value in self._model.state_dict(keep_vars=True).items():
-            if isinstance(value, Tensor) and name in weights:
-                value.copy_(self._since.cut(name, weights[name].to(value.device)))
-        self._masks.apply()
-        for optimizer in optimizers:
-            optimizer.state.clear()
-
-    def _full_size(self, name: str, current: Tensor) -> Tensor:
-        full = self.kept[name]
-        if full.shape == current.shape:
-            return current
-        places = self._since.cut(f"{name}.weight", torch.arange(full.numel(), device=full.device).view(full.shape))
-        return full.flatten().index_copy(0, places.flatten(), current.flatten()).view(full.shape)
+    def rewind_weights(self, optimizers: Sequence[Optimizer]) -> None:
+        """Put the remaining weights back to where the fit began; optimizers begin afresh."""
+        self.origin.rewind_weights(self._model, self._applied_plan, optimizers)
+        self.masks.apply()
 
     # ---- slimming
 
     def slim(self, trainer: Trainer) -> SlimmingPlan | None:
-        """Make the network smaller; returns the plan, or None if that turns out to be impossible."""
+        """Make the network smaller; returns the plan, or None if it cannot be done exactly."""
         try:
-            plan = self.granularity.slim(trainer, self._model, self.recorder, self._masks.kept)
+            in_fit = self.granularity.slims_in_fit
+            plan = slim_in_fit(trainer, self._model, self._slim_network) if in_fit else self._slim_network()
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
@@ -276,36 +223,37 @@ class Pruner:
         self.plan = plan
         carry_plan(self._model)
         self.follow(plan)
-        log.info("slimmed: %s → %s parameters", self._before.params, self._after.params)
+        self.eagerly.recompile()
+        log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan
 
+    def _slim_network(self) -> SlimmingPlan:
+        recorder = self.recorder
+        prefix = f"{recorder.name}." if recorder.name else ""
+        kept = {name.removeprefix(prefix): mask for name, mask in self.masks.present.items()}
+        args, kwargs = recorder.inputs_on_device()
+        return self.granularity.slim(recorder.network, args, kwargs, kept).under(recorder.name)
+
     def follow(self, plan: SlimmingPlan) -> None:
-        """Something was removed from the model, by this pruner or by another one: go on with what is left."""
-        self._since = self._since.then(plan)
+        """Go on with a model that this pruner or another one has made smaller."""
+        self._applied_plan = self._applied_plan.then(plan)
         not_pruned = self.granularity.not_pruned
-        self.granularity = self._find(self._model)
-        self.granularity.keep_only(self.kept)
+        self.granularity = self._settings.find_candidates(self._model)
+        self.granularity.keep_only(self.masks.kept)
         self.granularity.not_pruned = not_pruned
         if self.plan is None and self.recorder.inputs is not None:
-            self.granularity.meet(self.recorder)
-        masks = self.granularity.masks()
-        masks.set(self._current())
-        self._replace_masks(masks)
+            self._learn_candidates()
+        self._replace_masks(self._make_masks(self.masks.kept, self.masks.held))
         if self.recorder.inputs is not None:
             self.measure()
 
-    # ---- what others ask for
+    # ---- results and state
 
-    def report(self, granularity: str) -> PruningReport:
-        """What pruning has done so far."""
-        return PruningReport(
-            granularity=granularity,
-            layers=tuple(
-                LayerReport(name, mask.numel(), int(mask.sum()), self._evidence.get(name))
-                for name, mask in self.kept.items()
-            ),
-            before=self._before,
-            after=self._after,
+    def report(self) -> PruningReport:
+        """The candidates and sizes before and now."""
+        return self._record.report(
+            self.masks,
+            granularity=self._settings.granularity,
             removed=dict(self.plan.removed) if self.plan is not None else {},
             not_pruned=dict(self.granularity.not_pruned),
             not_removed=self.not_removed,
@@ -318,28 +266,27 @@ class Pruner:
         parameters = dict(model.named_parameters())
 
         def fit(masks: Mapping[str, Tensor]) -> bool:
-            return all(
-                f"{name}.weight" in parameters and parameters[f"{name}.weight"].shape == mask.shape
-                for name, mask in masks.items()
-            )
+            found = {name: parameters.get(self._names.get(name, "")) for name in masks}
+            return all(p is not None and p.shape == masks[name].shape for name, p in found.items())
 
-        if fit(self._current()):
+        if fit(self.masks.present):
             return self.state_dict()
-        return self.state_dict() | {"plan": "", "since": ""} if fit(self.kept) else {}  # a dense checkpoint was loaded
+        return self.state_dict() | {"plan": "", "since": ""} if fit(self.masks.kept) else {}  # a dense one was loaded
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and inputs, as tensors and primitives."""
         return {
-            "kept": dict(self.kept),
+            "kept": dict(self.masks.kept),
+            "held": self.masks.held,
             "plan": "" if self.plan is None else self.plan.to_json(),
-            "since": self._since.to_json(),
-            "sizes": [self._before.params, self._before.nonzero, self._before.macs],
+            "since": self._applied_plan.to_json(),
+            "sizes": list(astuple(self._record.before)),
             "not_pruned": dict(self.granularity.not_pruned),
             "not_removed": self.not_removed,
             "network": self.recorder.name,
             "inputs": self.recorder.plain_inputs(),
             "dtype": self.recorder.dtype,
-            "evidence": {name: dict(found) for name, found in self._evidence.items()},
+            "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from lightning_fscreen.coupling import coupled_layers
 from lightning_fscreen.units import Units
 
-SCOPES = ("global", "layer")
+Scope = Literal["global", "layer"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 def rank_and_prune(
@@ -19,7 +21,7 @@ def rank_and_prune(
     kept: Mapping[str, Tensor],
     amount: float,
     *,
-    scope: str = "global",
+    scope: Scope = "global",
     min_kept: int = 1,
     units: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def _prune_units(
     scores: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     amount: float,
-    scope: str,
+    scope: Scope,
     min_kept: int,
     units: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:

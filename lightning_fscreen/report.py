@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_fscreen.criteria import Explained
+from lightning_fscreen.granularity import Granularity
+from lightning_fscreen.masks import Masks
 from lightning_fscreen.slimming.capture import evaluating
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,8 @@ class LayerReport:
     Attributes:
         name: name of the layer.
         total: number of candidates.
-        kept: candidates left.
-        evidence: what the last ranking went by; for `criterion="screening"` the counts of `Evidence`: features, how
+        kept: number of candidates that remain.
+        evidence: the evidence of the last ranking; for `criterion="screening"` the counts of `Evidence`: features, how
             many of them which test spoke for, how many were shrunk, and why none was where magnitude ranked alone.
             None if the criterion does not say.
     """
@@ -75,7 +81,7 @@ class PruningReport:
 
     @property
     def kept(self) -> int:
-        """Candidates left."""
+        """Number of candidates that remain."""
         return sum(layer.kept for layer in self.layers)
 
     @property
@@ -97,6 +103,53 @@ class PruningReport:
             "not_pruned": dict(self.not_pruned),
             "not_removed": self.not_removed,
         }
+
+
+class Record:
+    """Sizes of a network and evidence of its rankings, collected for the report while it is pruned.
+
+    Args:
+        network: the network.
+        sizes: its size at the start, if it has been slimmed since: arguments of `Size`.
+        evidence: that of earlier rankings, by layer.
+    """
+
+    def __init__(
+        self, network: nn.Module, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.after = measure_size(network, None, 1)
+        self.before = Size(*sizes) if sizes is not None else self.after
+        self.evidence = {name: dict(found) for name, found in evidence.items()}
+
+    def note(self, explained: Mapping[str, Explained]) -> None:
+        """Note why layers are ranked as they are, and log it where trust has changed."""
+        for name, evidence in explained.items():
+            found = evidence.to_dict()
+            if found.get("trusted") != self.evidence.get(name, {}).get("trusted"):
+                log.info("layer %r: %s", name, evidence)
+            self.evidence[name] = found
+
+    def report(self, masks: Masks, **others: Any) -> PruningReport:
+        """The report.
+
+        Args:
+            masks: the masks now.
+            others: the other attributes of `PruningReport`.
+        """
+        layers = tuple(
+            LayerReport(name, mask.numel(), masks.num_kept[name], self.evidence.get(name))
+            for name, mask in masks.kept.items()
+        )
+        return PruningReport(layers=layers, before=self.before, after=self.after, **others)
+
+
+def metrics_of(report: PruningReport, kind: type[Granularity[Any]]) -> dict[str, float]:
+    """For the log: the kept fraction of every layer and, where it changes in the fit, the size of the network."""
+    metrics = {f"fscreen/kept/{layer.name}": layer.kept / layer.total for layer in report.layers}
+    if kind.slims_in_fit:
+        metrics |= {f"fscreen/{kind.noun}": report.kept, "fscreen/params": report.after.params}
+        metrics |= {} if report.after.macs is None else {"fscreen/macs": report.after.macs}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def measure_size(network: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None, instances: int) -> Size:

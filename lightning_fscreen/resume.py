@@ -53,7 +53,7 @@ def load_from_checkpoint(cls: type[Model], path: str | os.PathLike[str], **argum
 
 def carry_plan(model: nn.Module) -> None:
     """Let the state_dict of a slimmed model hold its plan, and let the model take the size of what it loads."""
-    if _save not in model._state_dict_hooks.values():
+    if _save not in model._state_dict_hooks.values():  # noqa: SLF001  # torch gives no public list
         model.register_state_dict_post_hook(_save)
         model.register_load_state_dict_pre_hook(_load)
 

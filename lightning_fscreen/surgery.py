@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_fscreen.distributed import broadcast_buffers, rewrap
-from lightning_fscreen.network import InputRecorder
 from lightning_fscreen.optim import Move, check_state, move_parameters
-from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.plan import SlimmingPlan, join
-from lightning_fscreen.slimming.slim import Bias, slim_captured
 
 
 def slim_in_fit(
     trainer: Trainer,
     pl_module: LightningModule,
-    recorder: InputRecorder,
-    captured: Capture,
-    keep: Mapping[str, Tensor],
-    bias: Bias,
+    slim: Callable[[], SlimmingPlan],
 ) -> SlimmingPlan:
-    """Slim the network that `recorder` has watched, between two epochs.
+    """Slim the network of a module between two epochs.
 
     Args:
         trainer: the trainer.
         pl_module: the module that it trains.
-        recorder: knows the network and its inputs.
-        captured: the network's graph.
-        keep: batch norm, by its name in `pl_module` → (channels,) bool.
-        bias: "zero" or "fold".
+        slim: makes the network smaller, in place; returns the plan, with names as in `pl_module`.
 
     Returns:
-        The plan, with names as in `pl_module`.
+        The plan.
 
     Raises:
         NotImplementedError: an optimizer whose state cannot be cut.
@@ -48,10 +37,7 @@ def slim_in_fit(
     before = dict(pl_module.named_parameters())
     check_state(trainer.optimizers, {parameter: name for name, parameter in before.items()})
     broadcast_buffers(trainer, pl_module)
-    prefix = f"{recorder.name}." if recorder.name else ""
-    own = {name.removeprefix(prefix): mask for name, mask in keep.items()}
-    plan = slim_captured(recorder.network, captured, own, *recorder.inputs_on_device(), bias)
-    plan = plan.under(recorder.name)
+    plan = slim()
     after = dict(pl_module.named_parameters())
     moves = [
         Move(old, after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
@@ -79,25 +65,3 @@ def forget_scores(trainer: Trainer) -> None:
         if isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)
-
-
-class LearningRates:
-    """The state of a trainer's schedulers and learning rates at the start, to go back to.
-
-    Args:
-        trainer: the trainer, before it has restored a checkpoint's schedulers.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._schedulers: list[dict[str, Any]] = [
-            copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
-        ]
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-
-    def rewind(self, trainer: Trainer) -> None:
-        """Start the schedules again (learning-rate rewinding, arXiv 2003.02389)."""
-        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
-        for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate

@@ -272,7 +272,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
     ("schedule that never ends", using(schedule=lambda p: p / 2), ValueError, "returns 0.5", "must return 1"),
     ("unknown scope", using(scope="block"), ValueError, "scope 'block'", "choose one of.*'global', 'layer'"),
     ("unknown connections", using(connections="all"), ValueError, "connections 'all'", "choose one of.*exact"),
-    ("connections of channels", using(connections="exact"), ValueError, 'connections="exact"', 'granularity="weight"'),
+    ("connections of channels", using(connections="exact"), ValueError, "connections='exact'", 'granularity="weight"'),
     ("unknown bias", using(bias="one"), ValueError, "bias 'one'", "choose one of.*fold"),
     ("bias of weights", using(granularity="weight", bias="fold"), ValueError, "bias='fold'", 'granularity="channel"'),
     ("unknown feature", using(feature="max"), ValueError, "feature 'max'", "choose one of.*output_square"),

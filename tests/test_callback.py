@@ -352,10 +352,30 @@ def test_another_fit_of_the_same_model_keeps_what_is_pruned():
     model = Classifier(mlp())
     trainer([callback]).fit(model, loader())
     first = callback.masks
-    callback.amount = 0.7
     trainer([callback], max_epochs=2).fit(model, loader())
-    assert callback.report().pruned_fraction == pytest.approx(0.7, abs=1e-3)
-    assert not any(bool((callback.masks[name] & ~kept).any()) for name, kept in first.items())
+    assert all(torch.equal(callback.masks[name], kept) for name, kept in first.items())
+    more = WeightPruning(amount=0.7, slim=False)
+    more.load_state_dict(callback.state_dict())
+    trainer([more], max_epochs=2).fit(model, loader())
+    assert more.report().pruned_fraction == pytest.approx(0.7, abs=1e-3)
+    assert not any(bool((more.masks[name] & ~kept).any()) for name, kept in first.items())
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_report_masks_and_history_agree_while_pruning_is_soft(granularity):
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            report = callback.report()
+            kept = sum(int(mask.sum()) for mask in callback.masks.values())
+            seen.append((report.pruned_fraction, 1 - kept / report.total, callback.history[-1]["applied"]))
+
+    seen = []
+    callback = ScreeningPruningCallback(granularity=granularity, amount=0.5, end_epoch=3, soft=True, slim=False)
+    model = Classifier(ConvNet())
+    trainer([callback, Look()], max_epochs=4).fit(model, loader())
+    assert all(reported == pytest.approx(masked) == pytest.approx(applied) for reported, masked, applied in seen)
+    assert [applied for *_, applied in seen] == sorted(applied for *_, applied in seen) and 0 < seen[1][2] < 0.5
+    assert seen[2][2] == seen[3][2] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_soft_labels_and_dict_batches():

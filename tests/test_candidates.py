@@ -164,7 +164,7 @@ def test_what_cannot_be_pruned_is_left_out_with_a_reason(make, said):
 
 
 def test_a_model_without_layers_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match="nothing to prune in ReLU: it has no such layers"):
+    with pytest.raises(ValueError, match="nothing to prune in ReLU: it has no linear and convolution layers"):
         find_weights(nn.ReLU())
 
 

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lightning_fscreen.masks import Masks
+from lightning_fscreen.slimming import SlimmingPlan
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -154,11 +155,11 @@ def test_masks_only_count_and_change_the_parameters_they_were_given():
     model = network()
     before = copy.deepcopy(model.state_dict())
     masks = Masks({"first": model[0].weight})
-    assert (masks.total, masks.total_kept, masks.num_kept) == (48, 48, {"first": 48})
+    assert masks.num_kept == {"first": 48}
     kept = torch.zeros(8, 6, dtype=torch.bool)
     kept[0] = True
     masks.set({"first": kept})
-    assert (masks.total, masks.total_kept, masks.num_kept) == (48, 6, {"first": 6})
+    assert masks.num_kept == {"first": 6}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name != "0.weight")
     assert torch.equal(model[0].weight, before["0.weight"] * kept)
@@ -190,7 +191,7 @@ def test_a_mask_the_caller_changes_later_changes_nothing():
     model = network()
     masks, kept = Masks(weights_of(model)), some_masks(model)
     masks.set(kept)
-    count = masks.total_kept
+    count = sum(masks.num_kept.values())
     for mask in kept.values():
         mask.zero_()
     assert sum(int(mask.sum()) for mask in masks.kept.values()) == count
@@ -258,3 +259,42 @@ def test_a_parameter_without_gradient_is_passed_over():
     masks.mask_gradients()
     assert model[0].weight.grad is None
     assert torch.equal(model[2].weight.grad, masks.kept["2.weight"].double())
+
+
+def test_after_slimming_masks_are_known_at_full_size_and_enforced_at_the_present_one():
+    kept = {"first": torch.zeros(8, 6, dtype=torch.bool), "second": torch.ones(3, 8, dtype=torch.bool)}
+    kept["first"][[0, 1, 5], 0] = True
+    full, plan = network(), SlimmingPlan(cuts={"0.weight": {0: (0, 2, 5)}})
+    small = nn.Parameter(plan.cut("0.weight", full[0].weight.detach() * kept["first"]))
+    with torch.no_grad():
+        small[1, 3] = 2.0  # a constant that slimming has put there
+    names = {"first": "0.weight", "second": "2.weight"}
+    masks = Masks({"first": small, "second": full[2].weight}, kept=kept, plan=plan, names=names)
+    assert masks.kept["first"].shape == (8, 6) and masks.num_kept == {"first": 3, "second": 24}
+    assert masks.present["first"].nonzero().tolist() == [[0, 0], [1, 3], [2, 0]] and small[1, 3].item() == 2
+    masks.set({"first": torch.eye(3, 6, dtype=torch.bool), "second": kept["second"]})
+    assert masks.kept["first"].nonzero().tolist() == [[0, 0], [1, 0], [2, 1], [5, 2]]
+    assert masks.num_kept == {"first": 4, "second": 24}
+    assert small.count_nonzero() == 1
+
+
+def test_what_is_zeroed_once_counts_as_pruned_and_may_grow_again():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    masks, kept = Masks(weights_of(model)), some_masks(model)
+    masks.watch([optimizer])
+    masks.zero_once(kept)
+    assert not masks.held and masks.num_kept == {name: int(mask.sum()) for name, mask in kept.items()}
+    assert all(torch.equal(weight != 0, kept[name]) for name, weight in weights_of(model).items())
+    assert all(bool(mask.all()) for mask in masks.present.values())
+    restored = Masks(weights_of(model), kept=masks.kept, held=masks.held)
+    for x, y in batches(1):
+        cross_entropy(model(x), y).backward()
+        masks.mask_gradients()
+        optimizer.step()
+    restored.apply()
+    grown = {name: int(weight.count_nonzero()) for name, weight in weights_of(model).items()}
+    assert all(grown[name] > number for name, number in masks.num_kept.items())
+    assert restored.num_kept == masks.num_kept
+    masks.set(kept, [optimizer])
+    assert masks.held and all(torch.equal(w != 0, kept[name]) for name, w in weights_of(model).items())

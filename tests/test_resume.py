@@ -132,6 +132,21 @@ def test_resuming_from_every_checkpoint_equals_the_uninterrupted_run(case, saver
         assert not wrong, (checkpoint.name, wrong)
 
 
+@pytest.mark.parametrize("case", ["channel", "weight", "soft"])
+def test_checkpoints_of_the_version_before_resume_to_the_bit(case, tmp_path):
+    """They do not say whether masks are held, and have none while pruning is soft."""
+    expected = state_of(*fit(case, tmp_path, every_n_train_steps=2 * BATCHES - 1))
+    for checkpoint in sorted(tmp_path.glob("*.ckpt")):
+        saved = torch.load(checkpoint, weights_only=True)
+        (own,) = (state for state in saved["callbacks"].values() if "pruner" in state)
+        if not own["pruner"].pop("held"):
+            own["pruner"]["kept"] = {name: mask | True for name, mask in own["pruner"]["kept"].items()}
+        torch.save(saved, checkpoint)
+        resumed = state_of(*fit(case, tmp_path / checkpoint.stem, checkpoint, every_n_train_steps=1000))
+        wrong = [part for part, value in expected.items() if not equal(value, resumed[part])]
+        assert not wrong, (checkpoint.name, wrong)
+
+
 @pytest.mark.parametrize("case", ["channel", "weight"])
 def test_checkpoints_of_any_size_can_be_tested_after_the_fit(case, tmp_path):
     model, _, run = fit(case, tmp_path, every_n_epochs=1)

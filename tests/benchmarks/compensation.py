@@ -16,7 +16,7 @@ from lightning_fscreen import models, slim
 from lightning_fscreen.criteria import resolve_criterion
 from lightning_fscreen.data import ImageFolderDataModule
 from lightning_fscreen.granularity import Channels
-from lightning_fscreen.network import InputRecorder
+from lightning_fscreen.ranking import rank_and_prune
 
 AMOUNTS = (0.1, 0.3, 0.5)
 BIASES = ("zero", "fold", "mean")
@@ -36,10 +36,9 @@ def error(network, data):
 def ranked(network, data):
     """Channels, their scores and statistics, and the inputs of the network."""
     channels = Channels(network, None, None, "mean")
-    recorder = InputRecorder([("", network)])
     images, _ = next(iter(data.train_dataloader()))
-    recorder.inputs = (data.normalize(images[:2]),), {}
-    channels.meet(recorder)
+    inputs = (data.normalize(images[:2]),)
+    channels.learn(network, inputs, {})
     collector = channels.collector(data.num_classes)
     collector.attach()
     network.eval()
@@ -49,9 +48,13 @@ def ranked(network, data):
             collector.update(labels)
     collector.remove()
     statistics = collector.statistics()
-    known = channels.ranked(channels.masks().kept, statistics, {})
+    known = channels.ranked(everything_of(channels), statistics, {})
     scores = resolve_criterion("screening").score(known, SCREENING_WEIGHT, torch.Generator())
-    return channels, scores, statistics, recorder.inputs[0]
+    return channels, scores, statistics, inputs
+
+
+def everything_of(channels):
+    return {name: torch.ones_like(scale, dtype=torch.bool) for name, scale in channels.parameters().items()}
 
 
 def main(checkpoint, folder):
@@ -63,21 +66,19 @@ def main(checkpoint, folder):
     data = ImageFolderDataModule(root=folder, val_size=0)
     data.setup()
     channels, scores, statistics, inputs = ranked(network, data)
-    everything = channels.masks().kept
+    everything = everything_of(channels)
     print("| channels pruned | " + " | ".join(f'`bias="{bias}"`' for bias in BIASES) + " |")
     print("|---" * (1 + len(BIASES)) + "|")
     print("| none |" + f" {error(network, data):.2f} % |" * len(BIASES))
     for amount in AMOUNTS:
-        keep = channels.prune(scores, everything, amount, "layer", 1)
+        keep = rank_and_prune(scores, everything, amount, scope="layer", units=channels.units())
         errors = []
         for bias in BIASES:
             changed = copy.deepcopy(network)
             if bias == "mean":
                 own = Channels(changed, None, None, "mean")
-                recorder = InputRecorder([("", changed)])
-                recorder.inputs = inputs, {}
-                own.meet(recorder)
-                own.after_pruning(everything, keep, statistics)
+                own.learn(changed, inputs, {})
+                own.after_pruning({name: ~mask for name, mask in keep.items()}, statistics)
             slim(changed, keep, inputs, "zero" if bias == "zero" else "fold")
             errors.append(error(changed, data))
         print(f"| {100 * amount:g} % | " + " | ".join(f"{value:.2f} %" for value in errors) + " |")

@@ -40,7 +40,7 @@ class Pruning(ScreeningPruningCallback):
         self.say = say
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.say("statistics" if self._collects(trainer.current_epoch) else "fine-tuning")
+        self.say("fine-tuning" if self.fine_tuning else "statistics")
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer, pl_module):
