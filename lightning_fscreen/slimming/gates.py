@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.coupling import coupled_layers
@@ -138,13 +137,13 @@ def fixed_reasons(modules: Mapping[str, _BatchNorm]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in modules.items():
-        weight, bias = own_tensors(module)
-        if (weight is None or bias is None) and not is_parametrized(module, "weight"):
-            reason: str | None = "it has no scale and shift (affine=False)"
-        else:
-            reason = why_fixed(module, owners, "scale")
-        if reason is not None:
+        weight, shift = own_tensors(module)
+        if not module.affine:
+            reasons[name] = "it has no scale and shift (affine=False)"
+        elif reason := why_fixed(module, owners, "scale"):
             reasons[name] = reason
+        elif shift is None:
+            reasons[name] = "its shift is missing, or not a parameter of its own"
         else:
             owners[id(weight)] = name
     return reasons

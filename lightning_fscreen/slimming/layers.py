@@ -134,7 +134,7 @@ def _grouped(
 def _depthwise(
     walk: Walk, node: fx.Node, weight: str, bias: str | None, channel_dim: int, padded: bool, transposed: bool
 ) -> Value:
-    """Kernels of one input channel each: a channel's slot goes through, to all that the channel is spread to."""
+    """One input channel per group: its slot passes on to all output channels of the group."""
     labels, constant, known = walk.slots.along(walk.value(node.args[0]), channel_dim)
     spread = node.meta["val"].shape[channel_dim] // len(labels)
     outputs, constant, known = (part.repeat_interleave(spread) for part in (labels, constant, known))

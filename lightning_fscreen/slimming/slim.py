@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.slimming.apply import remove_dead_slots
@@ -112,11 +113,19 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
             raise ValueError(f"keep[{name!r}] must be a bool tensor of shape ({channels},), got {found}")
         if not bool(mask.any()):
             raise ValueError(f"keep[{name!r}] keeps none of {channels} channels; a layer needs at least one")
-        if own_tensors(modules[name])[0] is None and not bool(mask.all()):
+        if not bool(mask.all()) and (lacking := _lacking(modules[name])):
             raise ValueError(
-                f"batch norm {name!r} has no scale of its own to switch channels off with (affine=False, or computed "
-                "by a parametrization); leave it out of keep"
+                f"batch norm {name!r} has no {lacking} of its own to switch channels off with (affine=False, or "
+                "computed by a parametrization or an older pruning hook); leave it out of keep"
             )
+
+
+def _lacking(module: _BatchNorm) -> str | None:
+    """The tensor that a batch norm uses, or would need, but does not hold itself."""
+    weight, shift = own_tensors(module)
+    if weight is None:
+        return "scale"
+    return "shift" if shift is None and (is_parametrized(module, "bias") or module.bias is not None) else None
 
 
 @torch.no_grad()

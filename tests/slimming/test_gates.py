@@ -316,6 +316,15 @@ def test_a_scale_that_is_computed_says_so() -> None:
     assert "parametrization" in excluded(network, "0.1")
 
 
+def test_a_scale_or_shift_that_is_no_parameter_says_so() -> None:
+    network: Any = nn.Sequential(normed(3, 8), nn.ReLU(), conv(8, 2))
+    nn.utils.prune.random_unstructured(network[0][1], "weight", 0.5)
+    assert excluded(network, "0.1").startswith("its scale is not a parameter")
+    network = nn.Sequential(normed(3, 8), nn.ReLU(), conv(8, 2))
+    nn.utils.parametrize.register_parametrization(network[0][1], "bias", nn.Softplus())
+    assert excluded(network, "0.1") == "its shift is missing, or not a parameter of its own"
+
+
 def test_a_network_that_cannot_be_captured_is_refused() -> None:
     network = Function(lambda x, a: a(x) if x.sum() > 0 else -a(x), normed(3, 8))
     before = snapshot(network)

@@ -207,8 +207,18 @@ def test_a_failed_verification_changes_nothing(bias: str) -> None:
 
 def test_a_batch_norm_without_a_scale_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1))
-    with pytest.raises(ValueError, match="'1' has no scale"):
+    with pytest.raises(ValueError, match=r"'1' has no scale of its own.*leave it out"):
         slim(network, {"1": mask(4, 0)}, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("attribute", "named"), [("weight", "scale"), ("bias", "shift")])
+def test_a_scale_or_shift_that_is_computed_is_refused(attribute: str, named: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    nn.utils.parametrize.register_parametrization(network[1], attribute, nn.Softplus())
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=f"'1' has no {named} of its own.*leave it out"):
+        slim(network, {"1": mask(4, 0)}, torch.randn(2, 3, 8, 8))
+    assert untouched(network, before)
 
 
 def _call(network: nn.Module) -> Callable[..., Any]:
