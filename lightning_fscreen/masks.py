@@ -103,7 +103,7 @@ class Masks:
         """Replace the masks, and zero the pruned values, without companions and state; they can grow again."""
         self._check(present)
         self.held = False
-        self._record({name: present[name].to(p.device, torch.bool) for name, p in self._parameters.items()})
+        self._record({name: present[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()})
         self.present = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
         self._factors = []
         for name, parameter in self._parameters.items():
