@@ -1,15 +1,15 @@
 """Prune PyTorch Lightning classifiers by what their activations say about the classes."""
 
 from lightning_fscreen import functional, models
-from lightning_fscreen import fusion as fusion  # registers the screening criteria
+from lightning_fscreen import ranking as ranking  # registers the criteria
 from lightning_fscreen.callback import ScreeningPruningCallback
-from lightning_fscreen.checkpoint import load_slimmed, save_slimmed
-from lightning_fscreen.criteria import register_criterion
-from lightning_fscreen.metric import FStatistic
-from lightning_fscreen.report import PruningReport
-from lightning_fscreen.resume import load_from_checkpoint
+from lightning_fscreen.fit.report import PruningReport
+from lightning_fscreen.ranking.criteria import register_criterion
+from lightning_fscreen.saving.checkpoints import load_from_checkpoint
+from lightning_fscreen.saving.slimmed import load_slimmed, save_slimmed
 from lightning_fscreen.screening import screen
 from lightning_fscreen.slimming import SlimmingPlan, find_gates, register_operator, slim
+from lightning_fscreen.statistics.metric import FStatistic
 
 __version__ = "0.1.0"
 

@@ -10,21 +10,21 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_fscreen.channels import Feature
-from lightning_fscreen.distributed import broadcast_buffers, check_strategy, gather
-from lightning_fscreen.granularity import Patterns
-from lightning_fscreen.hooks import TrainingHooks
-from lightning_fscreen.labels import find_labels
-from lightning_fscreen.optim import check_optimizers, order_of, restore_order
-from lightning_fscreen.origin import Origin
-from lightning_fscreen.phases import Phase, Progress
-from lightning_fscreen.pruner import Pruner
-from lightning_fscreen.ranking import Scope
-from lightning_fscreen.report import PruningReport
-from lightning_fscreen.resume import resize_on_load
-from lightning_fscreen.schedule import Schedule, resolve_schedule, resolve_window
-from lightning_fscreen.settings import Bias, Connections, Settings
+from lightning_fscreen.candidates.channels import Feature
+from lightning_fscreen.candidates.granularity import Patterns
+from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
+from lightning_fscreen.fit.hooks import TrainingHooks
+from lightning_fscreen.fit.optim import check_optimizers, order_of, restore_order
+from lightning_fscreen.fit.origin import Origin
+from lightning_fscreen.fit.phases import Phase, Progress
+from lightning_fscreen.fit.pruner import Pruner
+from lightning_fscreen.fit.report import PruningReport
+from lightning_fscreen.fit.settings import Bias, Connections, Settings
+from lightning_fscreen.ranking.budgeted import Scope
+from lightning_fscreen.ranking.schedule import Schedule, resolve_schedule, resolve_window
+from lightning_fscreen.saving.checkpoints import resize_on_load
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.statistics.labels import find_labels
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_fscreen.callback import ScreeningPruningCallback
-from lightning_fscreen.candidates import find_weights
+from lightning_fscreen.candidates.weights import find_weights
 
 
 class _L1(Callback, ABC):

@@ -13,10 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 
-from lightning_fscreen.candidates import select
-from lightning_fscreen.collect import ActivationCollector, Probe
-from lightning_fscreen.labels import class_labels, describe, find_labels, infer_num_classes
+from lightning_fscreen.candidates.weights import select
 from lightning_fscreen.slimming.capture import evaluating
+from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, infer_num_classes
 
 
 def screen(

@@ -25,7 +25,7 @@ from lightning_fscreen import (
     screen,
     slim,
 )
-from lightning_fscreen.checkpoint import digest
+from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import CaptureError, PlanError
 from lightning_fscreen.slimming.plan import plan_of
 from tests.conftest import Classifier, digits, loader, mlp, trainer

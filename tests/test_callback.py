@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fscreen import ScreeningPruningCallback
-from lightning_fscreen.criteria import CRITERIA, Criterion
-from lightning_fscreen.schedule import SCHEDULES
+from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
+from lightning_fscreen.ranking.schedule import SCHEDULES
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
 
@@ -145,7 +145,7 @@ def test_decision_follows_the_f_statistics_of_the_activations_seen(connections, 
 def test_automatic_collection_gathers_evenly_spaced_batches_with_as_many_instances_as_are_needed(
     needed, gathered, monkeypatch
 ):
-    monkeypatch.setattr("lightning_fscreen.sampling.instances_needed", lambda num_classes: needed)
+    monkeypatch.setattr("lightning_fscreen.statistics.sampling.instances_needed", lambda num_classes: needed)
     open_in = []
 
     class Watch(pl.Callback):
@@ -451,7 +451,7 @@ BAD_ARGUMENTS = [
     ({"num_classes": 1}, "num_classes must be at least 2"),
     ({"collect_every": 0}, "collect_every must be at least 1"),
     ({"collect_every": "always"}, 'collect_every must be "auto" or a number of batches, got .always.'),
-    ({"criterion": "lightning_fscreen.fusion:screenin"}, "unknown criterion 'screenin'"),
+    ({"criterion": "lightning_fscreen.ranking.fused:screenin"}, "unknown criterion 'screenin'"),
 ]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback, load_slimmed, save_slimmed
-from lightning_fscreen.schedule import SCHEDULES
+from lightning_fscreen.ranking.schedule import SCHEDULES
 from lightning_fscreen.slimming import CaptureError
 from tests.conftest import Classifier, digits, loader, trainer
 

@@ -15,8 +15,8 @@ from lightning_fscreen import ScreeningPruningCallback, register_criterion, slim
 from lightning_fscreen.slimming.plan import plan_of
 from lightning_fscreen.slimming.resize import reattach
 from tests.conftest import Classifier, ConvNet, loader, trainer
+from tests.saving.test_checkpoints import equal
 from tests.test_channel_fit import residual_net
-from tests.test_resume import equal
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_fscreen import load_slimmed, save_slimmed, slim
-from lightning_fscreen.checkpoint import digest
+from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import PlanError
 from lightning_fscreen.slimming.plan import plan_of
 

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_fscreen import ScreeningPruningCallback, find_gates, load_slimmed, save_slimmed, slim
 from tests.conftest import Classifier, digits, loader, trainer
+from tests.saving.test_checkpoints import momentum
 from tests.test_channel_fit import Block, residual_net
-from tests.test_resume import momentum
 
 AMOUNT = {"channel": 0.5, "weight": 0.97}
 

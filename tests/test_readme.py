@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lightning_fscreen
 from lightning_fscreen import ScreeningPruningCallback, find_gates, models
-from lightning_fscreen.criteria import CRITERIA
+from lightning_fscreen.ranking.criteria import CRITERIA
 from tests.benchmarks.committed import RESULTS
 from tests.benchmarks.readme import DOCUMENTS, digest, digest_of_picture, updated
 from tests.conftest import loader, trainer

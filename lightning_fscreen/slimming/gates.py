@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.compiled import uncompiled
 from lightning_fscreen.coupling import coupled_layers
+from lightning_fscreen.fit.compiled import uncompiled
 from lightning_fscreen.reasons import why_fixed
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off

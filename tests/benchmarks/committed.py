@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from lightning_fscreen.bench import load_results, runs_of
+from lightning_fscreen.cli.bench import load_results, runs_of
 
 RESULTS = Path(__file__).parent / "results"
 EXTRA = {

@@ -13,10 +13,10 @@ import sys
 import torch
 
 from lightning_fscreen import models, slim
-from lightning_fscreen.criteria import resolve_criterion
+from lightning_fscreen.candidates.granularity import Channels
 from lightning_fscreen.data import ImageFolderDataModule
-from lightning_fscreen.granularity import Channels
-from lightning_fscreen.ranking import rank_and_prune
+from lightning_fscreen.ranking.budgeted import rank_and_prune
+from lightning_fscreen.ranking.criteria import resolve_criterion
 
 AMOUNTS = (0.1, 0.3, 0.5)
 BIASES = ("zero", "fold", "mean")

@@ -25,10 +25,10 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_fscreen.cli import run
-from lightning_fscreen.latency import measure_latency
-from lightning_fscreen.report import measure_size
-from lightning_fscreen.tables import summary
+from lightning_fscreen.cli.run import run
+from lightning_fscreen.cli.tables import summary
+from lightning_fscreen.costs.latency import measure_latency
+from lightning_fscreen.fit.report import measure_size
 
 AMOUNTS = (0.5, 0.7)
 FSCREEN = "callbacks.fscreen"

@@ -24,8 +24,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fscreen import ScreeningPruningCallback
 from tests.conftest import ConvNet, trainer
+from tests.saving.test_checkpoints import Batches, Scheduled, equal, momentum, state_of
 from tests.test_channel_fit import residual_net
-from tests.test_resume import Batches, Scheduled, equal, momentum, state_of
 
 EPOCHS, END = 5, 3
 PHASES = ("statistics", "pruning", "slimming", "checkpoint", "fine-tuning")

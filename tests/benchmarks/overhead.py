@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 
 from lightning_fscreen import ScreeningPruningCallback
-from lightning_fscreen.cli import run
+from lightning_fscreen.cli.run import run
 
 EPOCHS = 10
 SECONDS = 0.5  # of a turn

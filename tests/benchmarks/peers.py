@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen import find_gates, slim
 from lightning_fscreen import models as own_models
-from lightning_fscreen.ranking import rank_and_prune
+from lightning_fscreen.ranking.budgeted import rank_and_prune
 from tests.benchmarks.torchvision_models import build, size
 
 SAME = (

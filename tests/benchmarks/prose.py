@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 
-from lightning_fscreen.tables import grouped, metric_of
+from lightning_fscreen.cli.tables import grouped, metric_of
 from tests.benchmarks.committed import RESULTS, table_and_results
 
 PRUNED = (0.957, 0.98, 0.99)  # shares of the weights in the tables of LeNet-300-100

@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_fscreen.tables import by_layer, grouped, markdown, summary
+from lightning_fscreen.cli.tables import by_layer, grouped, markdown, summary
 from tests.benchmarks import finetune, redundancy
 from tests.benchmarks.committed import RESULTS, table_and_results
 from tests.benchmarks.prose import FIGURES, default_of, finetuned

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen import models, slim
+from lightning_fscreen.cli.tables import summary
 from lightning_fscreen.data import DigitsDataModule, ImageFolderDataModule, random_crop, random_horizontal_flip
 from lightning_fscreen.functional import f_statistic
-from lightning_fscreen.tables import summary
 
 AMOUNTS = (0.5, 0.8)
 METHODS = ("magnitude", "F", "redundancy", "random")

@@ -27,7 +27,7 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from lightning_fscreen import find_gates, slim
-from lightning_fscreen.ranking import rank_and_prune
+from lightning_fscreen.ranking.budgeted import rank_and_prune
 
 AMOUNTS = (0.3, 0.5, 0.7)
 BIASES = ("zero", "fold")

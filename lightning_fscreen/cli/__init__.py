@@ -1,0 +1,1 @@
+"""The commands: `fscreen`, `fscreen-bench`, what they write and draw."""

@@ -1,0 +1,177 @@
+"""`fscreen`: train, screen, prune, slim, test and report, configured by Hydra."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.cli.outputs import (
+    latency_report,
+    print_config,
+    print_report,
+    run_report,
+    write_figures,
+    write_outputs,
+)
+from lightning_fscreen.data import ImageDataModule
+from lightning_fscreen.models.classifier import ImageClassifier
+from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.saving.onnx import export_onnx
+
+# Advice that means nothing here: data in memory need no workers, and the run folder holds the configuration already.
+_NOISE = (
+    "The .*dataloader.* does not have many workers",
+    "Experiment logs directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+
+
+def main() -> None:
+    """Entry point of the command `fscreen`."""
+    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(run)()
+
+
+def run(config: DictConfig) -> float | None:
+    """One run of a composed configuration; returns `optimized_metric` for a sweeper.
+
+    Raises:
+        ValueError: a configuration that does not fit together, an `optimized_metric` that was not logged.
+        NotADirectoryError, PermissionError: the run folder cannot be written.
+    """
+    with warnings.catch_warnings():
+        for message in (".*",) if config.extras.ignore_warnings else _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        return _run(config)
+
+
+def _run(config: DictConfig) -> float | None:
+    start = time.perf_counter()
+    folder = Path(config.paths.output_dir)
+    check_writable(folder)
+    seed_everything(config.seed, workers=True, verbose=False)
+
+    data: ImageDataModule = instantiate(config.data, _convert_="all")
+    first = getattr(rank_zero_only, "rank", 0) == 0  # children of a DDP run start again from here
+    if first:
+        data.prepare_data()
+    data.setup("fit")
+    fit_to_data(config, data)
+    config.paths.output_dir = str(folder)  # the folder itself, where ${hydra:…} cannot be resolved any more
+    if first:
+        with replacing(folder / "config.yaml") as partial:
+            OmegaConf.save(config, partial, resolve=True)
+        if config.extras.print_config:
+            print_config(config)
+
+    model: ImageClassifier = instantiate(config.model, _convert_="all")
+    callbacks, loggers = _instantiate_all(config.callbacks), _instantiate_all(config.logger)
+    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
+    pruning = next((callback for callback in callbacks if isinstance(callback, ScreeningPruningCallback)), None)
+
+    trainer.fit(model, data, ckpt_path=config.ckpt_path, weights_only=True)
+    metrics = dict(trainer.callback_metrics)
+    trainer.test(model, data, verbose=False)
+    metrics |= trainer.callback_metrics
+    value = _optimized(config.optimized_metric, metrics)
+
+    if trainer.is_global_zero:
+        report = run_report(config, _experiment(), model.net, pruning, metrics, data)
+        if config.extras.latency and pruning is not None:
+            report["latency_ms"] = latency_report(instantiate(config.model.net), model.net, data.image_shape)
+        report["seconds"] = round(time.perf_counter() - start, 3)
+        write_outputs(folder, report, model.net)
+        if config.extras.figures and pruning is not None:
+            write_figures(folder / "figures", pruning, model.net, data.image_shape)
+        if config.extras.export_onnx:
+            export_onnx(model.net, (torch.zeros(2, *data.image_shape, device=model.device),), folder / "model.onnx")
+        if config.extras.print_report:
+            print_report(report, folder)
+    return value
+
+
+class RunFolderCheck(Callback):
+    """Hydra callback: stops a run whose folder cannot be written, before Hydra itself stumbles over it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check `hydra.run.dir`."""
+        self._check(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check `hydra.sweep.dir`."""
+        self._check(Path(config.hydra.sweep.dir))
+
+    def _check(self, folder: Path) -> None:
+        try:
+            check_writable(folder)
+        except OSError as error:  # Hydra only warns of a callback's exceptions
+            raise SystemExit(f"fscreen: {error}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make the run folder, and make sure that files can be written there.
+
+    Raises:
+        OSError: they cannot; names the folder and the override that moves it.
+    """
+    probe = folder / ".fscreen_write_test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"the run folder {str(folder)!r} cannot be written ({error.strerror}); "
+            "choose another with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for sweeps)"
+        ) from error
+
+
+def fit_to_data(config: DictConfig, data: ImageDataModule) -> None:
+    """Fill in what the model's configuration leaves open (null) and the data determines."""
+    channels = data.image_shape[0]
+    known = {
+        "num_classes": data.num_classes,
+        "in_features": int(torch.tensor(data.image_shape).prod()),
+        "in_channels": channels,
+    }
+    nodes: list[Any] = [config.model, config.model.get("net")]
+    nodes += [node for node in (config.callbacks or {}).values() if "num_classes" in node]
+    with open_dict(config):
+        for node in nodes:
+            for key, value in known.items():
+                if node is not None and key in node and node[key] is None:
+                    node[key] = value
+
+
+def _instantiate_all(entries: DictConfig | None) -> list[Any]:
+    """Objects of a group of named entries; what an experiment adds to an entry that is not there is left out."""
+    return [instantiate(entry, _convert_="all") for entry in (entries or {}).values() if "_target_" in entry]
+
+
+def _experiment() -> str | None:
+    choice = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+    return None if choice in (None, "none") else str(choice)
+
+
+def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:
+    if name is None:
+        return None
+    if name not in metrics:
+        raise ValueError(f"optimized_metric={name!r} was not logged; choose one of {sorted(metrics)}")
+    return float(metrics[name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A pruner that lives in a Trainer: settings, phases, masks, optimizers, processes, report."""

@@ -1,0 +1,94 @@
+"""From the statistics of an epoch to new masks: scores by the criterion, then the budget, then zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.budgeted import rank_and_prune
+from lightning_fscreen.ranking.criteria import Explained
+from lightning_fscreen.statistics.collector import FeatureStatistics
+from lightning_fscreen.statistics.gradients import GradientStatistics
+
+
+class Decision:
+    """Decides which candidates are pruned next, and prunes them.
+
+    Args:
+        settings: the callback's arguments.
+        granularity: the candidates.
+        masks: their masks until now.
+        statistics: of activations, by layer.
+        gradients: by layer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        granularity: Granularity[Any],
+        masks: Masks,
+        statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
+    ) -> None:
+        self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
+        self._ranked = granularity.ranked(masks.present, statistics, gradients)
+
+    def explain(self) -> Mapping[str, Explained]:
+        """Why layers are ranked as they are; empty if the criterion does not say."""
+        explain = self._settings.resolved_criterion.explain
+        return {} if explain is None else explain(self._ranked, self._settings.screening_weight)
+
+    def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
+        """Masks, at the present size, that prune the lowest-ranked candidates.
+
+        Args:
+            fraction: of the candidates at full size that are pruned then.
+            seed: for criteria that draw.
+
+        Raises:
+            ValueError: NaN scores; a budget that the floors make impossible.
+        """
+        settings = self._settings
+        generator = torch.Generator().manual_seed(seed)
+        scores = settings.resolved_criterion.score(self._ranked, settings.screening_weight, generator)
+        return rank_and_prune(
+            scores,
+            self._masks.present,
+            self._present_fraction(fraction),
+            scope=settings.scope,
+            min_kept=settings.min_channels,
+            units=self._granularity.units(),
+        )
+
+    def carry_out(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer], hold: bool) -> None:
+        """Replace the masks, and zero the pruned values.
+
+        Args:
+            kept: layer → mask at the present size, from `new_masks`.
+            optimizers: the optimizers, in whose state pruned values are zeroed, too.
+            hold: whether pruned values stay at zero; otherwise they can grow again.
+        """
+        if not hold:
+            self._masks.zero_once(kept)
+            return
+        before = self._masks.present
+        self._masks.set(kept, optimizers)
+        pruned = {name: before[name] & ~mask for name, mask in self._masks.present.items()}
+        self._granularity.after_pruning(pruned, self._statistics)
+
+    def _present_fraction(self, fraction: float) -> float:
+        """The fraction of the candidates that remain after other callbacks' slimming."""
+        kept, present = self._masks.kept.values(), self._masks.present.values()
+        total, left = (sum(mask.numel() for mask in masks) for masks in (kept, present))
+        if left == total:
+            return fraction
+        pruned = sum(int((~mask).sum()) for mask in kept) if self._masks.held else 0
+        gone = pruned - sum(int((~mask).sum()) for mask in present)  # pruned, and physically removed
+        return min(max((fraction * total - gone) / left, 0.0), 1.0)

@@ -1,0 +1,92 @@
+"""The only place that touches Lightning's strategies: which are supported, and how processes agree."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_fscreen.statistics.collector import Merge
+from lightning_fscreen.statistics.moments import Sums, merge_sums
+
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy)
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies and callbacks that shard, move or average parameters in ways that pruning does not follow.
+
+    Raises:
+        NotImplementedError: names what is not supported, and what to use instead.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise NotImplementedError(
+            "ScreeningPruningCallback does not support spawned or forked processes (strategy='ddp_spawn', "
+            "'ddp_notebook'): they cannot hand a smaller network back; use strategy='ddp', or one device"
+        )
+    # Exact types: DeepSpeed and XLA strategies inherit from the supported ones.
+    if type(trainer.strategy) not in _SUPPORTED:
+        raise NotImplementedError(
+            f"ScreeningPruningCallback does not support {type(trainer.strategy).__name__}; "
+            "use Trainer(strategy='auto') on one device or strategy='ddp' on several"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise NotImplementedError(
+                f"ScreeningPruningCallback does not support {type(callback).__name__}: averages of weights before and "
+                "after pruning are not pruned; train without it, or average in a fit of the slim network"
+            )
+
+
+def gather(trainer: Trainer, value: Any) -> list[Any]:
+    """What every process has, in the order of their ranks."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def merge_processes(trainer: Trainer) -> Merge:
+    """A function that merges the sums of all processes; every process gets the same result."""
+
+    def merge(sums: Sums) -> Sums:
+        if trainer.world_size == 1:
+            return sums
+        gathered = [trainer.strategy.all_gather(part) for part in sums]
+        parts = [type(sums)(*(part[rank] for part in gathered)) for rank in range(trainer.world_size)]
+        return functools.reduce(merge_sums, parts)
+
+    return merge
+
+
+def decide_once(trainer: Trainer, decide: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Let the first process decide, and give all processes its decision."""
+    if trainer.world_size == 1:
+        return decide()
+    decision: Mapping[str, Tensor] = decide() if trainer.is_global_zero else {}
+    decision = {name: tensor.cpu() for name, tensor in decision.items()}  # not tied to the first process's device
+    return trainer.strategy.broadcast(decision)
+
+
+def broadcast_buffers(trainer: Trainer, model: nn.Module) -> None:
+    """Give all processes the first one's buffers (running statistics differ between them), as DDP does in forward."""
+    if isinstance(trainer.strategy.model, DistributedDataParallel):  # not after the fit, when devices have been left
+        for buffer in model.buffers():
+            buffer.copy_(trainer.strategy.broadcast(buffer))
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let DistributedDataParallel see the parameters that the model has now."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+        strategy._pl_static_graph_delay_done = False  # noqa: SLF001  # as Lightning does for a new DDP module

@@ -1,0 +1,193 @@
+"""The arguments of `ScreeningPruningCallback`: types, ranges, and read-only access to them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Literal, TypeVar, get_args, overload
+
+from torch import Tensor, nn
+
+from lightning_fscreen.candidates.channels import Feature
+from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
+from lightning_fscreen.ranking.budgeted import Scope
+from lightning_fscreen.ranking.criteria import Criterion, resolve_criterion
+from lightning_fscreen.ranking.schedule import Schedule
+
+Connections = Literal["factored", "exact"]
+Bias = Literal["zero", "fold", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of `ScreeningPruningCallback`, which documents them; the schedule is resolved to a function.
+
+    Raises:
+        ValueError: an argument outside its range; the message names the allowed values.
+    """
+
+    granularity: str
+    amount: float
+    screening_weight: float
+    schedule: Schedule
+    start_epoch: int
+    end_epoch: int | None
+    scope: Scope
+    criterion: str
+    min_channels: int
+    include: Patterns
+    exclude: Patterns
+    num_classes: int | None
+    labels: Callable[[Any], Tensor]
+    slim: bool
+    collect_every: int | Literal["auto"]
+    collect_epochs: int
+    connections: Connections = "factored"  # with defaults: those that not all granularities have
+    bias: Bias = "zero"
+    feature: Feature = "activation"
+    rewind_lr: bool
+    rewind_weights: bool
+    soft: bool
+
+    def __post_init__(self) -> None:
+        _check_choice("granularity", self.granularity, list(GRANULARITIES))
+        _check_choice("scope", self.scope, get_args(Scope))
+        _check_choice("connections", self.connections, get_args(Connections))
+        _check_choice("bias", self.bias, get_args(Bias))
+        _check_choice("feature", self.feature, get_args(Feature))
+        resolve_criterion(self.criterion)
+        if not 0 <= self.amount < 1:
+            raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {self.amount}")
+        if not 0 <= self.screening_weight <= 1:
+            raise ValueError(f"screening_weight (λ) must lie in [0, 1], got {self.screening_weight}")
+        _check_least("min_channels", self.min_channels, 0, "none")
+        if self.collect_every != "auto":
+            if not isinstance(self.collect_every, int):
+                raise ValueError(f'collect_every must be "auto" or a number of batches, got {self.collect_every!r}')
+            _check_least("collect_every", self.collect_every, 1, "every batch")
+        _check_least("collect_epochs", self.collect_epochs, 1, "the epoch before a pruning")
+        if self.num_classes is not None and self.num_classes < 2:
+            raise ValueError(
+                f"num_classes must be at least 2 (the F-statistic compares classes), got {self.num_classes}"
+            )
+        self._check_combinations()
+        self._check_window()
+
+    def _check_combinations(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            having = [name for name, kind in GRANULARITIES.items() if field.name in kind.options]
+            if having and self.granularity not in having and value != field.default:
+                raise ValueError(
+                    f'{field.name}={value!r} is for granularity="{having[0]}"; leave it out with "{self.granularity}"'
+                )
+        if self.rewind_weights and self.bias != "zero":
+            raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')
+        if self.feature != "activation":
+            given = f"feature={self.feature!r}"
+            if self.bias == "mean":
+                raise ValueError(
+                    f'bias="mean" needs the mean activation, which {given} does not gather; use another bias'
+                )
+            if self.criterion == "activation":
+                raise ValueError(f'criterion="activation" needs feature="activation", got {given}')
+
+    def _check_window(self) -> None:
+        start, end = self.start_epoch, self.end_epoch
+        _check_least("start_epoch", start, 0, "from the first epoch on")
+        if end is not None and end <= start and not start == end == 0:
+            raise ValueError(
+                f"end_epoch must lie after start_epoch={start} (or both be 0, at initialisation), got {end}"
+            )
+        if self.soft and end == 0:
+            raise ValueError(
+                "soft=True needs epochs in which pruned weights can grow again; set end_epoch later than 0"
+            )
+
+    def find_candidates(self, model: nn.Module) -> Granularity[Any]:
+        """The candidates of a model.
+
+        Raises:
+            ValueError: nothing to prune, patterns that match nothing.
+        """
+        kind = GRANULARITIES[self.granularity]
+        return kind(model, self.include, self.exclude, **{name: getattr(self, name) for name in kind.options})
+
+    @property
+    def resolved_criterion(self) -> Criterion:
+        """The criterion of that name."""
+        return resolve_criterion(self.criterion)
+
+    @functools.cached_property  # asked for in every step
+    def needs_activations(self) -> bool:
+        """Whether statistics of activations are needed, for the criterion or for the bias."""
+        return self.resolved_criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+
+    @functools.cached_property
+    def needs_gradients(self) -> bool:
+        """Whether the criterion needs statistics of gradients."""
+        return self.resolved_criterion.needs_gradients
+
+
+Value = TypeVar("Value")
+
+
+class Setting(Generic[Value]):
+    """A field of `settings`, read-only: the arguments were checked together, so none of them changes alone."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Setting[Value]: ...
+    @overload
+    def __get__(self, instance: HasSettings, owner: type) -> Value: ...
+    def __get__(self, instance: HasSettings | None, owner: type) -> Setting[Value] | Value:
+        if instance is None:
+            return self
+        value: Value = getattr(instance.settings, self._name)
+        return value
+
+    def __set__(self, instance: HasSettings, value: Any) -> None:
+        kind, name = type(instance).__name__, self._name
+        raise AttributeError(f"{name} of a {kind} cannot be changed; make a new one, {kind}({name}={value!r}, …)")
+
+
+class HasSettings:
+    """Gives every field of `settings` as a read-only attribute of the same name."""
+
+    settings: Settings
+
+    granularity = Setting[str]()
+    amount = Setting[float]()
+    screening_weight = Setting[float]()
+    schedule = Setting[Schedule]()
+    start_epoch = Setting[int]()
+    end_epoch = Setting[int | None]()
+    scope = Setting[Scope]()
+    criterion = Setting[str]()
+    min_channels = Setting[int]()
+    include = Setting[Patterns]()
+    exclude = Setting[Patterns]()
+    num_classes = Setting[int | None]()
+    labels = Setting[Callable[[Any], Tensor]]()
+    slim = Setting[bool]()
+    collect_every = Setting[int | Literal["auto"]]()
+    collect_epochs = Setting[int]()
+    connections = Setting[Connections]()
+    bias = Setting[Bias]()
+    feature = Setting[Feature]()
+    rewind_lr = Setting[bool]()
+    rewind_weights = Setting[bool]()
+    soft = Setting[bool]()
+
+
+def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {argument} {value!r}; choose one of {list(allowed)}")
+
+
+def _check_least(argument: str, value: int, least: int, meaning: str) -> None:
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least} ({meaning}), got {value}")

@@ -1,0 +1,67 @@
+"""Slim a network in the middle of a fit: the optimizers, the schedulers and the strategy go along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from lightning_fscreen.fit.distributed import broadcast_buffers, rewrap
+from lightning_fscreen.fit.optim import Move, check_state, move_parameters
+from lightning_fscreen.slimming.plan import SlimmingPlan, join
+
+
+def slim_in_fit(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    slim: Callable[[], SlimmingPlan],
+) -> SlimmingPlan:
+    """Slim the network of a module between two epochs.
+
+    Args:
+        trainer: the trainer.
+        pl_module: the module that it trains.
+        slim: makes the network smaller, in place; returns the plan, with names as in `pl_module`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        NotImplementedError: an optimizer whose state cannot be cut.
+        VerificationError: outputs would change.
+        Nothing has changed after an error.
+    """
+    before = dict(pl_module.named_parameters())
+    check_state(trainer.optimizers, {parameter: name for name, parameter in before.items()})
+    broadcast_buffers(trainer, pl_module)
+    plan = slim()
+    after = dict(pl_module.named_parameters())
+    moves = [
+        Move(old, after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
+        for name, old in before.items()
+        if after[name] is not old
+    ]
+    added = {after[join(layer, "bias")]: _weight(pl_module, layer) for layer in plan.biases}
+    move_parameters(trainer.optimizers, moves, added)
+    rewrap(trainer)
+    return plan
+
+
+def _weight(model: nn.Module, layer: str) -> nn.Parameter:
+    return model.get_submodule(layer).get_parameter("weight")
+
+
+def forget_scores(trainer: Trainer) -> None:
+    """Let ModelCheckpoint and EarlyStopping look for the best score afresh: those of the larger network hide others."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models = {}
+            callback.best_model_path = callback.kth_best_model_path = ""
+            callback.best_model_score = None
+            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)

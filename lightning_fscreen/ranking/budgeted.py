@@ -1,0 +1,178 @@
+"""From scores to masks under an exact budget: what is pruned is the lowest-ranked of what is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.coupling import coupled_layers
+from lightning_fscreen.ranking.units import Units
+
+Scope = Literal["global", "layer"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+def rank_and_prune(
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    amount: float,
+    *,
+    scope: Scope = "global",
+    min_kept: int = 1,
+    units: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Prune the lowest scores until the budget is met; what is pruned already stays pruned.
+
+    The budget is round(amount · candidates), over all layers together (scope "global") or in every layer by itself
+    ("layer", where the roundings are shared out so that the sum is the global budget). Equal scores are pruned in the
+    order of the layers and, within a layer, of their positions: the result is the same on every machine.
+
+    Args:
+        scores: layer → scores of any shape; higher is more important, +inf the most.
+        kept: layer → boolean mask of that shape, True where a candidate is left.
+        amount: fraction of all candidates pruned afterwards, 0 ≤ amount ≤ 1. Never un-prunes: where more are pruned
+            already, they stay so.
+        scope: "global" or "layer".
+        min_kept: candidates that every layer keeps (all of them, in a layer with fewer).
+        units: layer → int64 of that shape, (n,): equal numbers, in one layer or in several, are pruned as one, and
+            negative ones stay. Coupled layers then count as one for scope "layer", and where units are larger than one
+            the budget is met as nearly as their sizes allow.
+
+    Returns:
+        layer → new boolean mask.
+
+    Raises:
+        ValueError: NaN scores; a budget that the floors make impossible; an unknown scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}; choose one of {list(SCOPES)}")
+    for name, score in scores.items():
+        if bool((torch.isnan(score) & kept[name]).any()):
+            raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
+    if units is not None:
+        return _prune_units(scores, kept, amount, scope, min_kept, units)
+    totals = {name: mask.numel() for name, mask in kept.items()}
+    left = {name: int(mask.sum()) for name, mask in kept.items()}
+    floors = {name: min(min_kept, count) for name, count in left.items()}
+    budget = sum(totals.values()) - round(amount * sum(totals.values()))  # candidates to keep
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(totals))
+    if scope == "layer":
+        keep = _shares(totals, floors, left, budget)
+        return {name: _drop_lowest(scores[name], mask, left[name] - keep[name]) for name, mask in kept.items()}
+    drop = sum(left.values()) - budget
+    if drop <= 0:
+        return {name: mask.clone() for name, mask in kept.items()}
+    masks = _drop_lowest_of_all(scores, kept, kept, drop)
+    if any(int(mask.sum()) < floors[name] for name, mask in masks.items()):  # seldom, and slow to look for beforehand
+        removable = {name: _removable(scores[name], mask, floors[name]) for name, mask in kept.items()}
+        masks = _drop_lowest_of_all(scores, kept, removable, drop)
+    return masks
+
+
+def check_floors(totals: Mapping[str, int], amount: float, min_kept: int) -> None:
+    """Check, before anything is pruned, that a floor leaves enough to prune.
+
+    Args:
+        totals: layer → number of candidates.
+        amount: fraction of them that is pruned in the end.
+        min_kept: candidates that every layer keeps.
+
+    Raises:
+        ValueError: it does not.
+    """
+    total = sum(totals.values())
+    floor = sum(min(min_kept, count) for count in totals.values())
+    _check_floors(amount, total - round(amount * total), total, floor, min_kept, len(totals))
+
+
+def _prune_units(
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    amount: float,
+    scope: Scope,
+    min_kept: int,
+    units: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    layers = [list(kept)] if scope == "global" else coupled_layers({name: units[name].tolist() for name in kept})
+    parts = {
+        str(place): Units(scores, {name: kept[name] for name in names}, units, min_kept)
+        for place, names in enumerate(layers)
+    }
+    totals = {str(place): sum(kept[name].numel() for name in names) for place, names in enumerate(layers)}
+    floors = {place: part.protected for place, part in parts.items()}
+    left = {place: part.left for place, part in parts.items()}
+    budget = sum(totals.values()) - round(amount * sum(totals.values()))
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(kept))
+    keep = _shares(totals, floors, left, budget)
+    masks: dict[str, Tensor] = {}
+    for place, part in parts.items():
+        masks |= part.drop(max(left[place] - keep[place], 0))
+    return {name: masks[name] for name in kept}
+
+
+def _check_floors(amount: float, budget: int, total: int, floor: int, min_kept: int, layers: int) -> None:
+    if floor > budget:
+        raise ValueError(
+            f"amount={amount:.6g} would keep {budget} of {total} candidates, but at least {min_kept} in "
+            f"each of {layers} layers makes {floor}; lower amount or the floor"
+        )
+
+
+def _removable(scores: Tensor, kept: Tensor, floor: int) -> Tensor:
+    """Candidates left, without the `floor` best ones, which the layer keeps whatever the others are worth."""
+    spare = int(kept.sum()) - floor
+    return _lowest(scores.flatten(), kept.flatten(), spare).view_as(kept) if spare > 0 else torch.zeros_like(kept)
+
+
+def _drop_lowest_of_all(
+    scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], removable: Mapping[str, Tensor], drop: int
+) -> dict[str, Tensor]:
+    eligible = torch.cat([removable[name].flatten() for name in kept])
+    pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), eligible, drop)
+    parts = pruned.split([mask.numel() for mask in kept.values()])
+    return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
+
+
+def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
+    return kept & ~_lowest(scores.flatten(), kept.flatten(), drop).view_as(kept) if drop > 0 else kept.clone()
+
+
+def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Mask of the `count` lowest eligible scores; among equal ones the first positions."""
+    # Several times faster than to pick the eligible ones out.
+    threshold = torch.where(eligible, scores, torch.inf).kthvalue(count).values
+    lowest = eligible & (scores < threshold)
+    tied = (eligible & (scores == threshold)).nonzero().flatten()
+    lowest[tied[: count - int(lowest.sum())]] = True
+    return lowest
+
+
+def _shares(
+    totals: Mapping[str, int], floors: Mapping[str, int], caps: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Split `budget` in proportion to `totals`, no share below its floor or above its cap.
+
+    What floors add is taken from the other layers. Fractions go to the layers with the largest remainders (ties: the
+    first), so that the shares add up to the budget.
+    """
+    fixed: dict[str, int] = {}
+    while True:
+        free = {name: total for name, total in totals.items() if name not in fixed}
+        rate = (budget - sum(fixed.values())) / max(sum(free.values()), 1)
+        low = {name: floors[name] for name, total in free.items() if rate * total < floors[name]}
+        if not low:
+            break
+        fixed |= low
+    exact = {name: rate * total for name, total in free.items()}
+    shares = fixed | {name: min(math.floor(share), caps[name]) for name, share in exact.items()}
+    by_remainder = sorted(free, key=lambda name: math.floor(exact[name]) - exact[name])  # stable
+    missing = budget - sum(shares.values())
+    while missing > 0 and (room := [name for name in by_remainder if shares[name] < caps[name]]):
+        for name in room[:missing]:
+            shares[name] += 1
+        missing = budget - sum(shares.values())
+    return shares

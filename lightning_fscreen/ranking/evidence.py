@@ -1,0 +1,148 @@
+"""What speaks for a feature: three tests of whether it has any bearing on the classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.functional import LEVEL, f_critical
+from lightning_fscreen.ranking.criteria import Ranked, required
+
+_FEWEST = 10  # features that make a null distribution
+_SIMILAR, _APART = 2 / 3, 0.95
+_NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the tests say of the features that one layer reads (or, with channels, puts out).
+
+    Attributes:
+        strength: the largest ratio of a test's statistic to its critical value, broadcastable to the weight; above 1 a
+            test speaks for the feature. 1 everywhere where `trusted`.
+        features: number of features.
+        mean: how many the test of means speaks for.
+        spread: how many of the others the test of spread speaks for.
+        joint: how many of the others the test of joint effects speaks for.
+        trusted: why magnitude alone ranks the layer; None if the tests decide.
+    """
+
+    strength: Tensor
+    features: int
+    mean: int
+    spread: int
+    joint: int
+    trusted: str | None = None
+
+    @property
+    def silent(self) -> int:
+        """Features that no test speaks for."""
+        return self.features - self.mean - self.spread - self.joint
+
+    def __str__(self) -> str:
+        if self.trusted:
+            return f"ranked by magnitude alone, for {self.trusted}"
+        return (
+            f"of {self.features} features {self.mean} are spoken for by class means, {self.spread} more by spread, "
+            f"{self.joint} more by joint effects; {self.silent} are shrunk"
+        )
+
+    def to_dict(self) -> dict[str, int | str | None]:
+        """The counts, as in a report."""
+        counts: dict[str, int | str | None] = {name: getattr(self, name) for name in ("features", "mean", "spread")}
+        shrunk = 0 if self.trusted else self.silent
+        return counts | {"joint": self.joint, "shrunk": shrunk, "trusted": self.trusted}
+
+
+def gather_evidence(layer: Ranked, name: str) -> Evidence:
+    """Test the features of a layer at level α = 0.001.
+
+    - **mean**: F, the F-statistic of the feature, above its critical value.
+    - **spread**: the F-statistic of its squared deviation from its mean, (x − x̄)², above the same value: Levene's test
+      with squares. It sees classes that differ in variance, or in sign.
+    - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
+      of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
+      others of that kind, by more than z(1 − α) standard deviations (from the median absolute deviation) above their
+      median; or if g is above the upper quartile of the *established* features: those that pass one of these tests at
+      level α/p, p the number of features (the union bound).
+
+    All features of a layer are trusted, not shrunk, where
+
+    - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help;
+      screening them as well made some networks much worse, and only one, trained for a few hundred steps, better;
+    - none is established: there is no telling relevant from irrelevant ones;
+    - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
+      for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
+      the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident.
+
+    Args:
+        layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
+        name: of the layer, for messages.
+
+    Raises:
+        ValueError: no statistics were gathered.
+    """
+    f = required(layer.f, "activations", name).double()
+    between, within = layer.degrees or (1.0, math.inf)
+    shape = f.shape if layer.variance is None else layer.variance.shape
+    number = math.prod(shape)
+    critical = f_critical(LEVEL, between, within)
+    # A statistic that could not be computed (its sums overflowed) says nothing.
+    marginal = f if layer.spread is None else torch.maximum(f, layer.spread.double().nan_to_num(nan=0, posinf=math.inf))
+    spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
+    counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
+    if layer.learned or math.isinf(critical):
+        why = "the network has learned these features" if layer.learned else "too few instances for any test"
+        return Evidence(strength=torch.ones_like(f), joint=0, trusted=why, **counts)
+    strict = f_critical(LEVEL / number, between, within)
+    varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
+    made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
+    silent = ~spoken & varies
+    outlying = _deviations(made, silent & (made > 0))
+    z, strict_z = (NormalDist().inv_cdf(1 - level) for level in (LEVEL, LEVEL / number))
+    established = _by_feature(marginal > strict, shape) | (outlying > strict_z)
+    reference = made[established].sort().values
+    joint = outlying / z
+    if len(reference):
+        quartile = reference[(3 * len(reference)) // 4].clamp(min=torch.finfo(made.dtype).tiny)
+        joint = torch.where(silent, torch.maximum(joint, made / quartile), 0.0)
+    counts |= {"joint": int((joint > 1).sum())}
+    trusted = None
+    if not len(reference):
+        trusted = "no feature stands out"
+    elif _used_alike(made[silent & ~established], reference):
+        trusted = "the network makes nearly as much of features that no test speaks for as of the others"
+    strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, joint)
+    return Evidence(strength=strength, trusted=trusted, **counts)
+
+
+def _deviations(made: Tensor, null: Tensor) -> Tensor:
+    """By how many standard deviations log `made` of the features in `null` lies above its median; 0 elsewhere.
+
+    0 everywhere if they are too few to be compared.
+    """
+    nothing = torch.zeros_like(made)
+    logarithms = made[null].log()
+    if len(logarithms) < _FEWEST:
+        return nothing
+    offsets = logarithms - logarithms.median()
+    deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
+    return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
+
+
+def _used_alike(silent: Tensor, established: Tensor) -> bool:
+    """Whether as much is made of silent features as of established ones (sorted), or two thirds without overlap."""
+    if not len(silent) or not bool(silent.median() > 0):
+        return False
+    ratio = float(silent.median() / established.median())
+    below = 1 - torch.searchsorted(established, silent, right=True).double().mean() / len(established)
+    return ratio >= 1 or (ratio >= _SIMILAR and float(below) >= _APART)
+
+
+def _by_feature(true: Tensor, shape: torch.Size) -> Tensor:
+    """Whether it is true of any connection of a feature."""
+    return true if true.shape == shape else true.double().sum_to_size(shape) > 0

@@ -1,0 +1,117 @@
+"""Ways to join the F-statistic with magnitude: λ, the `screening_weight`, goes from magnitude (0) to F alone (1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.ranking.criteria import Ranked, Scores, register_criterion, required, scoring_dtype
+from lightning_fscreen.ranking.evidence import Evidence, gather_evidence
+
+# A feature that no test speaks for is still ranked: its effect may be learned late, and its weights then grow.
+_SILENT = 1e-3
+
+
+def _wanted(screening_weight: float) -> bool:
+    return screening_weight > 0
+
+
+def _explain(layers: Mapping[str, Ranked], screening_weight: float) -> dict[str, Evidence]:
+    return {name: gather_evidence(layer, name) for name, layer in layers.items()} if screening_weight > 0 else {}
+
+
+@register_criterion("screening", needs_statistics=_wanted, explain=_explain)
+def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """Rank by |w|^(1 − λ) · s^λ with the shrunken evidence s = max(1 − 1/r, 10⁻³), λ = `screening_weight`.
+
+    r is the strength of the evidence for a feature: the largest ratio of a test's statistic to its critical value, over
+    the tests of `gather_evidence` (the classes' means, their spread, joint effects). A relevant feature passes one of
+    them by far, so s ≈ 1 and magnitude decides; one that all are silent about goes early, unless its weights are large.
+    Features that are trusted (because the network has learned them, or nothing is known of the layer) have s = 1.
+    With λ = 1, the score is F alone.
+
+    The score is the root of that product of order max(λ, 1 − λ), which ranks alike: with λ ≤ ½ it is |w|·s^(λ/(1 − λ)),
+    magnitude itself where features are trusted, and takes no power of every weight.
+    """
+    if screening_weight == 0:
+        return _magnitudes(layers)
+    if screening_weight == 1:
+        return {name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}
+    largest = max(screening_weight, 1 - screening_weight)
+    of_magnitude, of_evidence = (1 - screening_weight) / largest, screening_weight / largest
+    scores = {name: magnitude.pow(of_magnitude) for name, magnitude in _magnitudes(layers).items()}
+    for name, evidence in _explain(layers, screening_weight).items():
+        if not evidence.trusted:
+            shrunken = (1 - 1 / evidence.strength).clamp(min=_SILENT)
+            scores[name] = scores[name] * shrunken.pow(of_evidence).to(scores[name])
+    return scores
+
+
+@register_criterion("screening_product", needs_statistics=_wanted)
+def screening_product(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = |w|^(1 − λ) · F^λ; λ = 1/3 ranks like |w|·√F. An infinite F counts as the largest finite one."""
+    if screening_weight == 0:
+        return _magnitudes(layers)
+    magnitudes = _magnitudes(layers)
+    return {
+        name: magnitudes[name].pow(1 - screening_weight) * f.pow(screening_weight)
+        for name, f in _finite(layers).items()
+    }
+
+
+@register_criterion("screening_sum", needs_statistics=_wanted)
+def screening_sum(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = λ·F̂ + (1 − λ)·|w|^, the paper's fused metric (Eq. 5 and 6 of arXiv 2502.07189).
+
+    ^ divides by the mean over the candidates that are left, in all layers: F and magnitudes have different units, and
+    the paper does not say how it scales them. An infinite F counts as the largest finite one.
+    """
+    magnitudes = _normalised(_magnitudes(layers), layers)
+    if screening_weight == 0:
+        return magnitudes
+    f = _normalised(_finite(layers), layers)
+    return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
+
+
+@register_criterion("screening_rank", needs_statistics=_wanted)
+def screening_rank(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+    """R = λ·rank(F) + (1 − λ)·rank(|w|) among the candidates left in all layers; equal values have equal ranks."""
+    magnitudes = _ranks(_magnitudes(layers), layers)
+    if screening_weight == 0:
+        return magnitudes
+    f = _ranks({name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}, layers)
+    return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
+
+
+def _magnitudes(layers: Mapping[str, Ranked]) -> Scores:
+    return {name: layer.weight.abs().to(scoring_dtype(layer)) for name, layer in layers.items()}
+
+
+def _f(layer: Ranked, name: str) -> Tensor:
+    return required(layer.f, "activations", name).to(layer.weight.device, scoring_dtype(layer))
+
+
+def _finite(layers: Mapping[str, Ranked]) -> Scores:
+    f = {name: _f(layer, name) for name, layer in layers.items()}
+    finite = [values[torch.isfinite(values)] for values in f.values()]
+    largest = max((float(values.max()) for values in finite if len(values)), default=0.0) or 1.0
+    return {name: values.clamp(max=largest) for name, values in f.items()}
+
+
+def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
+    """Divide by the mean over all candidates that are left."""
+    total = sum(float((value * layers[name].kept).sum(dtype=torch.float64)) for name, value in values.items())
+    mean = total / max(sum(int(layer.kept.sum()) for layer in layers.values()), 1)
+    scale = 1 / mean if mean > 0 else 1.0
+    return {name: value * scale for name, value in values.items()}
+
+
+def _ranks(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
+    """Share of the candidates left that are smaller."""
+    left = torch.cat([values[name][layer.kept] for name, layer in layers.items()]).sort().values
+    return {
+        name: torch.searchsorted(left, value.contiguous()).to(value.dtype) / max(len(left), 1)
+        for name, value in values.items()
+    }

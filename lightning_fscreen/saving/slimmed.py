@@ -1,0 +1,147 @@
+"""Save a slimmed model and load it into a fresh one: safetensors and the plan, no pickle, no tracing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_fscreen.fit.compiled import uncompiled
+from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
+from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
+from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.tensors import named_tensors
+
+_KEY, _DIGEST = "fscreen_plan", "fscreen_sha256"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write weights, buffers and the slimming plan of a model to one safetensors file.
+
+    The file is written beside and renamed: an interrupted save leaves the previous file as it was.
+
+    Args:
+        model: a model that was slimmed, or that holds submodules that were; one that was not is saved as it is.
+        path: the file, `*.safetensors` by custom.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_fscreen import load_slimmed, save_slimmed, slim
+        >>> def net():
+        ...     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> small = net()
+        >>> plan = slim(small, {"1": torch.arange(8) < 5}, torch.randn(2, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_slimmed(small, f"{folder}/net.safetensors")
+        ...     again = load_slimmed(net(), f"{folder}/net.safetensors")
+        >>> again[3]
+        Linear(in_features=5, out_features=2, bias=True)
+        >>> torch.equal(again[3].weight, small[3].weight)
+        True
+    """
+    model = uncompiled(model)
+    with replacing(path) as partial:
+        tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
+        plan = plan_of(model).to_json()
+        try:
+            save_file(tensors, partial, metadata={_KEY: plan, _DIGEST: digest(plan, tensors)})
+        except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
+            raise OSError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Make a fresh model as small as the saved one, in place, and load its weights.
+
+    Args:
+        model: a fresh, full-size instance of the class that was saved, on any device, of any floating dtype.
+        path: a file that `save_slimmed` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PlanError: the file is damaged, is something else, or does not fit the model; names the first tensor that
+            differs. The model is untouched then.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_slimmed(nn.Linear(3, 2), f"{folder}/linear.safetensors")
+        ...     linear = load_slimmed(nn.Linear(3, 2), f"{folder}/linear.safetensors")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_slimmed(nn.Linear(3, 2), f"{folder}/linear.safetensors")
+        ...     load_slimmed(nn.Linear(4, 2), f"{folder}/linear.safetensors")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        lightning_fscreen.slimming.plan.PlanError: ...: tensor 'weight' has shape (2, 3), its plan says (2, 4)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise PlanError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
+    if metadata.get(_DIGEST) != digest(metadata[_KEY], saved):
+        raise PlanError(
+            f"{str(path)!r} is damaged: its contents do not have the checksum that it was written "
+            "with; copy it again from where it came, or save the model again"
+        )
+    plan = SlimmingPlan.from_json(metadata[_KEY])
+    network = uncompiled(model)
+    plan.check(network)
+    expected = {name: planned_shape(plan, name, tensor) for name, tensor in _persistent(network).items()}
+    expected |= {join(name, "bias"): added_bias_shape(plan, network, name) for name in plan.biases}
+    for name in sorted({*expected, *saved}):
+        if name not in saved:
+            raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(network).__name__} needs")
+        if name not in expected:
+            raise PlanError(f"{str(path)!r} has a tensor {name!r}, which {type(network).__name__} does not have")
+        if tuple(saved[name].shape) != expected[name]:
+            found = tuple(saved[name].shape)
+            raise PlanError(f"{str(path)!r}: tensor {name!r} has shape {found}, its plan says {expected[name]}")
+    for name, tensor in named_tensors(network).items():
+        if name in plan.cuts and name not in saved:  # a buffer that is not saved
+            saved[name] = plan.cut(name, tensor)
+    install(network, plan, saved)
+    attach_plan(network, plan)
+    return model
+
+
+def digest(plan: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a plan and of tensors on the CPU: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256(plan.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, shared ones once."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in named_tensors(model).items() if name in state}
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and not a view of a storage that another tensor may use, which safetensors refuses."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,0 +1,1 @@
+"""From activations to sums by class, and from these to statistics."""

@@ -1,0 +1,301 @@
+"""Forward hooks that turn activations into class sums, open only while a training step runs its forward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_fscreen.candidates.weights import PrunableWeight, num_inputs
+from lightning_fscreen.fit.recorder import examined
+from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
+from lightning_fscreen.slimming.activations import Activation
+from lightning_fscreen.statistics.buffer import ActivationBuffer
+from lightning_fscreen.statistics.connections import ConnectionSums
+from lightning_fscreen.statistics.features import PositionMeans
+from lightning_fscreen.statistics.labels import check_proportions
+from lightning_fscreen.statistics.moments import Sums, spread_statistic
+from lightning_fscreen.statistics.origins import is_learned
+from lightning_fscreen.statistics.sums import FeatureSums
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One place where activations are read.
+
+    Attributes:
+        name: name of the layer.
+        module: the layer.
+        side: its "input" or its "output".
+        activation: an element-wise function that is applied to what is read; None for none.
+        square: whether the result is squared.
+    """
+
+    name: str
+    module: nn.Module
+    side: str = "input"
+    activation: Activation | None = None
+    square: bool = False
+
+    @property
+    def num_features(self) -> int:
+        """Channels (features) there."""
+        return num_inputs(self.module)
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """What an epoch's activations said about the features at one probe.
+
+    Attributes:
+        f: (features,) F-statistics; for exact connections, of the weight's shape.
+        spread: (features,) F-statistics of the squared deviations from the mean.
+        mean: (features,) mean activation.
+        mean_square: (features,) mean squared activation.
+        variance: (features,) variance of the activation.
+        degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
+        learned: whether trained weight matrices had a part in what the layer read; see `origins.is_learned`.
+    """
+
+    f: Tensor
+    spread: Tensor
+    mean: Tensor
+    mean_square: Tensor
+    variance: Tensor
+    degrees: tuple[float, float]
+    learned: bool
+
+
+class Merge(Protocol):
+    """Merges sums with those of other processes."""
+
+    def __call__(self, sums: Sums, /) -> Sums:
+        """The sums of all of them."""
+        ...
+
+
+class ActivationCollector:
+    """Online class sums of the activations at some probes.
+
+    Activations are gathered between `attach` and `remove`, as the model runs; `update(labels)` then adds them, as one
+    batch, to the sums. A layer that runs several times in a step counts with the mean of its runs.
+
+    Args:
+        probes: where to read.
+        num_classes: C.
+        exact: layers whose connections get sums of their own (their inputs must be among the probes).
+    """
+
+    def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[PrunableWeight] = ()) -> None:
+        self.num_classes = num_classes
+        self._probes = list(probes)
+        places = {probe.name: index for index, probe in enumerate(self._probes)}
+        self._exact = {places[candidate.name]: ConnectionSums(candidate, num_classes) for candidate in exact}
+        self._weights: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._means = PositionMeans()
+        self._buffer = ActivationBuffer([probe.num_features for probe in self._probes], self._device)
+        self.reset()
+
+    def attach(self) -> None:
+        """Register the hooks, unless they are."""
+        if self._handles:
+            return
+        for index, probe in enumerate(self._probes):
+            if probe.side == "input":
+                hook = probe.module.register_forward_pre_hook(self._input_hook(index), with_kwargs=True)
+            else:
+                hook = probe.module.register_forward_hook(self._output_hook(index))
+            self._handles.append(hook)
+
+    def remove(self) -> None:
+        """Take the hooks away again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def reset(self) -> None:
+        """Forget all sums."""
+        self._buffer.clear()  # new memory would be mapped page by page, as it is written
+        self._sums = FeatureSums(self._buffer.columns, self.num_classes, self._device, self._exact)
+        self._learned = [False] * len(self._probes)
+        self._batches = 0  # that have been added
+        self._weights.clear()
+
+    @property
+    def _device(self) -> torch.device:
+        return next((p.device for probe in self._probes for p in probe.module.parameters()), torch.device("cpu"))
+
+    def discard(self) -> None:
+        """Forget the activations gathered since the last update."""
+        self._buffer.discard()
+        self._weights.clear()
+
+    def update(self, labels: Tensor) -> None:
+        """Add the activations gathered since the last update, whose instances have these labels.
+
+        Args:
+            labels: (N,) class indices or (N, C) class weights.
+
+        Raises:
+            ValueError: bad labels, or a layer that ran with another number of instances; nothing is added then.
+        """
+        buffer = self._buffer
+        ran = buffer.ran
+        if not ran:
+            return
+        try:
+            if labels.device.type == "cpu" or self._batches == 0:
+                check_labels(labels, self.num_classes)
+                check_proportions(labels)
+            self._check_rows(len(labels))
+            if len(ran) == len(self._probes) and not self._exact:
+                if not buffer.has_room(len(labels)):
+                    self._flush()
+                buffer.keep(labels)
+            else:
+                self._flush()
+                if len(labels):
+                    self._sums.add(ran, buffer.features(), [labels], self._batches, self._weights)
+            self._batches += 1
+        finally:
+            self.discard()
+
+    def statistics(self, merge: Merge = lambda sums: sums) -> dict[str, FeatureStatistics]:
+        """F-statistics and moments by probe name.
+
+        Args:
+            merge: merges the sums with those of other processes.
+
+        Raises:
+            ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, labels outside
+                the classes, fewer than two classes.
+        """
+        self._flush()
+        moments = merge(self._sums.moments)
+        merged = moments.class_sums
+        self._check_finite(merged.squares)
+        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
+            if not bool(merged.counts[:, columns.start].any()):
+                raise ValueError(
+                    f"layer {probe.name!r} never ran, so there is no F-statistic for it; leave it out with "
+                    f"exclude={probe.name!r}"
+                )
+        counts = merged.counts.sum(0)
+        offset = merged.sums.sum(0) / counts
+        f, spread = f_statistic_compute(merged), spread_statistic(moments)
+        mean = merged.shift + offset
+        mean_square = merged.squares / counts + 2 * merged.shift * offset + merged.shift**2
+        variance = (merged.squares / counts - offset**2).clamp(min=0)
+        statistics = {}
+        for index, (probe, columns) in enumerate(zip(self._probes, self._buffer.columns, strict=True)):
+            probe_f = f[columns]
+            if index in self._exact:
+                connections = self._exact[index]
+                probe_f = f_statistic_compute(merge(connections.class_sums())).view(connections.shift.shape)
+            present = merged.counts[:, columns.start]
+            between = float((present > 0).sum()) - 1
+            statistics[probe.name] = FeatureStatistics(
+                f=probe_f,
+                spread=spread[columns],
+                mean=mean[columns],
+                mean_square=mean_square[columns],
+                variance=variance[columns],
+                degrees=(between, float(present.sum()) - between - 1),
+                learned=self._learned[index],
+            )
+        return statistics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All sums, and what waits to be added to them, as tensors and primitives; nothing is changed by asking."""
+        return {
+            "num_classes": self.num_classes,
+            **self._sums.state_dict(),
+            "exact": {self._probes[index].name: sums.class_sums()._asdict() for index, sums in self._exact.items()},
+            "learned": list(self._learned),
+            "batches": self._batches,
+            "waiting": self._buffer.waiting(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        if "moments" not in state:
+            log.warning("the checkpoint is of an earlier version, so the statistics of this epoch start afresh")
+            return
+        self._sums.load_state_dict(state)
+        for index, sums in self._exact.items():
+            sums.load(ClassSums(**state["exact"][self._probes[index].name]))
+        self._learned = list(state["learned"])
+        self._batches = state["batches"]
+        self._buffer.restore(*state["waiting"])
+
+    def _input_hook(self, index: int) -> Callable[..., None]:
+        probe = self._probes[index]
+
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not examined.get():
+                activation = args[0] if args else kwargs["input"]
+                self._gather(index, activation, activation, module)
+                if index in self._exact:
+                    self._weights[index] = probe.module.get_parameter("weight").detach().clone()
+
+        return gather
+
+    def _output_hook(self, index: int) -> Callable[..., None]:
+        def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if not examined.get():
+                self._gather(index, output, args[0] if args else output, module)
+
+        return gather
+
+    def _gather(self, index: int, activation: Tensor, read: Tensor, module: nn.Module) -> None:
+        probe = self._probes[index]
+        if self._batches == 0:
+            self._learned[index] |= is_learned(read)
+        values = self._means(activation, module, probe.activation, probe.square)
+        # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
+        if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
+            values = values.clone()
+        self._buffer.put(index, values)
+
+    def _is_saved(self, index: int, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return (
+            self._probes[index].side == "input"
+            and torch.is_grad_enabled()
+            and weight is not None
+            and weight.requires_grad
+        )
+
+    def _check_rows(self, num_labels: int) -> None:
+        wrong = self._buffer.wrong_rows(num_labels)
+        if wrong is not None:
+            name = self._probes[wrong[0]].name
+            raise ValueError(
+                f"layer {name!r} ran on {wrong[1]} instances, but the batch has {num_labels} labels; leave the layer "
+                f"out with exclude={name!r}, or pass labels= a function that returns one label per instance"
+            )
+
+    def _flush(self) -> None:
+        """Add the steps that wait to the sums."""
+        features, labels = self._buffer.take()
+        if len(features):
+            everything = range(len(self._probes))
+            self._sums.add(everything, features, labels, self._batches - len(labels), self._weights)
+
+    def _check_finite(self, squares: Tensor) -> None:
+        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
+            if not bool(torch.isfinite(squares[columns]).all()):
+                first = self._sums.first_bad
+                where = "on another process" if first is None else f"first in batch {first} of the epoch"
+                raise ValueError(
+                    f"NaN or inf in the activations at the {probe.side} of layer {probe.name!r}, {where}; nothing was "
+                    "pruned. Check the data for NaN, lower the learning rate or clip gradients"
+                )

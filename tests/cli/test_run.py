@@ -1,0 +1,340 @@
+"""The command line: every configuration, real runs in processes of their own, and what they leave behind."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from lightning.pytorch import Callback
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lightning_fscreen import load_slimmed, models
+from lightning_fscreen.cli.run import check_writable, fit_to_data, run
+from lightning_fscreen.data import DigitsDataModule
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
+}
+QUIET = ["extras.print_config=false", "extras.figures=false", "extras.latency=false", "trainer.max_epochs=3"]
+
+
+def fscreen(folder, *overrides, check=True):
+    """Run the command in a process of its own, away from the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_fscreen.cli.run", *overrides],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=check,
+    )
+
+
+def composed(*overrides):
+    with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The default run, shortened."""
+    folder = tmp_path_factory.mktemp("run")
+    done = fscreen(folder, "trainer.max_epochs=6", "hydra.run.dir=run", "seed=3")
+    return folder / "run", done
+
+
+def test_every_option_of_every_group_composes_and_instantiates(tmp_path):
+    assert set(GROUPS) >= {
+        "data", "model", "callbacks", "trainer", "logger", "paths", "extras", "experiment", "hparams_search", "debug",
+    }  # fmt: skip
+    for group, options in GROUPS.items():
+        if group in ("hydra", "table"):  # tables: test_bench.py
+            continue
+        for option in options:
+            config = composed(f"{group}={option}", f"paths.output_dir={tmp_path}")
+            data = DigitsDataModule()
+            data.setup("fit")
+            fit_to_data(config, data)
+            for part in ("data", "model"):
+                instantiate(config[part], _convert_="all")
+            for part in ("callbacks", "logger"):
+                for entry in config[part].values():
+                    instantiate(entry, _convert_="all")
+            if option not in ("gpu", "ddp"):
+                instantiate(config.trainer, logger=False, _convert_="all")
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    folder, done = finished
+    report = json.loads((folder / "report.json").read_text())
+    assert {
+        "experiment", "seed", "granularity", "criterion", "screening_weight", "amount", "test_error", "candidates",
+        "params", "macs", "layers",
+    } <= set(report)  # fmt: skip
+    assert (report["experiment"], report["seed"], report["granularity"]) == ("digits_weight", 3, "weight")
+    candidates = report["candidates"]
+    assert candidates["total"] == 64 * 300 + 300 * 100 + 100 * 10 == sum(layer["total"] for layer in report["layers"])
+    assert candidates["kept"] == sum(layer["kept"] for layer in report["layers"])
+    assert abs(candidates["kept"] - (1 - report["amount"]) * candidates["total"]) <= 1
+    assert report["params"]["after"] < report["params"]["before"] == 50610
+    assert report["macs"]["after"] < report["macs"]["before"] == 50200
+    assert 0 < report["test_error"] < 0.5
+    for name in ("schedule", "connections", "weights", "layers"):
+        with Image.open(folder / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 6 and config["model"]["net"]["in_features"] == 64
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    sparsity = [float(row["fscreen/sparsity"]) for row in rows if row["fscreen/sparsity"]]
+    assert len(sparsity) == 6 and sparsity[-1] == pytest.approx(report["amount"], abs=1e-4)
+    for text in ("net.fc1", "test error", "digits_weight, seed 3"):
+        assert text in done.stdout
+
+
+def test_the_saved_model_loads_in_a_new_process_with_the_reported_test_error(finished):
+    folder, _ = finished
+    script = """
+import sys, torch
+from lightning_fscreen import load_slimmed, models
+from lightning_fscreen.data import DigitsDataModule
+net = load_slimmed(models.lenet300_100(in_features=64), sys.argv[1]).eval()
+data = DigitsDataModule()
+data.setup("test")
+wrong = total = 0
+for images, labels in data.test_dataloader():
+    wrong += int((net(data.normalize(images)).argmax(1) != labels).sum())
+    total += len(labels)
+print(wrong / total)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder / "model.safetensors"], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == pytest.approx(json.loads((folder / "report.json").read_text())["test_error"], abs=1e-6)
+
+
+def test_resumes_from_a_checkpoint(tmp_path):
+    common = ["trainer.max_epochs=8", "extras.figures=false", "callbacks.model_checkpoint.save_top_k=-1"]
+    fscreen(tmp_path, *common, "hydra.run.dir=run")
+    fscreen(tmp_path, *common, "hydra.run.dir=again", "ckpt_path=run/checkpoints/epoch_002.ckpt")
+    whole, again = (list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("run", "again"))
+
+    def sparsity(rows):
+        return {int(row["epoch"]): float(row["fscreen/sparsity"]) for row in rows if row["fscreen/sparsity"]}
+
+    assert list(sparsity(again)) == [3, 4, 5, 6, 7]
+    assert sparsity(again).items() <= sparsity(whole).items()
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert abs(report["candidates"]["kept"] - 0.05 * report["candidates"]["total"]) <= 1
+
+
+def test_resumes_after_slimming(tmp_path):
+    common = ["experiment=digits_channel", *QUIET]
+    for epochs, checkpoint, folder in ((3, "null", "run"), (4, f"{tmp_path}/run/checkpoints/last.ckpt", "again")):
+        run(
+            composed(
+                *common,
+                f"trainer.max_epochs={epochs}",
+                f"ckpt_path={checkpoint}",
+                f"paths.output_dir={tmp_path / folder}",
+            )
+        )
+    first, second = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("run", "again"))
+    assert first["params"] == second["params"] and first["candidates"] == second["candidates"]
+    load_slimmed(models.resnet20(in_channels=1), tmp_path / "again" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "check"),
+    [
+        (["callbacks.fscreen.amount=0.98"], lambda r: r["candidates"]["pruned_fraction"] > 0.9799),
+        (["callbacks.fscreen.criterion=magnitude"], lambda r: r["criterion"] == "magnitude"),
+        (["callbacks.fscreen.connections=exact"], lambda r: r["candidates"]["kept"] > 0),
+        (["callbacks=none"], lambda r: r["params"]["before"] == r["params"]["after"] and r["layers"] == []),
+        (["experiment=none", "callbacks.fscreen.granularity=weight"], lambda r: r["experiment"] is None),
+        (["data.val_size=0"], lambda r: "val_error" not in r and r["train_size"] == 1497),
+        (["logger=csv", "trainer.accelerator=cpu"], lambda r: r["test_error"] < 1),
+        (["debug=fdr"], lambda r: r["layers"] != []),
+        (["debug=limit"], lambda r: r["layers"] != []),
+        (["debug=overfit"], lambda r: r["candidates"]["pruned_fraction"] == 0),
+    ],
+)
+def test_overrides_take_effect(overrides, check, tmp_path):
+    run(composed(*QUIET, *overrides, f"paths.output_dir={tmp_path}"))
+    assert check(json.loads((tmp_path / "report.json").read_text()))
+
+
+@pytest.mark.parametrize("experiment", [name for name in GROUPS["experiment"] if name != "none"])
+def test_every_experiment_goes_through_all_stages(experiment, tmp_path):
+    run(composed(f"experiment={experiment}", "data=digits", "debug=fdr", f"paths.output_dir={tmp_path}"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    total, kept = (report["candidates"][key] for key in ("total", "kept"))
+    assert abs(kept - (1 - report["amount"]) * total) <= 1
+    assert report["experiment"] is None or report["experiment"] == experiment
+    if report["granularity"] == "channel":
+        assert (
+            report["params"]["after"] < report["params"]["before"]
+            and report["macs"]["after"] < report["macs"]["before"]
+        )
+
+
+def test_a_channel_run_leaves_a_smaller_network_that_others_load(tmp_path):
+    run(
+        composed(
+            "experiment=digits_channel",
+            *QUIET,
+            "extras.figures=true",
+            "extras.latency=true",
+            "extras.export_onnx=true",
+            f"paths.output_dir={tmp_path}",
+        )
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["candidates"]["total"] == 688 and report["candidates"]["kept"] == 344
+    assert sum(layer["kept"] for layer in report["layers"]) == 344 and not report["not_removed"]
+    assert set(report["latency_ms"]) == {"1", "64"} and report["latency_ms"]["1"]["after"] > 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "channels.png", "layers.png", "schedule.png", "weights.png",
+    }  # fmt: skip
+    assert (tmp_path / "model.onnx").stat().st_size > 4 * report["params"]["after"]
+    net = load_slimmed(models.resnet20(in_channels=1), tmp_path / "model.safetensors").eval()
+    assert sum(p.numel() for p in net.parameters()) == report["params"]["after"]
+    data = DigitsDataModule()
+    data.setup("test")
+    wrong = total = 0
+    for images, labels in data.test_dataloader():
+        wrong += int((net(data.normalize(images)).argmax(1) != labels).sum())
+        total += len(labels)
+    assert wrong / total == pytest.approx(report["test_error"], abs=1e-6)
+
+
+def test_returns_the_optimized_metric_and_names_those_there_are(tmp_path):
+    config = composed(*QUIET, f"paths.output_dir={tmp_path}", "optimized_metric=val/error")
+    assert run(config) == pytest.approx(json.loads((tmp_path / "report.json").read_text())["val_error"], abs=1e-6)
+    with pytest.raises(ValueError, match=r"optimized_metric='val/acc' was not logged; choose one of .*val/error"):
+        run(composed(*QUIET, f"paths.output_dir={tmp_path}", "optimized_metric=val/acc"))
+
+
+@pytest.mark.slow
+def test_sweep_over_screening_weights(tmp_path):
+    fscreen(tmp_path, "callbacks.fscreen.screening_weight=0,0.25,0.5", "hydra.sweep.dir=sweep", *QUIET, "-m")
+    reports = [json.loads((tmp_path / "sweep" / str(job) / "report.json").read_text()) for job in range(3)]
+    assert [report["screening_weight"] for report in reports] == [0, 0.25, 0.5]
+
+
+def test_any_image_folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("cat", "dog", "newt")):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(0, 60, (16, 16, 3), generator=generator, dtype=torch.uint8)
+                noise[..., label] += 150
+                Image.fromarray(noise.numpy()).save(tmp_path / "images" / part / name / f"{index}.jpg")
+    folder = tmp_path / "run"
+    root = f"data.root={tmp_path / 'images'}"
+    run(composed("data=image_folder", root, "data.batch_size=6", *QUIET, f"paths.output_dir={folder}"))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["layers"][0]["total"] == 3 * 16 * 16 * 300 and report["layers"][-1]["total"] == 100 * 3
+    net = load_slimmed(models.lenet300_100(num_classes=3, in_features=768), folder / "model.safetensors")
+    assert net(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+
+
+class SaveRank(Callback):
+    """Lets every process write down what it ends with."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def teardown(self, trainer, pl_module, stage):
+        if stage == "fit":
+            save_file(dict(pl_module.named_parameters()), f"{self.folder}/rank-{trainer.global_rank}.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["digits_weight", "digits_channel"])
+def test_two_processes_end_the_same_and_twice_the_same(experiment, tmp_path):
+    for run_folder in ("first", "second"):
+        fscreen(
+            tmp_path,
+            f"experiment={experiment}",
+            "trainer.devices=2",
+            "trainer.strategy=ddp",
+            "trainer.accelerator=cpu",
+            f"hydra.run.dir={run_folder}",
+            "+callbacks.ranks._target_=tests.cli.test_run.SaveRank",
+            f"+callbacks.ranks.folder={run_folder}",
+            *QUIET,
+        )
+    files = ["model.safetensors", "rank-0.safetensors", "rank-1.safetensors"]
+    ranks = [(tmp_path / "first" / file).read_bytes() for file in files[1:]]
+    assert ranks[0] == ranks[1]
+    for file in files:  # both runs
+        one, other = (load_file(tmp_path / folder / file) for folder in ("first", "second"))
+        assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    assert abs(report["candidates"]["kept"] - (1 - report["amount"]) * report["candidates"]["total"]) <= 1
+    assert report["test_error"] < 0.7
+
+
+def test_a_misspelt_override_gets_hydras_own_error(tmp_path):
+    done = fscreen(tmp_path, "callbacks.fscreen.amuont=0.9", check=False)
+    assert done.returncode != 0
+    assert "Could not override 'callbacks.fscreen.amuont'" in done.stderr
+
+
+def test_a_misspelt_choice_lists_what_there_is(tmp_path):
+    done = fscreen(tmp_path, "data=minst", check=False)
+    assert done.returncode != 0
+    assert all(name in done.stderr for name in ("digits", "mnist", "image_folder"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=mnist", "data.download=false", "data.root=nowhere"], "nowhere/MNIST/raw"),
+        (["data=image_folder", "data.root=nowhere"], "nowhere"),
+        (["callbacks.fscreen.end_epoch=9"], "end_epoch=9"),
+        (["callbacks.fscreen.amount=1.2"], "amount"),
+    ],
+)
+def test_bad_values_name_the_override(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=message):
+        run(composed(*QUIET, *overrides, f"paths.output_dir={tmp_path}/run"))
+
+
+def test_a_run_folder_that_cannot_be_written_names_it_and_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run' cannot be written .*hydra\.run\.dir="):
+        check_writable(tmp_path / "file" / "run")
+    done = fscreen(tmp_path, f"hydra.run.dir={tmp_path}/file/run", check=False)
+    assert done.returncode != 0
+    assert "hydra.run.dir=" in done.stderr
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize("method", GROUPS["method"])
+def test_every_comparator_prunes_the_digits_to_the_same_budget(tmp_path, method, granularity):
+    if granularity == "weight" and method == "network_slimming":
+        pytest.skip("it is about batch norms, LeNet-300-100 has none")
+    experiment = [f"experiment=digits_{granularity}", f"method={method}", "callbacks.fscreen.amount=0.5"]
+    short = ["trainer.max_epochs=4", "+trainer.limit_train_batches=4", "extras.print_report=false"]
+    run(composed(*experiment, *QUIET, *short, f"paths.output_dir={tmp_path}"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    candidates = report["candidates"]
+    assert report["granularity"] == granularity
+    assert candidates["total"] - candidates["kept"] == pytest.approx(0.5 * candidates["total"], abs=2)
+    assert 0 <= report["test_error"] <= 1
+    if granularity == "channel":
+        assert report["params"]["after"] < report["params"]["before"]

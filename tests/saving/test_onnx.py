@@ -1,0 +1,43 @@
+"""Slim networks leave PyTorch, or stay in it, and compute the same."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from lightning_fscreen import find_gates, models, slim
+from lightning_fscreen.saving.onnx import export_onnx
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    network, x = models.resnet20().eval(), torch.randn(2, 3, 16, 16)
+    slim(network, {gate.name: torch.rand(gate.channels) > 0.4 for gate in find_gates(network, x)}, x)
+    return network
+
+
+def test_onnx_runs_at_any_batch_size(network, tmp_path):
+    network.train()
+    export_onnx(network, (torch.randn(2, 3, 16, 16),), tmp_path / "model.onnx")
+    assert network.training and [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    x = torch.randn(5, 3, 16, 16)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        assert np.allclose(out, network.eval()(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_export_and_compile(network):
+    x = torch.randn(3, 3, 16, 16)
+    network.eval()
+    with torch.no_grad():
+        expected = network(x)
+        assert torch.equal(torch.export.export(network, (x,)).module()(x), expected)
+        assert torch.allclose(torch.compile(network, backend="aot_eager")(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_package_is_named(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"need onnx; .*lightning-fscreen\[onnx\]"):
+        export_onnx(network, (torch.randn(2, 3, 16, 16),), tmp_path / "model.onnx")
