@@ -25,10 +25,11 @@ demo: $(CLI) ## set up, then train, screen and prune on the embedded digits; ARG
 test: $(DEV) ## set up, then run the tests; ARGS="-m 'not slow'"
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-lint: $(DEV) ## check style and types
+lint: $(DEV) ## check style, types and the direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 clean: ## remove builds and caches; runs and data stay
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -13,8 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 
-from lightning_fscreen.candidates.weights import select
-from lightning_fscreen.slimming.capture import evaluating
+from lightning_fscreen.modules import evaluating, select
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, infer_num_classes
 

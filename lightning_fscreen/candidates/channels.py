@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.candidates.weights import require_candidates, select
-from lightning_fscreen.slimming.activations import Activation
-from lightning_fscreen.slimming.gates import STAYS, Gate, fixed_reasons
-from lightning_fscreen.statistics.collector import Probe
+from lightning_fscreen.candidates.activations import activations_of
+from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
+from lightning_fscreen.modules import join, select
+from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, fixed_reasons, gates_of
+from lightning_fscreen.slimming.slim import slim_captured
+from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics, Probe
+from lightning_fscreen.statistics.features import Activation
 
 Feature = Literal["activation", "activation_square", "output", "output_square"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
@@ -148,3 +153,82 @@ def inverse(activation: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         centre = grid.gather(1, nearest)
         reach *= 2 / _GRID
     return centre.squeeze(1).to(values)
+
+
+@register_granularity("channel")
+class Channels(Granularity[PrunableChannels]):
+    """Channels of batch norms.
+
+    Args:
+        model: any module.
+        include, exclude: glob patterns over names of batch norms.
+        bias: output of pruned channels: "zero", "fold" (their shift), "mean" (their mean activation).
+        feature: the feature of their activations that is screened, one of `channels.FEATURES`.
+
+    Raises:
+        ValueError: no batch norm, patterns that match nothing.
+    """
+
+    noun = "channels"
+    slims_in_fit = True
+    options = ("bias", "feature")
+    _captured: Capture | None = None
+    _name = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Patterns,
+        exclude: Patterns,
+        bias: str = "zero",
+        feature: Feature = "activation",
+    ) -> None:
+        self._layers, self.not_pruned = find_channels(model, include, exclude)
+        self._bias, self._feature = bias, feature
+
+    def learn(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> None:
+        """Capture the network: which batch norms are coupled, which cannot be pruned.
+
+        Raises:
+            CaptureError: the network cannot be captured.
+            ValueError: none of the batch norms can be pruned; lists the reasons.
+        """
+        self._captured = captured = capture_training(network, args, kwargs)
+        gates = {join(name, gate.name): gate for gate in gates_of(network, captured)}
+        activations = {join(name, layer): found for layer, found in activations_of(captured).items()}
+        self._layers, excluded = refine(self._layers, gates, activations)
+        self.not_pruned |= excluded
+        where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
+        require_candidates(self._layers, where, "batch norms", self.not_pruned)
+
+    def slim(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
+    ) -> SlimmingPlan:
+        """Remove the channels that are not kept, and all that only they need."""
+        assert self._captured is not None
+        return slim_captured(
+            network, self._captured, kept, args, kwargs, bias="zero" if self._bias == "zero" else "fold"
+        )
+
+    def companions(self) -> dict[str, nn.Parameter]:
+        """The shifts β, where the output of pruned channels is to be zero."""
+        return {layer.name: layer.shift for layer in self._layers} if self._bias == "zero" else {}
+
+    def units(self) -> dict[str, Tensor] | None:
+        """Coupled channels."""
+        return {layer.name: layer.units.to(layer.scale.device) for layer in self._layers}
+
+    def collector(self, num_classes: int) -> ActivationCollector:
+        """Sums over the batch norms' activations."""
+        return ActivationCollector([layer.probe(self._feature) for layer in self._layers], num_classes)
+
+    def _parameters_of(self, layer: PrunableChannels) -> list[nn.Parameter]:
+        return [layer.scale, layer.shift]
+
+    @torch.no_grad()
+    def after_pruning(self, pruned: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> None:
+        """Set the shifts of pruned channels so that their output is their mean activation, for `bias="mean"`."""
+        if self._bias == "mean":
+            for layer in self._layers:
+                if layer.name in statistics:
+                    layer.set_output(statistics[layer.name].mean, pruned[layer.name])

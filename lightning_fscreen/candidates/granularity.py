@@ -1,4 +1,4 @@
-"""The granularities of pruning: the connections of layers, or the channels of batch norms."""
+"""What every granularity of pruning can do, and the registry of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.candidates.channels import Feature, PrunableChannels, find_channels, refine
-from lightning_fscreen.candidates.weights import PrunableWeight, find_weights, require_candidates
 from lightning_fscreen.ranking.criteria import Ranked
-from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
-from lightning_fscreen.slimming.activations import activations_of
-from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.gates import capture_training, gates_of
-from lightning_fscreen.slimming.plan import join
-from lightning_fscreen.slimming.slim import slim_captured
-from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics, Probe
+from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
 
 Patterns = str | Sequence[str] | None
@@ -53,6 +45,28 @@ def register_granularity(name: str) -> Callable[[Kind], Kind]:
         return kind
 
     return register
+
+
+def require_candidates(found: Sequence[object], where: str, layers: str, reasons: Mapping[str, str]) -> None:
+    """Check that there is something to prune.
+
+    Args:
+        found: the layers that can be pruned.
+        where: how the model is called in the message.
+        layers: how such layers are called.
+        reasons: layer → why it cannot be pruned.
+
+    Raises:
+        ValueError: there is nothing; lists the reasons.
+    """
+    if not found:
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        why = f"none of its {layers} can be pruned:{listing}" if reasons else f"it has no {layers}"
+        raise ValueError(
+            f"nothing to prune in {where}: {why}\n"
+            "Check include=/exclude=, requires_grad, and that the layers are attributes of the module; batch norms are "
+            'pruned with granularity="channel", linear and convolution layers with granularity="weight".'
+        )
 
 
 class Granularity(ABC, Generic[Layer]):
@@ -180,121 +194,3 @@ class Granularity(ABC, Generic[Layer]):
             statistics: of the epoch, by layer.
         """
         return
-
-
-@register_granularity("channel")
-class Channels(Granularity[PrunableChannels]):
-    """Channels of batch norms.
-
-    Args:
-        model: any module.
-        include, exclude: glob patterns over names of batch norms.
-        bias: output of pruned channels: "zero", "fold" (their shift), "mean" (their mean activation).
-        feature: the feature of their activations that is screened, one of `channels.FEATURES`.
-
-    Raises:
-        ValueError: no batch norm, patterns that match nothing.
-    """
-
-    noun = "channels"
-    slims_in_fit = True
-    options = ("bias", "feature")
-    _captured: Capture | None = None
-    _name = ""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        include: Patterns,
-        exclude: Patterns,
-        bias: str = "zero",
-        feature: Feature = "activation",
-    ) -> None:
-        self._layers, self.not_pruned = find_channels(model, include, exclude)
-        self._bias, self._feature = bias, feature
-
-    def learn(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> None:
-        """Capture the network: which batch norms are coupled, which cannot be pruned.
-
-        Raises:
-            CaptureError: the network cannot be captured.
-            ValueError: none of the batch norms can be pruned; lists the reasons.
-        """
-        self._captured = captured = capture_training(network, args, kwargs)
-        gates = {join(name, gate.name): gate for gate in gates_of(network, captured)}
-        activations = {join(name, layer): found for layer, found in activations_of(captured).items()}
-        self._layers, excluded = refine(self._layers, gates, activations)
-        self.not_pruned |= excluded
-        where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
-        require_candidates(self._layers, where, "batch norms", self.not_pruned)
-
-    def slim(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
-    ) -> SlimmingPlan:
-        """Remove the channels that are not kept, and all that only they need."""
-        assert self._captured is not None
-        return slim_captured(
-            network, self._captured, kept, args, kwargs, bias="zero" if self._bias == "zero" else "fold"
-        )
-
-    def companions(self) -> dict[str, nn.Parameter]:
-        """The shifts β, where the output of pruned channels is to be zero."""
-        return {layer.name: layer.shift for layer in self._layers} if self._bias == "zero" else {}
-
-    def units(self) -> dict[str, Tensor] | None:
-        """Coupled channels."""
-        return {layer.name: layer.units.to(layer.scale.device) for layer in self._layers}
-
-    def collector(self, num_classes: int) -> ActivationCollector:
-        """Sums over the batch norms' activations."""
-        return ActivationCollector([layer.probe(self._feature) for layer in self._layers], num_classes)
-
-    def _parameters_of(self, layer: PrunableChannels) -> list[nn.Parameter]:
-        return [layer.scale, layer.shift]
-
-    @torch.no_grad()
-    def after_pruning(self, pruned: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> None:
-        """Set the shifts of pruned channels so that their output is their mean activation, for `bias="mean"`."""
-        if self._bias == "mean":
-            for layer in self._layers:
-                if layer.name in statistics:
-                    layer.set_output(statistics[layer.name].mean, pruned[layer.name])
-
-
-@register_granularity("weight")
-class Weights(Granularity[PrunableWeight]):
-    """Connections of linear and convolution layers.
-
-    Args:
-        model: any module.
-        include, exclude: glob patterns over layer names.
-        connections: "exact" gives every connection sums of its own; "factored" one sum per input of a layer.
-
-    Raises:
-        ValueError: nothing to prune, patterns that match nothing.
-    """
-
-    noun = "weights"
-    slims_in_fit = False
-    options = ("connections",)
-
-    def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns, connections: str = "factored") -> None:
-        self._layers, self.not_pruned = find_weights(model, include, exclude)
-        self._connections = connections
-
-    def slim(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
-    ) -> SlimmingPlan:
-        """Remove units without incoming or without outgoing weights; it sees in the weights which are pruned."""
-        return remove_dead_units(network, args, kwargs)
-
-    def collector(self, num_classes: int) -> ActivationCollector:
-        """Sums over the layers' inputs."""
-        probes = [Probe(layer.name, layer.module) for layer in self._layers]
-        return ActivationCollector(probes, num_classes, self._layers if self._connections == "exact" else ())
-
-    def _parameters_of(self, layer: PrunableWeight) -> list[nn.Parameter]:
-        return [layer.weight]
-
-    def _per_candidate(self, layer: PrunableWeight, values: Tensor) -> Tensor:
-        return values if values.shape == layer.weight.shape else layer.per_connection(values)

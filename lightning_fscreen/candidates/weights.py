@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_fscreen.reasons import why_fixed
+from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
+from lightning_fscreen.modules import select, why_fixed
+from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
+from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.connections import per_connection
 
 
 @dataclass(frozen=True)
@@ -25,37 +28,6 @@ class PrunableWeight:
     def weight(self) -> nn.Parameter:
         """(out, in) or (out, in / groups, *kernel); transposed convolutions (in, out / groups, *kernel)."""
         return self.module.get_parameter("weight")
-
-    def per_connection(self, values: Tensor) -> Tensor:
-        """Spread a value per input over the connections that read that input.
-
-        Args:
-            values: (*, in).
-
-        Returns:
-            (*, …), the dimensions after `*` broadcastable to the weight's shape.
-        """
-        module = self.module
-        if isinstance(module, nn.Linear):
-            return values.unsqueeze(-2)
-        kernel = [1] * len(module.kernel_size)
-        if isinstance(module, _ConvTransposeNd):
-            return values.reshape(*values.shape, 1, *kernel)
-        groups, batch = module.groups, values.shape[:-1]
-        by_group = values.reshape(*batch, groups, 1, module.in_channels // groups)
-        rows = by_group.expand(*batch, groups, module.out_channels // groups if groups > 1 else 1, -1)
-        return rows.reshape(*batch, -1, module.in_channels // groups, *kernel)
-
-
-def num_inputs(module: nn.Module) -> int:
-    """Number of input features or channels of a linear, convolution or batch-norm layer."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, _ConvNd):
-        return module.in_channels
-    if isinstance(module, _BatchNorm):
-        return int(module.num_features)
-    raise TypeError(f"no linear, convolution or batch-norm layer: {type(module).__name__}")
 
 
 def find_weights(
@@ -94,52 +66,46 @@ def find_weights(
     return found, excluded
 
 
-def require_candidates(found: Sequence[object], where: str, layers: str, reasons: Mapping[str, str]) -> None:
-    """Check that there is something to prune.
-
-    Args:
-        found: the layers that can be pruned.
-        where: how the model is called in the message.
-        layers: how such layers are called.
-        reasons: layer → why it cannot be pruned.
-
-    Raises:
-        ValueError: there is nothing; lists the reasons.
-    """
-    if not found:
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        why = f"none of its {layers} can be pruned:{listing}" if reasons else f"it has no {layers}"
-        raise ValueError(
-            f"nothing to prune in {where}: {why}\n"
-            "Check include=/exclude=, requires_grad, and that the layers are attributes of the module; batch norms are "
-            'pruned with granularity="channel", linear and convolution layers with granularity="weight".'
-        )
-
-
-def select(
-    names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> dict[str, str]:
-    """Apply include/exclude glob patterns; returns {name: reason} of the names they leave out.
-
-    Raises:
-        ValueError: a pattern matches no name.
-    """
-    names = list(names)
-    left_out: dict[str, str] = {}
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if patterns is None:
-            continue
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {names}")
-        for name in names:
-            if any(fnmatchcase(name, pattern) for pattern in patterns) != (argument == "include"):
-                left_out.setdefault(name, f"left out by {argument}={patterns}")
-    return left_out
-
-
 def _why_not(module: nn.Linear | _ConvNd, owners: dict[int, str]) -> str | None:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "attention uses this layer's weight without calling it"
     return why_fixed(module, owners)
+
+
+@register_granularity("weight")
+class Weights(Granularity[PrunableWeight]):
+    """Connections of linear and convolution layers.
+
+    Args:
+        model: any module.
+        include, exclude: glob patterns over layer names.
+        connections: "exact" gives every connection sums of its own; "factored" one sum per input of a layer.
+
+    Raises:
+        ValueError: nothing to prune, patterns that match nothing.
+    """
+
+    noun = "weights"
+    slims_in_fit = False
+    options = ("connections",)
+
+    def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns, connections: str = "factored") -> None:
+        self._layers, self.not_pruned = find_weights(model, include, exclude)
+        self._connections = connections
+
+    def slim(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
+    ) -> SlimmingPlan:
+        """Remove units without incoming or without outgoing weights; it sees in the weights which are pruned."""
+        return remove_dead_units(network, args, kwargs)
+
+    def collector(self, num_classes: int) -> ActivationCollector:
+        """Sums over the layers' inputs."""
+        probes = [Probe(layer.name, layer.module) for layer in self._layers]
+        return ActivationCollector(probes, num_classes, self.names if self._connections == "exact" else ())
+
+    def _parameters_of(self, layer: PrunableWeight) -> list[nn.Parameter]:
+        return [layer.weight]
+
+    def _per_candidate(self, layer: PrunableWeight, values: Tensor) -> Tensor:
+        return values if values.shape == layer.weight.shape else per_connection(layer.module, values)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from lightning_fscreen.slimming.capture import evaluating
+from lightning_fscreen.modules import evaluating
 
 BATCH_SIZES = (1, 64)
 _BLOCK = 0.02  # seconds of calls that are timed together: many clock ticks

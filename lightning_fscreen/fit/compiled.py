@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def uncompiled(module: Module) -> Module:
-    """The module that `torch.compile` has wrapped; any other as it is."""
-    original = module._modules.get("_orig_mod")  # noqa: SLF001  # an attribute that is no submodule does not count
-    return module if original is None else original  # type: ignore[return-value]
+from lightning_fscreen.modules import uncompiled
 
 
 def is_compiled(model: nn.Module) -> bool:

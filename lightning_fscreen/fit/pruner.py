@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.costs.size import measure_size
 from lightning_fscreen.fit.compiled import Eagerly
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.recorder import InputRecorder, networks_around
-from lightning_fscreen.fit.report import PruningReport, Record, measure_size
+from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.surgery import slim_in_fit
 from lightning_fscreen.saving.checkpoints import carry_plan

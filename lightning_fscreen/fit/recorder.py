@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fscreen.fit.compiled import uncompiled
+from lightning_fscreen.modules import uncompiled
+from lightning_fscreen.statistics.collector import examined
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 OnCall = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
 _INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
-
-examined: ContextVar[bool] = ContextVar("examined", default=False)
-"""Whether the network runs only because a callback examines it: this is no part of the training."""
 
 
 def common_parent(model: nn.Module, names: Sequence[str]) -> str:

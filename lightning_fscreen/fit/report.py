@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.costs.size import Size, measure_size
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.ranking.criteria import Explained
-from lightning_fscreen.slimming.capture import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +34,6 @@ class LayerReport:
     total: int
     kept: int
     evidence: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Size:
-    """Size of a network.
-
-    Attributes:
-        params: number of parameter values.
-        nonzero: those that are not zero.
-        macs: multiply–accumulate operations of one instance, as dense layers compute them; None if no input was seen.
-    """
-
-    params: int
-    nonzero: int
-    macs: int | None
 
 
 @dataclass(frozen=True)
@@ -150,20 +133,3 @@ def metrics_of(report: PruningReport, kind: type[Granularity[Any]]) -> dict[str,
         metrics |= {f"fscreen/{kind.noun}": report.kept, "fscreen/params": report.after.params}
         metrics |= {} if report.after.macs is None else {"fscreen/macs": report.after.macs}
     return {name: float(value) for name, value in metrics.items()}
-
-
-def measure_size(network: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None, instances: int) -> Size:
-    """Size of a network now.
-
-    Args:
-        network: the network.
-        inputs: arguments and keyword arguments of its forward, to count operations with; None to leave them out.
-        instances: number of instances in `inputs`.
-    """
-    parameters = list(network.parameters())
-    macs = None
-    if inputs is not None:
-        with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(*inputs[0], **inputs[1])
-        macs = round(counter.get_total_flops() / 2 / instances)
-    return Size(sum(p.numel() for p in parameters), sum(int((p != 0).sum()) for p in parameters), macs)

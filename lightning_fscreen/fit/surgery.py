@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_fscreen.fit.distributed import broadcast_buffers, rewrap
 from lightning_fscreen.fit.optim import Move, check_state, move_parameters
-from lightning_fscreen.slimming.plan import SlimmingPlan, join
+from lightning_fscreen.modules import join
+from lightning_fscreen.slimming.plan import SlimmingPlan
 
 
 def slim_in_fit(

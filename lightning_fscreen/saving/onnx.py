@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_fscreen.modules import evaluating
 from lightning_fscreen.saving.files import replacing
-from lightning_fscreen.slimming.capture import evaluating
 
 
 def export_onnx(network: nn.Module, args: tuple[Any, ...], path: str | os.PathLike[str]) -> None:

@@ -13,12 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_fscreen.fit.compiled import uncompiled
+from lightning_fscreen.modules import join, named_tensors, uncompiled
 from lightning_fscreen.saving.files import replacing
-from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, join, plan_of
+from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, plan_of
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
-from lightning_fscreen.slimming.tensors import named_tensors
 
 _KEY, _DIGEST = "fscreen_plan", "fscreen_sha256"
 Model = TypeVar("Model", bound=nn.Module)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_fscreen.modules import in_mode
+
 
 class CaptureError(RuntimeError):
     """The network cannot be captured as a graph, so it cannot be slimmed."""
@@ -62,18 +64,6 @@ def capture(
     return Capture(program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}, training)
 
 
-@contextlib.contextmanager
-def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside, every submodule's own mode restored afterwards."""
-    modes = {module: module.training for module in network.modules()}
-    network.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 class _PlainNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -103,8 +93,3 @@ def _without_cumulative_averages(network: nn.Module) -> Iterator[None]:
     finally:
         for module in norms:
             module.momentum = None
-
-
-def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Eval mode inside, every submodule's own mode restored afterwards."""
-    return in_mode(network, training=False)

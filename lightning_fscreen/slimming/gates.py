@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen.coupling import coupled_layers
-from lightning_fscreen.fit.compiled import uncompiled
-from lightning_fscreen.reasons import why_fixed
+from lightning_fscreen.modules import own_tensors, uncompiled, why_fixed
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.readers import NormReader
 from lightning_fscreen.slimming.slots import SlotGraph
-from lightning_fscreen.slimming.tensors import own_tensors
 
 STAYS = -1
 """Unit of a channel that cannot be pruned."""

@@ -15,9 +15,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
+from lightning_fscreen.modules import named_tensors, own_tensors
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.slots import SlotGraph, Value
-from lightning_fscreen.slimming.tensors import named_tensors, own_tensors
 
 Handler = Callable[["Walk", Any], Any]
 """(walk, node) → the `Value` of the operator's output, or a list of them; raises `Unsupported` if it cannot tell."""

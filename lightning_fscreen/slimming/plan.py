@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_fscreen.slimming.tensors import named_tensors, own_tensors
+from lightning_fscreen.modules import join, named_tensors, own_tensors
 
 _FORMAT = 1
 _PLAN = "_fscreen_plan"
@@ -201,11 +201,6 @@ class SlimmingPlan:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"this is not a slimming plan: {type(error).__name__}: {error}") from error
-
-
-def join(prefix: str, name: str) -> str:
-    """Name, in a model, of the tensor or module `name` of its submodule `prefix`; either may be empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def attach_plan(network: nn.Module, plan: SlimmingPlan) -> None:

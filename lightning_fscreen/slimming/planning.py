@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lightning_fscreen.modules import join, named_tensors, parameters_by_name
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
-from lightning_fscreen.slimming.plan import SlimmingPlan, join
+from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.readers import DenseReader, Reader
 from lightning_fscreen.slimming.select import selected
 from lightning_fscreen.slimming.slots import SlotGraph
-from lightning_fscreen.slimming.tensors import named_tensors, parameters_by_name
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_fscreen.slimming.plan import SlimmingPlan, attach_lost_plan, attach_plan, detach_plans, join, plan_of
+from lightning_fscreen.modules import join, named_tensors
+from lightning_fscreen.slimming.plan import SlimmingPlan, attach_lost_plan, attach_plan, detach_plans, plan_of
 from lightning_fscreen.slimming.rewrite import Undo, install, original_groups
 from lightning_fscreen.slimming.select import drop_select, put_select, selected
-from lightning_fscreen.slimming.tensors import named_tensors
 
 
 def slim_like(network: nn.Module, plan: SlimmingPlan) -> None:

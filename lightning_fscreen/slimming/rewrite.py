@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_fscreen.slimming.plan import SlimmingPlan, join
+from lightning_fscreen.modules import join, own_tensors, parameters_by_name, put_tensor
+from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.select import put_select
-from lightning_fscreen.slimming.tensors import own_tensors, parameters_by_name, put_tensor
 
 Undo = Callable[[], None]
 _GROUPS = "_fscreen_groups"

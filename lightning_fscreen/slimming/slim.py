@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_fscreen.fit.compiled import uncompiled
+from lightning_fscreen.modules import own_tensors, uncompiled
 from lightning_fscreen.slimming.apply import remove_dead_slots
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.plan import SlimmingPlan
-from lightning_fscreen.slimming.tensors import own_tensors
 
 Bias = Literal["zero", "fold"]
 

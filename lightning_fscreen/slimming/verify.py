@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.capture import in_mode, plain_norms
-from lightning_fscreen.slimming.tensors import named_tensors
+from lightning_fscreen.modules import in_mode, named_tensors
+from lightning_fscreen.slimming.capture import plain_norms
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fscreen.candidates.weights import PrunableWeight, num_inputs
-from lightning_fscreen.fit.recorder import examined
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
-from lightning_fscreen.slimming.activations import Activation
+from lightning_fscreen.modules import num_inputs
 from lightning_fscreen.statistics.buffer import ActivationBuffer
 from lightning_fscreen.statistics.connections import ConnectionSums
-from lightning_fscreen.statistics.features import PositionMeans
+from lightning_fscreen.statistics.features import Activation, PositionMeans
 from lightning_fscreen.statistics.labels import check_proportions
 from lightning_fscreen.statistics.moments import Sums, spread_statistic
 from lightning_fscreen.statistics.origins import is_learned
 from lightning_fscreen.statistics.sums import FeatureSums
 
 log = logging.getLogger(__name__)
+
+examined: ContextVar[bool] = ContextVar("examined", default=False)
+"""Whether the network runs only to be looked at, by one of several callbacks: no part of the training."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,14 @@ class ActivationCollector:
     Args:
         probes: where to read.
         num_classes: C.
-        exact: layers whose connections get sums of their own (their inputs must be among the probes).
+        exact: names of probes at the inputs of layers whose connections get sums of their own.
     """
 
-    def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[PrunableWeight] = ()) -> None:
+    def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[str] = ()) -> None:
         self.num_classes = num_classes
         self._probes = list(probes)
         places = {probe.name: index for index, probe in enumerate(self._probes)}
-        self._exact = {places[candidate.name]: ConnectionSums(candidate, num_classes) for candidate in exact}
+        self._exact = {places[name]: ConnectionSums(self._probes[places[name]].module, num_classes) for name in exact}
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._means = PositionMeans()

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_fscreen.candidates.weights import PrunableWeight
 from lightning_fscreen.functional import ClassSums
+
+
+def per_connection(module: nn.Module, values: Tensor) -> Tensor:
+    """Spread a value per input over the connections that read that input.
+
+    Args:
+        module: a linear or convolution layer.
+        values: (*, in).
+
+    Returns:
+        (*, …), the dimensions after `*` broadcastable to the weight's shape.
+    """
+    if isinstance(module, nn.Linear):
+        return values.unsqueeze(-2)
+    assert isinstance(module, _ConvNd)
+    kernel = [1] * len(module.kernel_size)
+    if isinstance(module, _ConvTransposeNd):
+        return values.reshape(*values.shape, 1, *kernel)
+    groups, batch = module.groups, values.shape[:-1]
+    by_group = values.reshape(*batch, groups, 1, module.in_channels // groups)
+    rows = by_group.expand(*batch, groups, module.out_channels // groups if groups > 1 else 1, -1)
+    return rows.reshape(*batch, -1, module.in_channels // groups, *kernel)
 
 
 class ConnectionSums:
@@ -20,9 +42,9 @@ class ConnectionSums:
     S_c += n_c u + w Σ_{k∈c} d_k  and  Q += n u² + 2 u w Σ d + w² Σ d².
     """
 
-    def __init__(self, candidate: PrunableWeight, num_classes: int) -> None:
-        self._candidate = candidate
-        weight = candidate.weight
+    def __init__(self, module: nn.Module, num_classes: int) -> None:
+        self._module = module
+        weight = module.get_parameter("weight")
         zeros = torch.zeros((num_classes + 2, *weight.shape), dtype=torch.float64, device=weight.device)
         self.counts = torch.zeros(num_classes, dtype=torch.float64, device=weight.device)
         self.shift, self.squares, self.sums = zeros[0], zeros[1], zeros[2:]
@@ -37,8 +59,8 @@ class ConnectionSums:
     def update(self, inputs: ClassSums, weight: Tensor) -> None:
         """Add a batch: the sums of its inputs, and the weight they were multiplied with."""
         weight = weight.to(torch.float64)
-        origin, squares = self._candidate.per_connection(torch.stack([inputs.shift, inputs.squares]))
-        by_class = self._candidate.per_connection(inputs.sums)
+        origin, squares = per_connection(self._module, torch.stack([inputs.shift, inputs.squares]))
+        by_class = per_connection(self._module, inputs.sums)
         if self._empty:
             self.shift.copy_(weight * origin)
             self._empty = False

@@ -1,15 +1,37 @@
-"""Means of activations over positions: one value per instance and feature."""
+"""From an activation to features: an element-wise function, and the mean over positions."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_fscreen.slimming.activations import Activation
-
 # Values transformed at a time on CPUs: in float32 they stay in the cache until their mean is taken.
 _CHUNK = 2**19
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function.
+
+    Attributes:
+        function: returns a new tensor; its argument stays as it is.
+        in_place: the same, but overwrites its argument, which spares memory traffic; None if torch has no such form.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The function of `values`, in a tensor of its own."""
+        return self.function(values)
+
+    def consume(self, values: Tensor) -> Tensor:
+        """The function of `values`, which may hold anything afterwards."""
+        return (self.in_place or self.function)(values)
 
 
 class PositionMeans:

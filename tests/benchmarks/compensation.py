@@ -13,7 +13,7 @@ import sys
 import torch
 
 from lightning_fscreen import models, slim
-from lightning_fscreen.candidates.granularity import Channels
+from lightning_fscreen.candidates.channels import Channels
 from lightning_fscreen.data import ImageFolderDataModule
 from lightning_fscreen.ranking.budgeted import rank_and_prune
 from lightning_fscreen.ranking.criteria import resolve_criterion

@@ -28,7 +28,7 @@ from torch import nn
 from lightning_fscreen.cli.run import run
 from lightning_fscreen.cli.tables import summary
 from lightning_fscreen.costs.latency import measure_latency
-from lightning_fscreen.fit.report import measure_size
+from lightning_fscreen.costs.size import measure_size
 
 AMOUNTS = (0.5, 0.7)
 FSCREEN = "callbacks.fscreen"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_fscreen.candidates.granularity import Weights
+from lightning_fscreen.candidates.weights import Weights
 
 LAYERS, CLASSES, BATCH, STEPS = 4, 10, 32, 7
 COUNTS = (10**6, 10**7, 10**8, 10**9, 10**10)

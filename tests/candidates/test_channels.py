@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightning_fscreen.candidates.channels import FEATURES, find_channels, inverse, refine
 from lightning_fscreen.slimming import Gate
-from lightning_fscreen.slimming.activations import Activation
 from lightning_fscreen.statistics.collector import ActivationCollector
+from lightning_fscreen.statistics.features import Activation
 
 
 @given(st.floats(-0.2, 8.0), st.sampled_from([F.silu, F.hardswish, F.gelu, F.leaky_relu, F.elu, F.softplus]))

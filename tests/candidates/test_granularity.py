@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fscreen import ScreeningPruningCallback, SlimmingPlan
+from lightning_fscreen.candidates.channels import Channels
 from lightning_fscreen.candidates.granularity import (
     GRANULARITIES,
-    Channels,
     Granularity,
     Patterns,
-    Weights,
     register_granularity,
+    require_candidates,
 )
-from lightning_fscreen.candidates.weights import require_candidates, select
+from lightning_fscreen.candidates.weights import Weights
+from lightning_fscreen.modules import select
 from lightning_fscreen.statistics.collector import ActivationCollector
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
 

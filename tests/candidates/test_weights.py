@@ -7,66 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from lightning_fscreen.candidates.weights import PrunableWeight, find_weights, num_inputs, select
-
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-LAYERS = {
-    "linear": (lambda: nn.Linear(5, 3), (2, 5)),
-    "linear, one output": (lambda: nn.Linear(4, 1), (2, 4)),
-    "linear, one input": (lambda: nn.Linear(1, 3), (2, 1)),
-    **{
-        f"{kind} {dims}d, {i}→{o}, {groups} groups": (
-            lambda layers=layers, dims=dims, i=i, o=o, groups=groups: layers[dims](
-                i, o, 3 if dims < 3 else 2, groups=groups
-            ),
-            (2, i, *[4] * dims),
-        )
-        for kind, layers in (("conv", CONVS), ("transposed conv", TRANSPOSED))
-        for dims in (1, 2, 3)
-        for i, o, groups in ((4, 6, 1), (4, 6, 2), (4, 4, 4), (4, 8, 4), (6, 3, 3))
-    },
-}
-
-
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_a_value_per_input_reaches_exactly_the_weights_that_read_that_input(make, shape):
-    """Oracle: with only one input channel non-zero, autograd says which weights matter."""
-    module = make()
-    candidate = PrunableWeight("layer", module)
-    inputs = num_inputs(module)
-    for index in range(inputs):
-        x = torch.zeros(shape)
-        x[:, index] = torch.rand(x[:, index].shape) + 0.5
-        module.zero_grad()
-        module(x).sum().backward()
-        spread = candidate.per_connection(torch.eye(inputs)[index])
-        assert torch.equal(spread.expand(module.weight.shape) == 1, module.weight.grad != 0)
-        assert torch.equal(spread.expand(module.weight.shape) == 0, module.weight.grad == 0)
-
-
-@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-def test_leading_dimensions_are_carried_through(make, shape):
-    candidate = PrunableWeight("layer", make())
-    values = torch.rand(2, 3, num_inputs(candidate.module))
-    spread = candidate.per_connection(values)
-    full = (2, 3, *candidate.weight.shape)
-    assert torch.broadcast_shapes(spread.shape, full) == full
-    for i in range(2):
-        for j in range(3):
-            one = candidate.per_connection(values[i, j])
-            assert torch.equal(spread[i, j].expand(full[2:]), one.expand(full[2:]))
-
-
-def test_num_inputs_of_every_kind_of_layer():
-    assert [num_inputs(m) for m in (nn.Linear(5, 3), nn.Conv2d(4, 6, 1, groups=2), nn.ConvTranspose1d(3, 2, 1))] == [
-        5,
-        4,
-        3,
-    ]
-    assert num_inputs(nn.BatchNorm2d(7)) == 7
-    with pytest.raises(TypeError, match="ReLU"):
-        num_inputs(nn.ReLU())
+from lightning_fscreen.candidates.weights import find_weights
+from lightning_fscreen.modules import select
 
 
 class Network(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fscreen import PruningReport
-from lightning_fscreen.fit.report import LayerReport, Size, measure_size
+from lightning_fscreen.costs.size import Size, measure_size
+from lightning_fscreen.fit.report import LayerReport
 from tests.slimming import snapshot, untouched
 
 

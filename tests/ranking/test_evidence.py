@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_fscreen.candidates.weights import PrunableWeight
 from lightning_fscreen.ranking.criteria import Ranked
 from lightning_fscreen.ranking.evidence import gather_evidence
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.connections import per_connection
 
 
 def layer_of(features, labels, weight, num_classes=2, module=None, learned=False):
@@ -23,7 +24,7 @@ def layer_of(features, labels, weight, num_classes=2, module=None, learned=False
     collector.update(labels)
     found = collector.statistics()["a"]
     assert not found.learned
-    spread_over = PrunableWeight("a", module).per_connection
+    spread_over = functools.partial(per_connection, module)
     return Ranked(
         weight,
         torch.ones_like(weight, dtype=torch.bool),
@@ -164,13 +165,13 @@ def test_convolutions_are_tested_by_input_channel(module):
     features[:, 31] *= 1 + 0.5 * labels
     weight = 0.1 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
     used = torch.zeros(60, dtype=torch.bool).index_fill(0, torch.tensor([0, 31]), True)
-    weight *= 1 + 9 * PrunableWeight("a", module).per_connection(used)
+    weight *= 1 + 9 * per_connection(module, used)
     positions = [1] * len(module.kernel_size) if max(module.kernel_size) == 1 else [3] * len(module.kernel_size)
     images = features.view(*features.shape, *[1] * len(positions)).expand(*features.shape, *positions)
     evidence = gather_evidence(layer_of(images, labels, weight, module=module), "a")
     assert evidence.trusted is None
     by_weight = (evidence.strength > 1).expand(weight.shape)
-    assert torch.equal(by_weight, PrunableWeight("a", module).per_connection(used).expand(weight.shape))
+    assert torch.equal(by_weight, per_connection(module, used).expand(weight.shape))
 
 
 def test_f_of_every_connection_is_joined_with_what_is_known_of_the_inputs():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fscreen.slimming.activations import activations_of
+from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.slimming.capture import capture
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.slimming.capture import CaptureError, capture, evaluating
-from lightning_fscreen.slimming.tensors import named_tensors
+from lightning_fscreen.modules import evaluating, named_tensors
+from lightning_fscreen.slimming.capture import CaptureError, capture
 from tests.slimming import snapshot, untouched
 
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_fscreen.modules import parameters_by_name
 from lightning_fscreen.slimming import PlanError, SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.plan import attach_plan, plan_of
 from lightning_fscreen.slimming.rewrite import install
-from lightning_fscreen.slimming.tensors import parameters_by_name
 from tests.slimming import zero_columns, zero_rows
 
 names = st.text(min_size=1, max_size=8)

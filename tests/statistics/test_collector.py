@@ -83,9 +83,8 @@ def probes(model):
 
 
 def collecting(model, exact=False, layers=None):
-    candidates = find_weights(model)[0]
     chosen = [probe for probe in probes(model) if layers is None or probe.name in layers]
-    return ActivationCollector(chosen, C, candidates if exact else ())
+    return ActivationCollector(chosen, C, [layer.name for layer in find_weights(model)[0]] if exact else ())
 
 
 def feed(collector, model, data, optimizer=None):

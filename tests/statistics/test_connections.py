@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_fscreen.candidates.weights import PrunableWeight, num_inputs
 from lightning_fscreen.functional import f_statistic, f_statistic_compute, f_statistic_update
-from lightning_fscreen.statistics.connections import ConnectionSums
+from lightning_fscreen.modules import num_inputs
+from lightning_fscreen.statistics.connections import ConnectionSums, per_connection
 from tests.test_functional import assert_equals_sklearn
 
 C = 3
@@ -20,6 +20,53 @@ LAYERS = {
     "depthwise conv": lambda: nn.Conv1d(3, 3, 3, groups=3),
     "transposed conv": lambda: nn.ConvTranspose2d(4, 6, 2, groups=2),
 }
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+ALL_LAYERS = {
+    "linear": (lambda: nn.Linear(5, 3), (2, 5)),
+    "linear, one output": (lambda: nn.Linear(4, 1), (2, 4)),
+    "linear, one input": (lambda: nn.Linear(1, 3), (2, 1)),
+    **{
+        f"{kind} {dims}d, {i}→{o}, {groups} groups": (
+            lambda layers=layers, dims=dims, i=i, o=o, groups=groups: layers[dims](
+                i, o, 3 if dims < 3 else 2, groups=groups
+            ),
+            (2, i, *[4] * dims),
+        )
+        for kind, layers in (("conv", CONVS), ("transposed conv", TRANSPOSED))
+        for dims in (1, 2, 3)
+        for i, o, groups in ((4, 6, 1), (4, 6, 2), (4, 4, 4), (4, 8, 4), (6, 3, 3))
+    },
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), ALL_LAYERS.values(), ids=ALL_LAYERS)
+def test_a_value_per_input_reaches_exactly_the_weights_that_read_that_input(make, shape):
+    """Oracle: with only one input channel non-zero, autograd says which weights matter."""
+    module = make()
+    inputs = num_inputs(module)
+    for index in range(inputs):
+        x = torch.zeros(shape)
+        x[:, index] = torch.rand(x[:, index].shape) + 0.5
+        module.zero_grad()
+        module(x).sum().backward()
+        spread = per_connection(module, torch.eye(inputs)[index])
+        assert torch.equal(spread.expand(module.weight.shape) == 1, module.weight.grad != 0)
+        assert torch.equal(spread.expand(module.weight.shape) == 0, module.weight.grad == 0)
+
+
+@pytest.mark.parametrize(("make", "shape"), ALL_LAYERS.values(), ids=ALL_LAYERS)
+def test_leading_dimensions_are_carried_through(make, shape):
+    module = make()
+    values = torch.rand(2, 3, num_inputs(module))
+    spread = per_connection(module, values)
+    full = (2, 3, *module.weight.shape)
+    assert torch.broadcast_shapes(spread.shape, full) == full
+    for i in range(2):
+        for j in range(3):
+            one = per_connection(module, values[i, j])
+            assert torch.equal(spread[i, j].expand(full[2:]), one.expand(full[2:]))
 
 
 def source(module):
@@ -55,7 +102,7 @@ def contributions(module, batches):
 
 
 def summed(module, batches):
-    sums = ConnectionSums(PrunableWeight("layer", module), C)
+    sums = ConnectionSums(module, C)
     shift = batches[0][0][0]
     for x, labels, weight in batches:
         sums.update(f_statistic_update(x, labels, C, shift), weight)
@@ -113,7 +160,7 @@ def test_loaded_sums_continue_bit_for_bit():
     straight = summed(module, batches)
     half = summed(module, batches[:1])
     saved = type(half.class_sums())(*(part.clone() for part in half.class_sums()))
-    resumed = ConnectionSums(PrunableWeight("layer", module), C)
+    resumed = ConnectionSums(module, C)
     resumed.load(saved)
     for x, labels, weight in batches[1:]:
         resumed.update(f_statistic_update(x, labels, C, batches[0][0][0]), weight)

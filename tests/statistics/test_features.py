@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fscreen.slimming.activations import Activation
-from lightning_fscreen.statistics.features import PositionMeans
+from lightning_fscreen.statistics.features import Activation, PositionMeans
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
 from lightning_fscreen.statistics.gradients import GradientSums
 from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
@@ -89,7 +90,7 @@ def test_channels_pruned_at_initialisation_are_gone_from_the_second_epoch_on(cri
     assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.02)
 
 
-def test_gradients_are_those_of_accumulated_and_of_several_steps():
+def test_gradients_are_those_of_accumulated_and_of_several_steps(monkeypatch):
     """One epoch, weights that do not move: the mean over two steps of two batches each."""
     model = Classifier(mlp(), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     images, labels = digits()
@@ -99,11 +100,13 @@ def test_gradients_are_those_of_accumulated_and_of_several_steps():
         steps.append(torch.autograd.grad(loss, model.net[1].weight)[0].abs())
     found = {}
 
-    class Spy(ScreeningPruningCallback):
-        def _decide(self, epoch, statistics, gradients):
-            found.update(gradients)
-            return super()._decide(epoch, statistics, gradients)
+    def spy(layers, screening_weight, generator):
+        found.update(layers)
+        return {name: layer.weight.abs() for name, layer in layers.items()}
 
-    callback = Spy(granularity="weight", amount=0.5, criterion="gradient", end_epoch=1, schedule="one_shot")
+    monkeypatch.setitem(CRITERIA, "spy", Criterion(spy, lambda screening_weight: False, needs_gradients=True))
+    callback = ScreeningPruningCallback(
+        granularity="weight", amount=0.5, criterion="spy", end_epoch=1, schedule="one_shot"
+    )
     trainer([callback], max_epochs=1, accumulate_grad_batches=2).fit(model, loader())
     torch.testing.assert_close(found["net.1"].gradient, (steps[0] + steps[1]) / 2)

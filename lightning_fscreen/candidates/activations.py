@@ -1,9 +1,8 @@
-"""Activation functions: the element-wise functions that follow the batch norms of a captured network."""
+"""The activation functions behind the batch norms of a captured network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,27 +12,7 @@ from torch import Tensor
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.elementwise import ACTIVATIONS
 from lightning_fscreen.slimming.interpreter import operator_name
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An element-wise function.
-
-    Attributes:
-        function: returns a new tensor; its argument stays as it is.
-        in_place: the same, but overwrites its argument, which spares memory traffic; None if torch has no such form.
-    """
-
-    function: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """The function of `values`, in a tensor of its own."""
-        return self.function(values)
-
-    def consume(self, values: Tensor) -> Tensor:
-        """The function of `values`, which may hold anything afterwards."""
-        return (self.in_place or self.function)(values)
+from lightning_fscreen.statistics.features import Activation
 
 
 def activations_of(captured: Capture) -> dict[str, Activation]:

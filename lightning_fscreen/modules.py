@@ -1,0 +1,133 @@
+"""Helpers on modules: names and patterns, modes, the tensors that they hold, and why these cannot be pruned.
+
+This is the one place that reads and writes torch's private dictionaries of tensors: `getattr` would run
+parametrizations, `setattr` the modules' own setters.
+"""
+
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def join(prefix: str, name: str) -> str:
+    """Name, in a model, of the tensor or module `name` of its submodule `prefix`; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def select(
+    names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> dict[str, str]:
+    """Apply include/exclude glob patterns; returns {name: reason} of the names they leave out.
+
+    Raises:
+        ValueError: a pattern matches no name.
+    """
+    names = list(names)
+    left_out: dict[str, str] = {}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if patterns is None:
+            continue
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {names}")
+        for name in names:
+            if any(fnmatchcase(name, pattern) for pattern in patterns) != (argument == "include"):
+                left_out.setdefault(name, f"left out by {argument}={patterns}")
+    return left_out
+
+
+@contextlib.contextmanager
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside, every submodule's own mode restored afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Eval mode inside, every submodule's own mode restored afterwards."""
+    return in_mode(network, training=False)
+
+
+def uncompiled(module: Module) -> Module:
+    """The module that `torch.compile` has wrapped; any other as it is."""
+    original = module._modules.get("_orig_mod")  # an attribute that is no submodule does not count
+    return module if original is None else original  # type: ignore[return-value]
+
+
+def num_inputs(module: nn.Module) -> int:
+    """Number of input features or channels of a linear, convolution or batch-norm layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, _ConvNd):
+        return module.in_channels
+    if isinstance(module, _BatchNorm):
+        return int(module.num_features)
+    raise TypeError(f"no linear, convolution or batch-norm layer: {type(module).__name__}")
+
+
+def why_fixed(module: nn.Module, owners: Mapping[int, str], noun: str = "weight") -> str | None:
+    """Why the parameter `weight` of a layer cannot be pruned; None if it can.
+
+    Args:
+        module: a layer with a weight.
+        owners: id of a weight → name of the layer that is pruned with it.
+        noun: the word for the weight in the reason.
+    """
+    if is_parametrized(module, "weight"):
+        return f"its {noun} is computed by a parametrization"
+    weight = module.weight
+    if isinstance(weight, UninitializedParameter):
+        return f"its {noun} is not initialised; run a batch through the lazy module first"
+    if not isinstance(weight, nn.Parameter):
+        return f"its {noun} is not a parameter (weight_norm or an older pruning hook replaced it)"
+    if not weight.requires_grad:
+        return "frozen (requires_grad is False)"
+    if id(weight) in owners:
+        return f"shares its {noun} with {owners[id(weight)]!r}, which can be pruned"
+    return None
+
+
+def own_tensors(module: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Weight and bias that a module holds itself: to read a parametrized one can write to its buffers."""
+    return module._parameters.get("weight"), module._parameters.get("bias")
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each tensor once (shared ones under their first name)."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def parameters_by_name(model: nn.Module) -> Mapping[str, list[tuple[nn.Module, str]]]:
+    """Tensor name (first one, where shared) → every (module, attribute) that holds that tensor."""
+    first: dict[int, str] = {id(tensor): name for name, tensor in reversed(list(named_tensors(model).items()))}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                places.setdefault(first[id(tensor)], []).append((module, attribute))
+    return places
+
+
+def put_tensor(module: nn.Module, attribute: str, tensor: Tensor | None) -> None:
+    """Replace a parameter or buffer of a module."""
+    store = module._parameters if attribute in module._parameters else module._buffers
+    store[attribute] = tensor  # type: ignore[assignment]

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lightning_fscreen.modules import num_inputs
+
+
+def test_num_inputs_of_every_kind_of_layer():
+    assert [num_inputs(m) for m in (nn.Linear(5, 3), nn.Conv2d(4, 6, 1, groups=2), nn.ConvTranspose1d(3, 2, 1))] == [
+        5,
+        4,
+        3,
+    ]
+    assert num_inputs(nn.BatchNorm2d(7)) == 7
+    with pytest.raises(TypeError, match="ReLU"):
+        num_inputs(nn.ReLU())
