@@ -4,13 +4,16 @@ from lightning_fscreen.ranking.criteria import (
     CRITERIA,
     Criterion,
     Explained,
-    Ranked,
     Scores,
+    ScoringContext,
+    ScoringInputs,
     register_criterion,
     required,
     resolve_criterion,
     scoring_dtype,
 )
+
+Ranked = ScoringInputs  # its former name
 
 __all__ = [
     "CRITERIA",
@@ -18,6 +21,8 @@ __all__ = [
     "Explained",
     "Ranked",
     "Scores",
+    "ScoringContext",
+    "ScoringInputs",
     "register_criterion",
     "required",
     "resolve_criterion",

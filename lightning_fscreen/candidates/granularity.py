@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_fscreen.ranking.criteria import Ranked
+from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
@@ -166,14 +166,14 @@ class Granularity(ABC, Generic[Layer]):
         """Sums over the gradients of the candidates."""
         return GradientSums({layer.name: self._parameters_of(layer) for layer in self._layers})
 
-    def ranked(
+    def scoring_inputs(
         self,
         kept: Mapping[str, Tensor],
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
-    ) -> dict[str, Ranked]:
+    ) -> dict[str, ScoringInputs]:
         """Inputs of the criterion by layer: values, statistics of activations, gradients."""
-        ranked = {}
+        inputs = {}
         for layer in self._layers:
             name = layer.name
             known: dict[str, Any] = {}
@@ -183,8 +183,8 @@ class Granularity(ABC, Generic[Layer]):
                 known |= {"degrees": found.degrees, "learned": found.learned}
             if steps := gradients.get(name):
                 known |= {"gradient": steps.gradient, "taylor": steps.taylor}
-            ranked[name] = Ranked(self._parameters_of(layer)[0].detach(), kept[name], **known)
-        return ranked
+            inputs[name] = ScoringInputs(self._parameters_of(layer)[0].detach(), kept[name], **known)
+        return inputs
 
     def after_pruning(self, pruned: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> None:
         """Adapt the other parameters to candidates that have just been zeroed.

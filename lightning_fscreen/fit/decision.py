@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.budgeted import rank_and_prune
-from lightning_fscreen.ranking.criteria import Explained
+from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.collector import FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics
 
@@ -38,12 +39,14 @@ class Decision:
         gradients: Mapping[str, GradientStatistics],
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
-        self._ranked = granularity.ranked(masks.present, statistics, gradients)
+        self._context = ScoringContext(
+            granularity.scoring_inputs(masks.present, statistics, gradients), settings.screening_weight
+        )
 
     def explain(self) -> Mapping[str, Explained]:
         """Why layers are ranked as they are; empty if the criterion does not say."""
         explain = self._settings.resolved_criterion.explain
-        return {} if explain is None else explain(self._ranked, self._settings.screening_weight)
+        return {} if explain is None else explain(self._context)
 
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.
@@ -56,10 +59,9 @@ class Decision:
             ValueError: NaN scores; a budget that the floors make impossible.
         """
         settings = self._settings
-        generator = torch.Generator().manual_seed(seed)
-        scores = settings.resolved_criterion.score(self._ranked, settings.screening_weight, generator)
+        context = replace(self._context, generator=torch.Generator().manual_seed(seed))
         return rank_and_prune(
-            scores,
+            settings.resolved_criterion.score(context),
             self._masks.present,
             self._present_fraction(fraction),
             scope=settings.scope,

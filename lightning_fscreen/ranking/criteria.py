@@ -6,16 +6,17 @@ A criterion ranks all candidates of a network together, so it sees all layers at
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ranked:
+class ScoringInputs:
     """The candidates of one layer, as a criterion sees them.
 
     Attributes:
@@ -43,8 +44,23 @@ class Ranked:
     learned: bool = False
 
 
+@dataclass(frozen=True)
+class ScoringContext:
+    """All that a criterion may use; later versions may add to it.
+
+    Attributes:
+        layers: the candidates, by layer.
+        screening_weight: λ of the criteria that join F and magnitude, 0 ≤ λ ≤ 1.
+        generator: random numbers, the same in every process.
+    """
+
+    layers: Mapping[str, ScoringInputs]
+    screening_weight: float = 0.25
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
 Scores = dict[str, Tensor]
-Score = Callable[[Mapping[str, Ranked], float, torch.Generator], Scores]
+Score = Callable[[ScoringContext], Scores]
 
 
 class Explained(Protocol):
@@ -55,7 +71,7 @@ class Explained(Protocol):
         ...
 
 
-Explain = Callable[[Mapping[str, Ranked], float], Mapping[str, Explained]]
+Explain = Callable[[ScoringContext], Mapping[str, Explained]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +79,12 @@ class Criterion:
     """A named way to score candidates.
 
     Attributes:
-        score: (layers, screening_weight, generator) → {layer: scores}, higher is more important; the scores of
-            candidates that are pruned already do not matter.
+        score: context → {layer: scores}, of the shape of the candidates' values; higher is more important, and the
+            scores of candidates that are pruned already do not matter.
         needs_statistics: whether it wants what activations say (`f`, `degrees`, `mean_square`), for a given
             screening_weight.
         needs_gradients: whether it wants `gradient` and `taylor`.
-        explain: (layers, screening_weight) → {layer: why it is ranked so}, for reports; may be None.
+        explain: context → {layer: why it is ranked so}, for reports; may be None.
     """
 
     score: Score
@@ -79,26 +95,43 @@ class Criterion:
 
 CRITERIA: dict[str, Criterion] = {}
 
+Function = TypeVar("Function", bound=Callable[..., Scores])
+
 
 def register_criterion(
     name: str,
     needs_statistics: Callable[[float], bool] = lambda screening_weight: False,
     needs_gradients: bool = False,
     explain: Explain | None = None,
-) -> Callable[[Score], Score]:
+) -> Callable[[Function], Function]:
     """Decorator that makes a scoring function available as `criterion=name`; see `Criterion` for the arguments.
+
+    A function of three arguments, (layers, screening_weight, generator), is called with these parts of the context.
+
+    Example:
+        >>> @register_criterion("deviation", needs_statistics=lambda screening_weight: True)
+        ... def deviation(context):
+        ...     return {name: layer.weight.abs() * layer.variance.sqrt() for name, layer in context.layers.items()}
+        >>> resolve_criterion("deviation").needs_statistics(0.25)
+        True
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def register(score: Score) -> Score:
+    def register(score: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"a criterion named {name!r} is registered already; choose another name")
-        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain)
+        CRITERIA[name] = Criterion(_of_context(score), needs_statistics, needs_gradients, explain)
         return score
 
     return register
+
+
+def _of_context(score: Callable[..., Scores]) -> Score:
+    if len(inspect.signature(score).parameters) == 1:
+        return score
+    return lambda context: score(context.layers, context.screening_weight, context.generator)
 
 
 def resolve_criterion(name: str) -> Criterion:
@@ -122,46 +155,46 @@ def resolve_criterion(name: str) -> Criterion:
 
 
 @register_criterion("magnitude")
-def magnitude(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def magnitude(context: ScoringContext) -> Scores:
     """R = |w|: the classical baseline (Han et al. 2015)."""
-    return {name: layer.weight.abs() for name, layer in layers.items()}
+    return {name: layer.weight.abs() for name, layer in context.layers.items()}
 
 
 @register_criterion("random")
-def random(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def random(context: ScoringContext) -> Scores:
     """R uniform on [0, 1): the baseline that every criterion has to beat."""
     return {
-        name: torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
-        for name, layer in layers.items()
+        name: torch.rand(layer.weight.shape, generator=context.generator).to(layer.weight.device)
+        for name, layer in context.layers.items()
     }
 
 
 @register_criterion("gradient", needs_gradients=True)
-def gradient(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def gradient(context: ScoringContext) -> Scores:
     """R = mean |∂L/∂w| over the steps gathered: gradient magnitude."""
-    return {name: required(layer.gradient, "gradients", name) for name, layer in layers.items()}
+    return {name: required(layer.gradient, "gradients", name) for name, layer in context.layers.items()}
 
 
 @register_criterion("taylor", needs_gradients=True)
-def taylor(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def taylor(context: ScoringContext) -> Scores:
     """R = mean |w·∂L/∂w|: how much the loss would change without w, to first order (Molchanov et al. 2019).
 
     With one step at initialisation (`end_epoch=0`) this is SNIP's connection sensitivity (Lee et al. 2019).
     """
-    return {name: required(layer.taylor, "gradients", name) for name, layer in layers.items()}
+    return {name: required(layer.taylor, "gradients", name) for name, layer in context.layers.items()}
 
 
 @register_criterion("activation", needs_statistics=lambda screening_weight: True)
-def activation(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def activation(context: ScoringContext) -> Scores:
     """R = |w|·√(mean x²): magnitude scaled by the activation that it multiplies (as in Sun et al. 2024)."""
     return {
         name: layer.weight.abs().to(scoring_dtype(layer))
         * required(layer.mean_square, "activations", name).to(layer.weight.device, scoring_dtype(layer)).sqrt()
-        for name, layer in layers.items()
+        for name, layer in context.layers.items()
     }
 
 
-def scoring_dtype(layer: Ranked) -> torch.dtype:
+def scoring_dtype(layer: ScoringInputs) -> torch.dtype:
     """At least float32: what is multiplied or summed may overflow a half precision."""
     return torch.promote_types(layer.weight.dtype, torch.float32)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.functional import LEVEL, f_critical
-from lightning_fscreen.ranking.criteria import Ranked, required
+from lightning_fscreen.ranking.criteria import ScoringInputs, required
 
 _FEWEST = 10  # features that make a null distribution
 _SIMILAR, _APART = 2 / 3, 0.95
@@ -58,7 +58,7 @@ class Evidence:
         return counts | {"joint": self.joint, "shrunk": shrunk, "trusted": self.trusted}
 
 
-def gather_evidence(layer: Ranked, name: str) -> Evidence:
+def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     """Test the features of a layer at level α = 0.001.
 
     - **mean**: F, the F-statistic of the feature, above its critical value.
@@ -72,8 +72,8 @@ def gather_evidence(layer: Ranked, name: str) -> Evidence:
 
     All features of a layer are trusted, not shrunk, where
 
-    - the network has learned them (`Ranked.learned`): training itself shrinks the weights of those that do not help;
-      screening them as well made some networks much worse, and only one, trained for a few hundred steps, better;
+    - the network has learned them (`ScoringInputs.learned`): training itself shrinks the weights of those that do not
+      help; to screen them as well made some networks worse, and only one, trained for a few hundred steps, better;
     - none is established: there is no telling relevant from irrelevant ones;
     - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
       for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_fscreen.ranking.criteria import Ranked, Scores, register_criterion, required, scoring_dtype
+from lightning_fscreen.ranking.criteria import (
+    Scores,
+    ScoringContext,
+    ScoringInputs,
+    register_criterion,
+    required,
+    scoring_dtype,
+)
 from lightning_fscreen.ranking.evidence import Evidence, gather_evidence
 
 # A feature that no test speaks for is still ranked: its effect may be learned late, and its weights then grow.
@@ -18,12 +25,14 @@ def _wanted(screening_weight: float) -> bool:
     return screening_weight > 0
 
 
-def _explain(layers: Mapping[str, Ranked], screening_weight: float) -> dict[str, Evidence]:
-    return {name: gather_evidence(layer, name) for name, layer in layers.items()} if screening_weight > 0 else {}
+def _explain(context: ScoringContext) -> dict[str, Evidence]:
+    if context.screening_weight == 0:
+        return {}
+    return {name: gather_evidence(layer, name) for name, layer in context.layers.items()}
 
 
 @register_criterion("screening", needs_statistics=_wanted, explain=_explain)
-def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def screening(context: ScoringContext) -> Scores:
     """Rank by |w|^(1 − λ) · s^λ with the shrunken evidence s = max(1 − 1/r, 10⁻³), λ = `screening_weight`.
 
     r is the strength of the evidence for a feature: the largest ratio of a test's statistic to its critical value, over
@@ -35,6 +44,7 @@ def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: 
     The score is the root of that product of order max(λ, 1 − λ), which ranks alike: with λ ≤ ½ it is |w|·s^(λ/(1 − λ)),
     magnitude itself where features are trusted, and takes no power of every weight.
     """
+    layers, screening_weight = context.layers, context.screening_weight
     if screening_weight == 0:
         return _magnitudes(layers)
     if screening_weight == 1:
@@ -42,7 +52,7 @@ def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: 
     largest = max(screening_weight, 1 - screening_weight)
     of_magnitude, of_evidence = (1 - screening_weight) / largest, screening_weight / largest
     scores = {name: magnitude.pow(of_magnitude) for name, magnitude in _magnitudes(layers).items()}
-    for name, evidence in _explain(layers, screening_weight).items():
+    for name, evidence in _explain(context).items():
         if not evidence.trusted:
             shrunken = (1 - 1 / evidence.strength).clamp(min=_SILENT)
             scores[name] = scores[name] * shrunken.pow(of_evidence).to(scores[name])
@@ -50,8 +60,9 @@ def screening(layers: Mapping[str, Ranked], screening_weight: float, generator: 
 
 
 @register_criterion("screening_product", needs_statistics=_wanted)
-def screening_product(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def screening_product(context: ScoringContext) -> Scores:
     """R = |w|^(1 − λ) · F^λ; λ = 1/3 ranks like |w|·√F. An infinite F counts as the largest finite one."""
+    layers, screening_weight = context.layers, context.screening_weight
     if screening_weight == 0:
         return _magnitudes(layers)
     magnitudes = _magnitudes(layers)
@@ -62,12 +73,13 @@ def screening_product(layers: Mapping[str, Ranked], screening_weight: float, gen
 
 
 @register_criterion("screening_sum", needs_statistics=_wanted)
-def screening_sum(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def screening_sum(context: ScoringContext) -> Scores:
     """R = λ·F̂ + (1 − λ)·|w|^, the paper's fused metric (Eq. 5 and 6 of arXiv 2502.07189).
 
     ^ divides by the mean over the candidates that are left, in all layers: F and magnitudes have different units, and
     the paper does not say how it scales them. An infinite F counts as the largest finite one.
     """
+    layers, screening_weight = context.layers, context.screening_weight
     magnitudes = _normalised(_magnitudes(layers), layers)
     if screening_weight == 0:
         return magnitudes
@@ -76,8 +88,9 @@ def screening_sum(layers: Mapping[str, Ranked], screening_weight: float, generat
 
 
 @register_criterion("screening_rank", needs_statistics=_wanted)
-def screening_rank(layers: Mapping[str, Ranked], screening_weight: float, generator: torch.Generator) -> Scores:
+def screening_rank(context: ScoringContext) -> Scores:
     """R = λ·rank(F) + (1 − λ)·rank(|w|) among the candidates left in all layers; equal values have equal ranks."""
+    layers, screening_weight = context.layers, context.screening_weight
     magnitudes = _ranks(_magnitudes(layers), layers)
     if screening_weight == 0:
         return magnitudes
@@ -85,22 +98,22 @@ def screening_rank(layers: Mapping[str, Ranked], screening_weight: float, genera
     return {name: screening_weight * f[name] + (1 - screening_weight) * magnitudes[name] for name in layers}
 
 
-def _magnitudes(layers: Mapping[str, Ranked]) -> Scores:
+def _magnitudes(layers: Mapping[str, ScoringInputs]) -> Scores:
     return {name: layer.weight.abs().to(scoring_dtype(layer)) for name, layer in layers.items()}
 
 
-def _f(layer: Ranked, name: str) -> Tensor:
+def _f(layer: ScoringInputs, name: str) -> Tensor:
     return required(layer.f, "activations", name).to(layer.weight.device, scoring_dtype(layer))
 
 
-def _finite(layers: Mapping[str, Ranked]) -> Scores:
+def _finite(layers: Mapping[str, ScoringInputs]) -> Scores:
     f = {name: _f(layer, name) for name, layer in layers.items()}
     finite = [values[torch.isfinite(values)] for values in f.values()]
     largest = max((float(values.max()) for values in finite if len(values)), default=0.0) or 1.0
     return {name: values.clamp(max=largest) for name, values in f.items()}
 
 
-def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
+def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, ScoringInputs]) -> Scores:
     """Divide by the mean over all candidates that are left."""
     total = sum(float((value * layers[name].kept).sum(dtype=torch.float64)) for name, value in values.items())
     mean = total / max(sum(int(layer.kept.sum()) for layer in layers.values()), 1)
@@ -108,7 +121,7 @@ def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> S
     return {name: value * scale for name, value in values.items()}
 
 
-def _ranks(values: Mapping[str, Tensor], layers: Mapping[str, Ranked]) -> Scores:
+def _ranks(values: Mapping[str, Tensor], layers: Mapping[str, ScoringInputs]) -> Scores:
     """Share of the candidates left that are smaller."""
     left = torch.cat([values[name][layer.kept] for name, layer in layers.items()]).sort().values
     return {

@@ -16,7 +16,7 @@ from lightning_fscreen import models, slim
 from lightning_fscreen.candidates.channels import Channels
 from lightning_fscreen.data import ImageFolderDataModule
 from lightning_fscreen.ranking.budgeted import rank_and_prune
-from lightning_fscreen.ranking.criteria import resolve_criterion
+from lightning_fscreen.ranking.criteria import ScoringContext, resolve_criterion
 
 AMOUNTS = (0.1, 0.3, 0.5)
 BIASES = ("zero", "fold", "mean")
@@ -48,8 +48,8 @@ def ranked(network, data):
             collector.update(labels)
     collector.remove()
     statistics = collector.statistics()
-    known = channels.ranked(everything_of(channels), statistics, {})
-    scores = resolve_criterion("screening").score(known, SCREENING_WEIGHT, torch.Generator())
+    known = channels.scoring_inputs(everything_of(channels), statistics, {})
+    scores = resolve_criterion("screening").score(ScoringContext(known, SCREENING_WEIGHT))
     return channels, scores, statistics, inputs
 
 

@@ -11,11 +11,11 @@ from lightning_fscreen.functional import f_critical
 
 
 @register_criterion("means_alone", needs_statistics=lambda screening_weight: True)
-def means_alone(layers, screening_weight, generator):
+def means_alone(context):
     """R = |w|^(1 − λ) · s^λ with s = 1 − F*/F, and 10⁻⁶·F/F* where F is below its critical value F*."""
     scores = {}
-    for name, layer in layers.items():
+    for name, layer in context.layers.items():
         ratio = layer.f / f_critical(1e-3, *layer.degrees)
         shrunken = torch.maximum(1 - 1 / ratio.clamp(min=1), 1e-6 * ratio.clamp(max=1)).to(layer.weight)
-        scores[name] = layer.weight.abs() ** (1 - screening_weight) * shrunken**screening_weight
+        scores[name] = layer.weight.abs() ** (1 - context.screening_weight) * shrunken**context.screening_weight
     return scores

@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_fscreen.ranking.criteria import CRITERIA, Ranked, register_criterion, resolve_criterion
+from lightning_fscreen.ranking.criteria import (
+    CRITERIA,
+    ScoringContext,
+    ScoringInputs,
+    register_criterion,
+    resolve_criterion,
+)
 
 
 def layers(seed=0, dtype=torch.float64):
@@ -18,13 +24,13 @@ def layers(seed=0, dtype=torch.float64):
         f = torch.rand(f_shape, generator=rng, dtype=torch.float64).exp() * 50
         mean_square = torch.rand(f_shape, generator=rng, dtype=torch.float64)
         gradient = torch.rand(shape, generator=rng)
-        return Ranked(weight * kept, kept, f, (9.0, 990.0), mean_square, gradient, gradient * weight.abs())
+        return ScoringInputs(weight * kept, kept, f, (9.0, 990.0), mean_square, gradient, gradient * weight.abs())
 
     return {"fc": ranked((5, 4), (1, 4)), "conv": ranked((3, 2, 3, 3), (3, 2, 3, 3))}
 
 
 def score(name, layers, screening_weight=0.25, seed=0):
-    return CRITERIA[name].score(layers, screening_weight, torch.Generator().manual_seed(seed))
+    return CRITERIA[name].score(ScoringContext(layers, screening_weight, torch.Generator().manual_seed(seed)))
 
 
 def same_order(one, other):
@@ -78,7 +84,7 @@ def test_activation_is_magnitude_times_the_root_mean_square_of_the_input():
 
 @pytest.mark.parametrize("name", ["gradient", "taylor", "activation", "screening", "screening_rank"])
 def test_a_criterion_without_what_it_needs_is_an_error_that_names_the_layer(name):
-    bare = {n: Ranked(layer.weight, layer.kept) for n, layer in layers().items()}
+    bare = {n: ScoringInputs(layer.weight, layer.kept) for n, layer in layers().items()}
     with pytest.raises(ValueError, match="'fc'.*none were gathered"):
         score(name, bare, 0.5)
 
@@ -100,8 +106,8 @@ def test_an_unknown_criterion_is_an_error_that_lists_the_known():
 
 
 def test_a_registered_criterion_is_found_by_its_name_and_a_taken_name_refused():
-    def squared(layers, screening_weight, generator):
-        return {n: layer.weight**2 for n, layer in layers.items()}
+    def squared(context):
+        return {n: layer.weight**2 for n, layer in context.layers.items()}
 
     try:
         assert register_criterion("squared", needs_statistics=lambda weight: weight > 0.5)(squared) is squared
@@ -114,6 +120,19 @@ def test_a_registered_criterion_is_found_by_its_name_and_a_taken_name_refused():
     finally:
         CRITERIA.pop("squared", None)
     assert resolve_criterion("magnitude").score is not squared
+
+
+def test_a_criterion_may_take_the_parts_of_the_context_as_three_arguments(monkeypatch):
+    def scaled(layers, screening_weight, generator):
+        noise = torch.rand(1, generator=generator)
+        return {n: layer.weight * screening_weight + noise for n, layer in layers.items()}
+
+    monkeypatch.delitem(CRITERIA, "scaled", raising=False)
+    assert register_criterion("scaled")(scaled) is scaled
+    given_layers = layers()
+    expected = scaled(given_layers, 0.5, torch.Generator().manual_seed(3))
+    for n, values in score("scaled", given_layers, 0.5, seed=3).items():
+        assert torch.equal(values, expected[n])
 
 
 def test_a_criterion_can_be_named_with_the_module_that_registers_it(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fscreen.ranking.criteria import Ranked
+from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.ranking.evidence import gather_evidence
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.connections import per_connection
@@ -25,7 +25,7 @@ def layer_of(features, labels, weight, num_classes=2, module=None, learned=False
     found = collector.statistics()["a"]
     assert not found.learned
     spread_over = functools.partial(per_connection, module)
-    return Ranked(
+    return ScoringInputs(
         weight,
         torch.ones_like(weight, dtype=torch.bool),
         f=spread_over(found.f),

@@ -12,7 +12,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import rankdata
 
 from lightning_fscreen.functional import f_critical
-from lightning_fscreen.ranking.criteria import CRITERIA, Ranked
+from lightning_fscreen.ranking.criteria import CRITERIA, ScoringInputs
 from tests.ranking.test_criteria import layers, same_order, score
 
 
@@ -43,7 +43,7 @@ FUSIONS = ["screening", "screening_product", "screening_rank", "screening_sum"]
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_zero_screening_weight_ranks_by_magnitude_and_asks_for_no_statistics(name):
-    without = {n: Ranked(layer.weight, layer.kept) for n, layer in layers().items()}
+    without = {n: ScoringInputs(layer.weight, layer.kept) for n, layer in layers().items()}
     assert same_kept_order(score(name, without, 0.0), {n: layer.weight.abs() for n, layer in without.items()}, without)
     assert not CRITERIA[name].needs_statistics(0.0)
     assert CRITERIA[name].needs_statistics(1e-9)
@@ -67,7 +67,7 @@ def test_the_sum_does_not_depend_on_the_units_of_weights_or_f():
 def test_what_is_pruned_already_does_not_move_the_scores_of_the_others():
     given_layers = layers()
     changed = {
-        n: Ranked(
+        n: ScoringInputs(
             torch.where(layer.kept, layer.weight, 0.0),
             layer.kept,
             torch.where(layer.kept, layer.f.expand(layer.weight.shape), 1.0),
@@ -81,14 +81,15 @@ def test_what_is_pruned_already_does_not_move_the_scores_of_the_others():
 
 def test_infinite_f_counts_as_the_largest_finite_one():
     weight, kept = torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool)
-    infinite = {"a": Ranked(weight, kept, torch.tensor([[1.0, math.inf, 3.0, 2.0]]))}
-    replaced = {"a": Ranked(weight, kept, torch.tensor([[1.0, 3.0, 3.0, 2.0]]))}
+    infinite = {"a": ScoringInputs(weight, kept, torch.tensor([[1.0, math.inf, 3.0, 2.0]]))}
+    replaced = {"a": ScoringInputs(weight, kept, torch.tensor([[1.0, 3.0, 3.0, 2.0]]))}
     assert torch.equal(score("screening_sum", infinite)["a"], score("screening_sum", replaced)["a"])
 
 
 def test_infinite_f_everywhere_leaves_the_order_to_magnitude():
     given_layers = {
-        n: Ranked(layer.weight, layer.kept, torch.full_like(layer.weight, math.inf)) for n, layer in layers().items()
+        n: ScoringInputs(layer.weight, layer.kept, torch.full_like(layer.weight, math.inf))
+        for n, layer in layers().items()
     }
     scores = score("screening_sum", given_layers, 0.5)
     assert all(torch.isfinite(values).all() for values in scores.values())
@@ -98,7 +99,7 @@ def test_infinite_f_everywhere_leaves_the_order_to_magnitude():
 def test_infinite_f_ranks_above_features_that_say_nothing():
     """Perfect separation beside constant features, as with no more instances than classes."""
     kept = torch.ones(1, 3, dtype=torch.bool)
-    layer = Ranked(torch.ones(1, 3), kept, torch.tensor([[0.0, math.inf, 0.0]]))
+    layer = ScoringInputs(torch.ones(1, 3), kept, torch.tensor([[0.0, math.inf, 0.0]]))
     scores = score("screening_sum", {"a": layer}, 0.5)["a"]
     assert scores[0, 1] > scores[0, 0]
 
@@ -106,13 +107,13 @@ def test_infinite_f_ranks_above_features_that_say_nothing():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_large_f_is_ranked_whatever_the_dtype_of_the_weights(dtype):
     f = torch.tensor([[1e5, 3e5, 2e5, 1e6]], dtype=torch.float64)
-    given_layers = {"a": Ranked(torch.ones(2, 4, dtype=dtype), torch.ones(2, 4, dtype=torch.bool), f)}
+    given_layers = {"a": ScoringInputs(torch.ones(2, 4, dtype=dtype), torch.ones(2, 4, dtype=torch.bool), f)}
     assert score("screening_sum", given_layers, 1.0)["a"][0].argsort().tolist() == [0, 2, 1, 3]
 
 
 def test_screening_without_statistics_is_an_error_that_names_the_layer():
     given_layers = layers()
-    given_layers["conv"] = Ranked(given_layers["conv"].weight, given_layers["conv"].kept)
+    given_layers["conv"] = ScoringInputs(given_layers["conv"].weight, given_layers["conv"].kept)
     with pytest.raises(ValueError, match="'conv'"):
         score("screening_sum", given_layers)
 
@@ -121,7 +122,7 @@ def test_screening_lets_magnitude_decide_among_relevant_features_and_keeps_silen
     kept = torch.ones(1, 5, dtype=torch.bool)
     weight = torch.tensor([[0.1, 2.0, 3.0, 1.0, 0.5]])
     f = torch.tensor([[9000.0, 5000.0, 1000.0, 1.4, 0.9]])
-    layer = Ranked(weight, kept, f, (9.0, 50_000.0))
+    layer = ScoringInputs(weight, kept, f, (9.0, 50_000.0))
     assert score("screening", {"a": layer}, 0.5)["a"][0].argsort().tolist() == [4, 3, 0, 1, 2]
     trusted = replace(layer, learned=True)
     assert score("screening", {"a": trusted}, 0.5)["a"][0].argsort().tolist() == [0, 4, 3, 1, 2]
@@ -178,5 +179,7 @@ def test_the_critical_value_is_that_of_the_f_distribution(level, between, within
 def test_too_few_instances_make_nothing_significant():
     assert f_critical(1e-3, 9, 1) == math.inf
     kept = torch.ones(1, 3, dtype=torch.bool)
-    scores = score("screening", {"a": Ranked(torch.ones(1, 3), kept, torch.tensor([[3.0, 1.0, 2.0]]), (9.0, 1.0))}, 0.5)
+    scores = score(
+        "screening", {"a": ScoringInputs(torch.ones(1, 3), kept, torch.tensor([[3.0, 1.0, 2.0]]), (9.0, 1.0))}, 0.5
+    )
     assert torch.isfinite(scores["a"]).all()

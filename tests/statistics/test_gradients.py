@@ -100,9 +100,9 @@ def test_gradients_are_those_of_accumulated_and_of_several_steps(monkeypatch):
         steps.append(torch.autograd.grad(loss, model.net[1].weight)[0].abs())
     found = {}
 
-    def spy(layers, screening_weight, generator):
-        found.update(layers)
-        return {name: layer.weight.abs() for name, layer in layers.items()}
+    def spy(context):
+        found.update(context.layers)
+        return {name: layer.weight.abs() for name, layer in context.layers.items()}
 
     monkeypatch.setitem(CRITERIA, "spy", Criterion(spy, lambda screening_weight: False, needs_gradients=True))
     callback = ScreeningPruningCallback(
