@@ -10,8 +10,9 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_fscreen.candidates.channels import Feature
+from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import Patterns
+from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
 from lightning_fscreen.fit.hooks import TrainingHooks
 from lightning_fscreen.fit.optim import check_optimizers, order_of, restore_order
@@ -19,9 +20,9 @@ from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.phases import Phase, Progress
 from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.report import PruningReport
-from lightning_fscreen.fit.settings import Bias, Connections, Settings
+from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.budgeted import Scope
-from lightning_fscreen.ranking.schedule import Schedule, resolve_schedule, resolve_window
+from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule, resolve_window
 from lightning_fscreen.saving.checkpoints import resize_on_load
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.statistics.labels import find_labels
@@ -87,7 +88,7 @@ class ScreeningPruningCallback(TrainingHooks):
         granularity: str = "channel",
         amount: float = 0.6,
         screening_weight: float = 0.25,
-        schedule: str | Schedule = "logistic",
+        schedule: ScheduleName | Schedule = "logistic",
         start_epoch: int = 0,
         end_epoch: int | None = None,
         scope: Scope = "global",

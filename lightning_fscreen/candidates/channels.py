@@ -21,6 +21,7 @@ from lightning_fscreen.statistics.collector import ActivationCollector, FeatureS
 from lightning_fscreen.statistics.features import Activation
 
 Feature = Literal["activation", "activation_square", "output", "output_square"]
+Bias = Literal["zero", "fold", "mean"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 _GRID = 1000  # points on either side, per search for the shift that an activation turns into a given value
 _ZOOMS = 4
@@ -180,7 +181,7 @@ class Channels(Granularity[PrunableChannels]):
         model: nn.Module,
         include: Patterns,
         exclude: Patterns,
-        bias: str = "zero",
+        bias: Bias = "zero",
         feature: Feature = "activation",
     ) -> None:
         self._layers, self.not_pruned = find_channels(model, include, exclude)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -15,6 +15,8 @@ from lightning_fscreen.modules import select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.connections import per_connection
+
+Connections = Literal["factored", "exact"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Weights(Granularity[PrunableWeight]):
     slims_in_fit = False
     options = ("connections",)
 
-    def __init__(self, model: nn.Module, include: Patterns, exclude: Patterns, connections: str = "factored") -> None:
+    def __init__(
+        self, model: nn.Module, include: Patterns, exclude: Patterns, connections: Connections = "factored"
+    ) -> None:
         self._layers, self.not_pruned = find_weights(model, include, exclude)
         self._connections = connections
 

@@ -9,14 +9,12 @@ from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
 from torch import Tensor, nn
 
-from lightning_fscreen.candidates.channels import Feature
+from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
+from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.criteria import Criterion, resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule
-
-Connections = Literal["factored", "exact"]
-Bias = Literal["zero", "fold", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)

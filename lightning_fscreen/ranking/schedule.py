@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 Schedule = Callable[[float], float]
 
@@ -53,6 +54,7 @@ def constant(progress: float) -> float:
     return 1.0 if progress > 0 else 0.0
 
 
+ScheduleName = Literal["logistic", "one_shot", "linear", "cubic", "iterative", "constant"]
 SCHEDULES: dict[str, Schedule] = {
     "logistic": logistic,
     "one_shot": one_shot,
@@ -63,7 +65,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def resolve_schedule(schedule: str | Schedule) -> Schedule:
+def resolve_schedule(schedule: ScheduleName | Schedule) -> Schedule:
     """The schedule of that name, or the callable itself once it is known to behave.
 
     Raises:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Probe:
 
     name: str
     module: nn.Module
-    side: str = "input"
+    side: Literal["input", "output"] = "input"
     activation: Activation | None = None
     square: bool = False
 
