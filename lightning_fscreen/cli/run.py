@@ -171,7 +171,3 @@ def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:
     if name not in metrics:
         raise ValueError(f"optimized_metric={name!r} was not logged; choose one of {sorted(metrics)}")
     return float(metrics[name])
-
-
-if __name__ == "__main__":
-    main()

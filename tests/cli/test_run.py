@@ -30,7 +30,7 @@ QUIET = ["extras.print_config=false", "extras.figures=false", "extras.latency=fa
 def fscreen(folder, *overrides, check=True):
     """Run the command in a process of its own, away from the checkout."""
     return subprocess.run(
-        [sys.executable, "-m", "lightning_fscreen.cli.run", *overrides],
+        [sys.executable, "-m", "lightning_fscreen.cli", *overrides],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
