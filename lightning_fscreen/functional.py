@@ -65,6 +65,16 @@ IGNORED = -100
 """Label of instances that belong to no class, as in `torch.nn.functional.cross_entropy`; they do not count."""
 
 
+def check_num_classes(num_classes: int | None) -> None:
+    """Check that there are classes to compare, if their number is given.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2 (the F-statistic compares classes), got {num_classes}")
+
+
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Check form and values of labels; the values of labels on an accelerator are waited for.
 

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 
+from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.modules import evaluating, select
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, infer_num_classes
@@ -53,8 +54,7 @@ def screen(
         ValueError: an empty loader, labels not found or out of range, patterns that match nothing, nothing to screen,
             NaN or inf activations (names the layer and the batch), a layer that never runs.
     """
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2 (the F-statistic compares classes), got {num_classes}")
+    check_num_classes(num_classes)
     layers = {
         name: module
         for name, module in model.named_modules()

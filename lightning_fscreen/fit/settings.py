@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
 from lightning_fscreen.candidates.weights import Connections
+from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.criteria import Criterion, resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule
@@ -65,10 +66,7 @@ class Settings:
                 raise ValueError(f'collect_every must be "auto" or a number of batches, got {self.collect_every!r}')
             _check_least("collect_every", self.collect_every, 1, "every batch")
         _check_least("collect_epochs", self.collect_epochs, 1, "the epoch before a pruning")
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(
-                f"num_classes must be at least 2 (the F-statistic compares classes), got {self.num_classes}"
-            )
+        check_num_classes(self.num_classes)
         self._check_combinations()
         self._check_window()
 

@@ -14,6 +14,7 @@ from lightning_fscreen.functional import (
     ClassSums,
     accumulate_,
     check_labels,
+    check_num_classes,
     f_statistic_compute,
     f_statistic_merge,
 )
@@ -55,8 +56,7 @@ class FStatistic(Metric):
         super().__init__(**kwargs)
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2 (F compares classes), got {num_classes}")
+        check_num_classes(num_classes)
         self.num_features = num_features
         self.num_classes = num_classes
         self._scratch: Tensor | None = None
@@ -173,8 +173,4 @@ def _merge_processes(sums: ClassSums) -> ClassSums:
     """Undo the leading (world size,) dimension that torchmetrics' synchronisation stacks the states along."""
     if sums.shift.ndim == 1:
         return sums
-    parts = [ClassSums(*part) for part in zip(*sums, strict=True)]
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = f_statistic_merge(merged, part)
-    return merged
+    return functools.reduce(f_statistic_merge, (ClassSums(*part) for part in zip(*sums, strict=True)))
