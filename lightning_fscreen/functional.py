@@ -21,7 +21,7 @@ _CHUNK = 2**20
 
 
 class ClassSums(NamedTuple):
-    """What the F-statistic needs to know about `p` features in `C` classes, all float64.
+    """Sums over `p` features in `C` classes from which F is computed, all float64.
 
     Attributes:
         shift: (p,) origin from which each feature is measured; any value near the data.
@@ -142,7 +142,7 @@ def accumulate_(sums: ClassSums, features: Tensor, labels: Tensor, scratch: Tens
         sums: the sums.
         features: (N, p).
         labels: (N,) class indices or (N, C) class weights.
-        scratch: what an earlier call returned, to spare its allocation.
+        scratch: the memory that an earlier call returned, to spare its allocation.
 
     Returns:
         Memory that the next call can use.
@@ -175,7 +175,7 @@ class Members:
     Args:
         labels: (N,) class indices or (N, C) class weights.
         num_classes: C.
-        dtype: of what is summed.
+        dtype: of the values that are summed.
     """
 
     def __init__(self, labels: Tensor, num_classes: int, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ class _L1(Callback, ABC):
         """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for what is penalised.
+        """Find the parameters to penalise.
 
         Raises:
             ValueError: there is nothing.

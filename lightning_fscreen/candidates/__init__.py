@@ -1,4 +1,4 @@
-"""What can be pruned, with the statistics and the parameters that belong to it."""
+"""Candidates for pruning, with the statistics and the parameters that belong to them."""
 
 # One line for each granularity: its import registers it.
 from lightning_fscreen.candidates import channels as channels

@@ -1,4 +1,4 @@
-"""What every granularity of pruning can do, and the registry of them."""
+"""The interface of a granularity, and the registry of them."""
 
 from __future__ import annotations
 

@@ -42,11 +42,11 @@ class Run:
     """One run of a table.
 
     Attributes:
-        setting: what all methods have in common, by its label.
+        setting: label of the overrides that all methods have in common.
         method: label of the method.
         amount: fraction pruned; None where nothing is.
         seed: seed.
-        overrides: what `fscreen` is called with.
+        overrides: the arguments of `fscreen`.
     """
 
     setting: str
@@ -99,7 +99,7 @@ def run_one(run: Run, metric: str, extra: Sequence[str], threads: int) -> dict[s
     """Run it in a process of its own; returns its line.
 
     Raises:
-        RuntimeError: it failed, or its report has no such metric; shows the end of what it said.
+        RuntimeError: it failed, or its report has no such metric; shows the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         quiet = [
@@ -142,7 +142,7 @@ def run_one(run: Run, metric: str, extra: Sequence[str], threads: int) -> dict[s
 
 
 def _fscreen(arguments: Sequence[str], threads: int, said: Path) -> None:
-    """The command `fscreen`, in this process; what it says goes to a file."""
+    """The command `fscreen`, in this process; its output goes to a file."""
     with said.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -170,7 +170,7 @@ def missing_runs(table: Mapping[str, Any], results: Sequence[Mapping[str, Any]],
 
 
 def run_table(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: int, only: Sequence[str] = ()) -> None:
-    """Run what is missing, and add a line to the file for every run as it ends.
+    """Run the missing runs, and add a line to the file for every run as it ends.
 
     Raises:
         RuntimeError: another process is running this table into this file (it would do the same runs twice); runs that
@@ -211,7 +211,7 @@ def _run_missing(table: Mapping[str, Any], path: Path, extra: Sequence[str], job
 
 
 def bench(config: DictConfig) -> None:
-    """What `fscreen-bench` does with a composed configuration."""
+    """Run and render the table of a composed configuration."""
     table: dict[str, Any] = OmegaConf.to_container(config.table, resolve=True)  # type: ignore[assignment]
     path = Path(config.results) / f"{table['name']}.jsonl"
     if not config.render_only:

@@ -66,7 +66,7 @@ def ratio(part: float, whole: float) -> float:
 
 
 def percent(fraction: float) -> str:
-    """Rounded to one digit, but never to 0 % or 100 % what is not."""
+    """Rounded to one digit; only nothing is 0 %, only all is 100 %."""
     digits = 1
     while digits < 6 and 0 < fraction < 1 and float(f"{100 * fraction:.{digits}f}") in (0.0, 100.0):
         digits += 1

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _DPI = 150
 
 _MAX_OUTLINES = len(LAYER_COLOURS)
-_MATRIX_ROWS, _MATRIX_COLUMNS = 500, 1000  # what the connection matrix has pixels for
+_MATRIX_ROWS, _MATRIX_COLUMNS = 500, 1000  # pixels of the connection matrix
 _MATRIX_RATIO = (0.5, 3.2)  # width to height; outside of it, the matrix is stretched
 _NUM_BINS = 101  # odd: one bin is centred on zero
 

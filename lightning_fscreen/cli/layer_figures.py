@@ -1,4 +1,4 @@
-"""Pictures of the layers of a pruned network: what each of them keeps.
+"""Pictures of the layers of a pruned network: how much each of them keeps.
 
 Pure functions from numbers to `matplotlib.figure.Figure`, as in `figures`.
 """

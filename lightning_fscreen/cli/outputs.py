@@ -140,7 +140,7 @@ def print_config(config: DictConfig) -> None:
 
 @rank_zero_only
 def print_report(report: Mapping[str, Any], folder: Path) -> None:
-    """What came out, as a table."""
+    """The results of a run, as a table."""
     console = Console()
     table = Table(title=f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", title_justify="left")
     kind = GRANULARITIES.get(report["granularity"])

@@ -139,7 +139,7 @@ def check_writable(folder: Path) -> None:
 
 
 def fit_to_data(config: DictConfig, data: ImageDataModule) -> None:
-    """Fill in what the model's configuration leaves open (null) and the data determines."""
+    """Fill in the values that the model's configuration leaves open (null) and the data determines."""
     channels = data.image_shape[0]
     known = {
         "num_classes": data.num_classes,

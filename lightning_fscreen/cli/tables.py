@@ -85,7 +85,7 @@ def _amounts(table: Mapping[str, Any], found: Sequence[float | None]) -> list[fl
 
 
 def _titled(name: str, amount: float | None) -> str:
-    """What a column shows: a name, a share pruned, or both."""
+    """The title of a column: a name, a share pruned, or both."""
     return ", ".join(filter(None, (name, "" if amount is None else f"{100 * amount:g} % pruned")))
 
 
@@ -110,7 +110,7 @@ def by_layer(table: Mapping[str, Any], results: Results) -> str:
 
 
 def curves(table: Mapping[str, Any], results: Results) -> Figure:
-    """A panel for every setting, a line for every method: error against what is kept; of a single amount, a dot.
+    """A panel for every setting, a line for every method: error against the share kept; of a single amount, a dot.
 
     Where networks became smaller, a second row has the error against the multiply–adds that are left. Errors that
     differ by more than a factor of ten are drawn on a logarithmic axis.
@@ -149,7 +149,7 @@ def _dots(table: Mapping[str, Any], methods: Sequence[str], groups: Groups) -> F
 
 
 def _lines(table: Mapping[str, Any], methods: Sequence[str], groups: Groups, results: Results) -> Figure:
-    """A column for every setting, a row for what is kept."""
+    """A column for every setting, a row for every share kept."""
     settings, amounts = list(table["settings"]), sorted(table["amounts"])
     places = [("candidates kept [%]", {key: 100 * (1 - key[2]) for key in groups if key[2] is not None})]
     if macs := _macs_kept(results):
@@ -184,7 +184,7 @@ def _macs_kept(results: Results) -> dict[Key, float]:
 
 
 def _draw_lines(axes: Axes, groups: Groups, setting: str, methods: Sequence[str], kept: Mapping[Key, float]) -> None:
-    """Error against what is kept, in %, by (setting, method, amount)."""
+    """Error against the share kept, in %, by (setting, method, amount)."""
     if len(methods) > 10:  # as many colours as there are by default
         axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for method in methods:

@@ -1,1 +1,1 @@
-"""What a network costs: parameters, multiply–adds, time."""
+"""Costs of a network: parameters, multiply–adds, time."""

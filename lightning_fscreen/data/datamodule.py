@@ -1,4 +1,4 @@
-"""What all image data modules share: the split, the normalisation, the loaders, the augmentation."""
+"""The base of all image data modules: the split, the normalisation, the loaders, the augmentation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImageDataModule(LightningDataModule):
 
     Pixels stay uint8 until they are on the device, where they become ``(x / 255 - mean) / std`` with the mean and the
     standard deviation of each channel over the training part. While training, they are cropped and flipped first.
-    The loaders themselves yield uint8; :meth:`normalize` gives what the network is to see.
+    The loaders themselves yield uint8; :meth:`normalize` makes the network's inputs of it.
 
     A subclass implements :meth:`load_train` and :meth:`load_test`. Test images are read only by ``setup("test")``,
     ``setup(None)`` or :meth:`test_dataloader`, never for a fit.

@@ -1,4 +1,4 @@
-"""Labelled feature vectors: what the image data modules are for images, for tables."""
+"""Labelled feature vectors, as data modules like those for images."""
 
 from __future__ import annotations
 

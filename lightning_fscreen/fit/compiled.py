@@ -1,4 +1,4 @@
-"""Networks under torch.compile: what a callback wants to look at runs eagerly."""
+"""Networks under torch.compile: steps that hooks observe run eagerly."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def gather(trainer: Trainer, value: Any) -> list[Any]:
-    """What every process has, in the order of their ranks."""
+    """The values of all processes, in the order of their ranks."""
     if trainer.world_size == 1:
         return [value]
     values: list[Any] = [None] * trainer.world_size

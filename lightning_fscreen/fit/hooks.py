@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingHooks(HasSettings, Callback):
-    """What `ScreeningPruningCallback` does in epochs and training steps.
+    """The part of `ScreeningPruningCallback` that acts in epochs and training steps.
 
     Args:
         settings: the callback's arguments.

@@ -1,4 +1,4 @@
-"""What pruning did: candidates, parameters and multiply–accumulates, before and after."""
+"""Reports: candidates, parameters and multiply–accumulates, before and after pruning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What a `ScreeningPruningCallback` has done so far.
+    """The work of a `ScreeningPruningCallback` so far.
 
     Attributes:
         granularity: "weight" or "channel".

@@ -1,4 +1,4 @@
-"""What the convolutional networks share."""
+"""Building blocks that the convolutional networks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From scores to masks under an exact budget: what is pruned is the lowest-ranked of what is left."""
+"""From scores to masks under an exact budget: the lowest-ranked of the remaining candidates are pruned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rank_and_prune(
     min_kept: int = 1,
     units: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Prune the lowest scores until the budget is met; what is pruned already stays pruned.
+    """Prune the lowest scores until the budget is met; candidates pruned before stay pruned.
 
     The budget is round(amount · candidates), over all layers together (scope "global") or in every layer by itself
     ("layer", where the roundings are shared out so that the sum is the global budget). Equal scores are pruned in the

@@ -1,4 +1,4 @@
-"""Ranking metrics: from the values of the candidates, and what the activations said, to scores.
+"""Ranking metrics: from the values of the candidates, and statistics of the activations, to scores.
 
 A criterion ranks all candidates of a network together, so it sees all layers at once and may normalise over them.
 """
@@ -195,18 +195,19 @@ def activation(context: ScoringContext) -> Scores:
 
 
 def scoring_dtype(layer: ScoringInputs) -> torch.dtype:
-    """At least float32: what is multiplied or summed may overflow a half precision."""
+    """At least float32: products and sums may overflow a half precision."""
     return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
 def required(values: Tensor | None, kind: str, name: str) -> Tensor:
-    """What a criterion cannot do without.
+    """Statistics that a criterion cannot do without.
 
     Raises:
         ValueError: it was not gathered.
     """
     if values is None:
         raise ValueError(
-            f"the criterion needs the {kind} of layer {name!r}, and none were gathered; register it with what it needs"
+            f"the criterion needs the {kind} of layer {name!r}, and none were gathered; register it with "
+            "needs_statistics= or needs_gradients="
         )
     return values

@@ -1,4 +1,4 @@
-"""What speaks for a feature: three tests of whether it has any bearing on the classes."""
+"""Evidence for features: three tests of whether a feature has any bearing on the classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a stand
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tests say of the features that one layer reads (or, with channels, puts out).
+    """Results of the tests for the features that one layer reads (or, with channels, for its outputs).
 
     Attributes:
         strength: the largest ratio of a test's statistic to its critical value, broadcastable to the weight; above 1 a

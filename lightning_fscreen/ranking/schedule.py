@@ -101,7 +101,7 @@ def scheduled_fraction(schedule: Schedule, completed_epochs: float, start_epoch:
     return min(max(fraction, 0.0), 1.0)
 
 
-# Without an end_epoch, the second half of the training fine-tunes what is left.
+# Without an end_epoch, the second half of the training fine-tunes the remaining network.
 _DEFAULT_WINDOW = 0.5
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write beside a file, and rename when that has gone well.
 
-    A full disk, an error or a kill leaves what was there before under the file's own name; after an error nothing else
+    A full disk, an error or a kill leaves the earlier file under its own name; after an error nothing else
     is left, after a kill a hidden `.partial` file.
 
     Yields:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
 from lightning_fscreen.slimming.slots import PINNED, SlotGraph
 
-# A carrier much weaker than what it carries would need huge weights, and lose digits in float32.
+# A carrier much weaker than the constants that it carries would need huge weights, and lose digits in float32.
 _WEAK = 0.1
 
 

@@ -36,7 +36,7 @@ class Probe:
         name: name of the layer.
         module: the layer.
         side: its "input" or its "output".
-        activation: an element-wise function that is applied to what is read; None for none.
+        activation: an element-wise function that is applied to the values there; None for none.
         square: whether the result is squared.
     """
 
@@ -54,7 +54,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What an epoch's activations said about the features at one probe.
+    """Statistics of the features at one probe, over the activations of an epoch.
 
     Attributes:
         f: (features,) F-statistics; for exact connections, of the weight's shape.
@@ -63,7 +63,7 @@ class FeatureStatistics:
         mean_square: (features,) mean squared activation.
         variance: (features,) variance of the activation.
         degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
-        learned: whether trained weight matrices had a part in what the layer read; see `origins.is_learned`.
+        learned: whether trained weight matrices had a part in the input of the layer; see `origins.is_learned`.
     """
 
     f: Tensor
@@ -216,7 +216,7 @@ class ActivationCollector:
         return statistics
 
     def state_dict(self) -> dict[str, Any]:
-        """All sums, and what waits to be added to them, as tensors and primitives; nothing is changed by asking."""
+        """All sums, and the rows that wait to be added, as tensors and primitives; nothing is changed by asking."""
         return {
             "num_classes": self.num_classes,
             **self._sums.state_dict(),

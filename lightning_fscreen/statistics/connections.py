@@ -35,8 +35,8 @@ class ConnectionSums:
     """Online class sums of the contributions of one layer's connections.
 
     The contribution of connection i→o in a step is w_oi·x_i (Eq. 5's feature). F does not change when a feature is
-    scaled, so with fixed weights these sums say what the inputs' own sums say; they differ by the weights' movement
-    while the sums are gathered. They take (C + 2) × the weight's size in float64: C times what the inputs' sums take.
+    scaled, so with fixed weights these sums and the inputs' own give the same F; they differ by the weights' movement
+    while the sums are gathered. They take (C + 2) × the weight's size in float64: C times as much as the inputs' sums.
 
     With x = a + d (a the inputs' shift), s the connection's shift and u = w·a − s, one batch adds
     S_c += n_c u + w Σ_{k∈c} d_k  and  Q += n u² + 2 u w Σ d + w² Σ d².

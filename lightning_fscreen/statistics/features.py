@@ -48,7 +48,7 @@ class PositionMeans:
         Linear layers have their features last, the others second; an unbatched activation is one instance.
 
         Args:
-            activation: what the layer read or put out; stays as it is.
+            activation: input or output of the layer; stays as it is.
             module: the layer.
             function: an element-wise function to apply first.
             square: whether to square then.

@@ -1,4 +1,4 @@
-"""Sums of gradients over the steps of an epoch, for criteria that rank by what the loss says."""
+"""Sums of gradients over the steps of an epoch, for criteria that rank by the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """What the gathered steps said about the candidates of one layer.
+    """Statistics of the candidates of one layer over the gathered steps.
 
     Attributes:
         gradient: mean |∂L/∂w|, of the weight's shape.
@@ -28,7 +28,7 @@ class GradientSums:
     """Running sums over optimizer steps; gradients of processes that train together are averaged before they arrive.
 
     Args:
-        parameters: layer → the weight (or scale), and what is pruned with it, of the same shape.
+        parameters: layer → the weight (or scale), and the parameters that are pruned with it, of the same shape.
     """
 
     def __init__(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:

@@ -17,7 +17,7 @@ def find_labels(batch: Any) -> Tensor:
     """Labels of a batch: the second item of (x, y, …), or the entry of a mapping or object named label, target, y, ….
 
     Raises:
-        ValueError: none found; the message says what the batch looks like and how to pass `labels=`.
+        ValueError: none found; the message describes the batch and says how to pass `labels=`.
     """
     found: Any = None
     if isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""Sums of the first four powers of features, by class: what the F-statistics of their means and of their spread need.
+"""Sums of the first four powers of features, by class, for the F-statistics of their means and of their spread.
 
 Like `functional.ClassSums`, which they extend, they are additive: any batches in any order, merged exactly.
 """

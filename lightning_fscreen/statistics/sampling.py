@@ -31,7 +31,7 @@ def instances_needed(num_classes: int) -> int:
 
 
 def collection_stride(num_batches: float, instances: int, num_classes: int) -> int:
-    """Every how-manieth batch to gather, so that evenly spaced ones give what the tests need.
+    """The stride of the gathered batches: evenly spaced, with as many instances as the tests need.
 
     Args:
         num_batches: batches until the next pruning; inf if that is not known, then every batch is gathered.
