@@ -121,7 +121,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, folder], check=True, cwd=root, env=environment, timeout=600)
+    subprocess.run([sys.executable, "-m", "tests.test_ddp", folder], check=True, cwd=root, env=environment, timeout=600)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
