@@ -33,8 +33,6 @@ class Masks:
         names: layer → name of its parameter in the plan; by default the layer's own.
 
     Attributes:
-        kept: layer → mask at full size, also after slimming.
-        num_kept: layer → number of candidates that are kept.
         held: whether pruned values stay at zero; otherwise they were zeroed once, and can grow again.
         present: layer → mask at the size that the parameter has now, False for the values that are held at zero. Where
             slimming has put a constant into the place of a pruned value, it is True.
@@ -58,11 +56,11 @@ class Masks:
         self._names = dict(names or {name: name for name in parameters})
         self.held = held
         if kept is None:
-            self.kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+            self._kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
         else:
-            self.kept = {name: m.to(parameters[name].device) if name in parameters else m for name, m in kept.items()}
-        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
-        present = {name: self.kept[name] for name in parameters}
+            self._kept = {name: m.to(parameters[name].device) if name in parameters else m for name, m in kept.items()}
+        self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
+        present = {name: self._kept[name] for name in parameters}
         if kept is not None:
             present = {name: self._plan.cut(self._names[name], mask) for name, mask in present.items()}
         self._check(present)
@@ -77,6 +75,19 @@ class Masks:
         self._handles: list[RemovableHandle] = []
         self._gradients_masked = False  # since the last step
         self._enforce(())
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Layer → mask at full size, also after slimming; pruned values that are not held count until they grow."""
+        if self.held:
+            return self._kept
+        grown = {name: self._full_size(name, parameter.detach() != 0) for name, parameter in self._parameters.items()}
+        return {name: mask | grown[name] if name in grown else mask for name, mask in self._kept.items()}
+
+    @property
+    def num_kept(self) -> dict[str, int]:
+        """Layer → number of candidates that are kept."""
+        return self._num_kept if self.held else {name: int(mask.sum()) for name, mask in self.kept.items()}
 
     @property
     def _masked(self) -> list[tuple[str, nn.Parameter]]:
@@ -116,11 +127,11 @@ class Masks:
                 raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
 
     def _record(self, present: Mapping[str, Tensor]) -> None:
-        self.kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
-        self.num_kept = {name: int(mask.sum()) for name, mask in self.kept.items()}
+        self._kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
+        self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
 
     def _full_size(self, name: str, present: Tensor) -> Tensor:
-        full = self.kept[name]
+        full = self._kept[name]
         if full.shape == present.shape:
             return present
         places = torch.arange(full.numel(), device=full.device).view(full.shape)

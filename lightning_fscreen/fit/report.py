@@ -119,8 +119,9 @@ class Record:
             masks: the masks now.
             others: the other attributes of `PruningReport`.
         """
+        num_kept = masks.num_kept
         layers = tuple(
-            LayerReport(name, mask.numel(), masks.num_kept[name], self.evidence.get(name))
+            LayerReport(name, mask.numel(), num_kept[name], self.evidence.get(name))
             for name, mask in masks.kept.items()
         )
         return PruningReport(layers=layers, before=self.before, after=self.after, **others)
