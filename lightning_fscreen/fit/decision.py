@@ -59,7 +59,11 @@ class Decision:
             ValueError: NaN scores; a budget that the floors make impossible.
         """
         settings = self._settings
-        context = replace(self._context, generator=torch.Generator().manual_seed(seed))
+        context = replace(
+            self._context,
+            generator=torch.Generator().manual_seed(seed),
+            progress=min(fraction / settings.amount, 1.0) if settings.amount else 1.0,
+        )
         return rank_and_prune(
             settings.resolved_criterion.score(context),
             self._masks.present,

@@ -52,11 +52,13 @@ class ScoringContext:
         layers: the candidates, by layer.
         screening_weight: λ of the criteria that join F and magnitude, 0 ≤ λ ≤ 1.
         generator: random numbers, the same in every process.
+        progress: share of the whole amount that is pruned after this ranking, 0 ≤ progress ≤ 1.
     """
 
     layers: Mapping[str, ScoringInputs]
     screening_weight: float = 0.25
     generator: torch.Generator = field(default_factory=torch.Generator)
+    progress: float = 1.0
 
 
 Scores = dict[str, Tensor]
@@ -92,6 +94,16 @@ class Criterion:
     needs_gradients: bool = False
     explain: Explain | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "score", _of_context(self.score))
+
+
+def _of_context(score: Callable[..., Scores]) -> Score:
+    """The same function of the context; one of three arguments gets the parts that there were before it."""
+    if len(inspect.signature(score).parameters) == 1:
+        return score
+    return lambda context: score(context.layers, context.screening_weight, context.generator)
+
 
 CRITERIA: dict[str, Criterion] = {}
 
@@ -122,16 +134,10 @@ def register_criterion(
     def register(score: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"a criterion named {name!r} is registered already; choose another name")
-        CRITERIA[name] = Criterion(_of_context(score), needs_statistics, needs_gradients, explain)
+        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain)
         return score
 
     return register
-
-
-def _of_context(score: Callable[..., Scores]) -> Score:
-    if len(inspect.signature(score).parameters) == 1:
-        return score
-    return lambda context: score(context.layers, context.screening_weight, context.generator)
 
 
 def resolve_criterion(name: str) -> Criterion:

@@ -22,8 +22,8 @@ class Evidence:
     """Results of the tests for the features that one layer reads (or, with channels, for its outputs).
 
     Attributes:
-        strength: the largest ratio of a test's statistic to its critical value, broadcastable to the weight; above 1 a
-            test speaks for the feature. 1 everywhere where `trusted`.
+        significant: boolean, broadcastable to the weight: whether a test speaks for the feature. True everywhere where
+            `trusted`.
         features: number of features.
         mean: how many the test of means speaks for.
         spread: how many of the others the test of spread speaks for.
@@ -31,7 +31,7 @@ class Evidence:
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
-    strength: Tensor
+    significant: Tensor
     features: int
     mean: int
     spread: int
@@ -97,7 +97,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
     if layer.learned or math.isinf(critical):
         why = "the network has learned these features" if layer.learned else "too few instances for any test"
-        return Evidence(strength=torch.ones_like(f), joint=0, trusted=why, **counts)
+        return Evidence(significant=torch.ones_like(f, dtype=torch.bool), joint=0, trusted=why, **counts)
     strict = f_critical(LEVEL / number, between, within)
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
@@ -116,8 +116,8 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
         trusted = "no feature stands out"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
-    strength = torch.ones_like(f) if trusted else torch.maximum(marginal / critical, joint)
-    return Evidence(strength=strength, trusted=trusted, **counts)
+    significant = torch.ones_like(f, dtype=torch.bool) if trusted else (marginal > critical) | (joint > 1)
+    return Evidence(significant=significant, trusted=trusted, **counts)
 
 
 def _deviations(made: Tensor, null: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from lightning_fscreen.ranking.criteria import (
 )
 from lightning_fscreen.ranking.evidence import Evidence, gather_evidence
 
-# A feature that no test speaks for is still ranked: its effect may be learned late, and its weights then grow.
-_SILENT = 1e-3
+_SILENT = 1e-3  # of a feature that no test speaks for, in the end
 
 
 def _wanted(screening_weight: float) -> bool:
@@ -33,16 +32,16 @@ def _explain(context: ScoringContext) -> dict[str, Evidence]:
 
 @register_criterion("screening", needs_statistics=_wanted, explain=_explain)
 def screening(context: ScoringContext) -> Scores:
-    """Rank by |w|^(1 − λ) · s^λ with the shrunken evidence s = max(1 − 1/r, 10⁻³), λ = `screening_weight`.
+    """Rank by |w|^(1 − λ) · s^λ: s = 1 where there is evidence for the feature, else 10^(−3t); λ = `screening_weight`.
 
-    r is the strength of the evidence for a feature: the largest ratio of a test's statistic to its critical value, over
-    the tests of `gather_evidence` (the classes' means, their spread, joint effects). A relevant feature passes one of
-    them by far, so s ≈ 1 and magnitude decides; one that all are silent about goes early, unless its weights are large.
-    Features that are trusted (because the network has learned them, or nothing is known of the layer) have s = 1.
-    With λ = 1, the score is F alone.
+    There is evidence if one of the tests of `gather_evidence` speaks for it (the classes' means, their spread, joint
+    effects), or if the features of the layer are trusted (because the network has learned them, or because nothing
+    tells them apart): then magnitude decides. t is the `progress` of pruning, from 0 to 1: at first a silent feature
+    is ranked like the others, since a joint effect may be learned late; in the end its weights go before nearly all
+    others. With λ = 1, the score is F alone.
 
     The score is the root of that product of order max(λ, 1 − λ), which ranks alike: with λ ≤ ½ it is |w|·s^(λ/(1 − λ)),
-    magnitude itself where features are trusted, and takes no power of every weight.
+    magnitude itself where there is evidence, and takes no power of every weight.
     """
     layers, screening_weight = context.layers, context.screening_weight
     if screening_weight == 0:
@@ -50,12 +49,11 @@ def screening(context: ScoringContext) -> Scores:
     if screening_weight == 1:
         return {name: _f(layer, name).expand(layer.weight.shape) for name, layer in layers.items()}
     largest = max(screening_weight, 1 - screening_weight)
-    of_magnitude, of_evidence = (1 - screening_weight) / largest, screening_weight / largest
-    scores = {name: magnitude.pow(of_magnitude) for name, magnitude in _magnitudes(layers).items()}
+    scores = {name: value.pow((1 - screening_weight) / largest) for name, value in _magnitudes(layers).items()}
+    shrunken = _SILENT ** (context.progress * screening_weight / largest)
     for name, evidence in _explain(context).items():
         if not evidence.trusted:
-            shrunken = (1 - 1 / evidence.strength).clamp(min=_SILENT)
-            scores[name] = scores[name] * shrunken.pow(of_evidence).to(scores[name])
+            scores[name] = torch.where(evidence.significant.to(scores[name].device), 1.0, shrunken) * scores[name]
     return scores
 
 

@@ -47,7 +47,7 @@ def noise(n=3000, p=60, seed=0, used=(0, 1)):
 
 
 def strong(evidence):
-    return (evidence.strength > 1).flatten().nonzero().flatten().tolist()
+    return evidence.significant.flatten().nonzero().flatten().tolist()
 
 
 def test_each_test_speaks_where_the_others_are_silent():
@@ -77,7 +77,7 @@ def test_learned_features_are_trusted():
     features[:, 0] += labels
     evidence = gather_evidence(layer_of(features, labels, weight, learned=True), "a")
     assert "learned" in evidence.trusted
-    assert (evidence.strength == 1).all()
+    assert evidence.significant.all()
     assert evidence.mean == 1 and evidence.to_dict()["shrunk"] == 0
     assert str(evidence) == "ranked by magnitude alone, for the network has learned these features"
 
@@ -117,7 +117,7 @@ def test_where_the_network_makes_as_much_of_silent_features_all_are_trusted():
     weight[:, 0] /= 4
     evidence = gather_evidence(layer_of(features, labels, weight), "a")
     assert "nearly as much of features that no test speaks for" in evidence.trusted
-    assert (evidence.strength == 1).all()
+    assert evidence.significant.all()
 
 
 @pytest.mark.parametrize(("level", "scatter", "trusted"), [(0.85, 0.01, True), (0.85, 0.2, False), (0.7, 0.01, False)])
@@ -170,7 +170,7 @@ def test_convolutions_are_tested_by_input_channel(module):
     images = features.view(*features.shape, *[1] * len(positions)).expand(*features.shape, *positions)
     evidence = gather_evidence(layer_of(images, labels, weight, module=module), "a")
     assert evidence.trusted is None
-    by_weight = (evidence.strength > 1).expand(weight.shape)
+    by_weight = evidence.significant.expand(weight.shape)
     assert torch.equal(by_weight, per_connection(module, used).expand(weight.shape))
 
 
@@ -183,7 +183,7 @@ def test_f_of_every_connection_is_joined_with_what_is_known_of_the_inputs():
     evidence = gather_evidence(replace(layer, f=f), "a")
     spoken = torch.zeros(weight.shape, dtype=torch.bool)
     spoken[:, 1] = spoken[3, 2] = True
-    assert torch.equal(evidence.strength > 1, spoken)
+    assert torch.equal(evidence.significant, spoken)
     assert (evidence.mean, evidence.spread) == (1, 1)
 
 

@@ -12,7 +12,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import rankdata
 
 from lightning_fscreen.functional import f_critical
-from lightning_fscreen.ranking.criteria import CRITERIA, ScoringInputs
+from lightning_fscreen.ranking.criteria import CRITERIA, ScoringContext, ScoringInputs
 from tests.ranking.test_criteria import layers, same_order, score
 
 
@@ -128,17 +128,26 @@ def test_screening_lets_magnitude_decide_among_relevant_features_and_keeps_silen
     assert score("screening", {"a": trusted}, 0.5)["a"][0].argsort().tolist() == [0, 4, 3, 1, 2]
 
 
+def test_silent_features_rank_like_the_others_when_pruning_begins():
+    given_layers = layers()
+    for n, scores in CRITERIA["screening"].score(ScoringContext(given_layers, 0.25, progress=0.0)).items():
+        assert torch.equal(scores, given_layers[n].weight.abs())
+
+
 @settings(deadline=None)
-@given(st.integers(0, 1000), st.floats(0, 1, exclude_min=True, exclude_max=True))
-def test_screening_is_its_formula_over_the_strength_of_the_evidence(seed, screening_weight):
+@given(st.integers(0, 1000), st.floats(0, 1, exclude_min=True, exclude_max=True), st.floats(0, 1))
+def test_screening_is_its_formula(seed, screening_weight, progress):
     given_layers = layers(seed)
-    for n, scores in score("screening", given_layers, screening_weight).items():
+    for n, scores in (
+        CRITERIA["screening"].score(ScoringContext(given_layers, screening_weight, progress=progress)).items()
+    ):
         layer = given_layers[n]
-        ratio = layer.f.numpy() / f_distribution.isf(1e-3, *layer.degrees)
-        shrunken = np.maximum(1 - 1 / ratio, 1e-3)
+        ratio = np.broadcast_to(layer.f.numpy() / f_distribution.isf(1e-3, *layer.degrees), scores.shape)
+        shrunken = np.where(ratio > 1, 1, 10 ** (-3 * progress))
         expected = layer.weight.abs().numpy() ** (1 - screening_weight) * shrunken**screening_weight
         expected **= 1 / max(screening_weight, 1 - screening_weight)
-        np.testing.assert_allclose(scores, np.broadcast_to(expected, scores.shape), rtol=0.02, atol=1e-300)
+        clear = abs(ratio - 1) > 0.02  # of the critical value, which is approximated
+        np.testing.assert_allclose(scores.numpy()[clear], expected[clear], rtol=1e-9, atol=1e-300)
 
 
 def test_product_is_the_geometric_mean_with_f():
