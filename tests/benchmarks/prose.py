@@ -134,7 +134,7 @@ def digits_macs():
 
     return (
         f"of the multiply–adds Taylor leaves {left('Taylor')}, SNIP {left('SNIP')}, gradient {left('gradient')} and "
-        f"every layer alike {left('magnitude by layer')}, screening {left('screening')}"
+        f"every layer alike {left('magnitude by layer')}, magnitude {left('magnitude')}"
     )
 
 

@@ -262,12 +262,13 @@ class SaveRank(Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["digits_weight", "digits_channel"])
-def test_two_processes_end_the_same_and_twice_the_same(experiment, tmp_path):
+@pytest.mark.parametrize(("experiment", "epochs"), [("digits_weight", 12), ("digits_channel", 4)])
+def test_two_processes_end_the_same_and_twice_the_same(experiment, epochs, tmp_path):
     for run_folder in ("first", "second"):
         fscreen(
             tmp_path,
             f"experiment={experiment}",
+            f"trainer.max_epochs={epochs}",
             "trainer.devices=2",
             "trainer.strategy=ddp",
             "trainer.accelerator=cpu",
