@@ -62,7 +62,7 @@ class Decision:
         context = replace(
             self._context,
             generator=torch.Generator().manual_seed(seed),
-            progress=min(fraction / settings.amount, 1.0) if settings.amount else 1.0,
+            progress=self._progress(fraction),
         )
         return rank_and_prune(
             settings.resolved_criterion.score(context),
@@ -72,6 +72,13 @@ class Decision:
             min_kept=settings.min_channels,
             units=self._granularity.units(),
         )
+
+    def _progress(self, fraction: float) -> float:
+        """Share of the amount that is pruned already; 1 if this pruning is the last."""
+        if fraction >= self._settings.amount:
+            return 1.0
+        total = sum(mask.numel() for mask in self._masks.kept.values())
+        return min(1 - sum(self._masks.num_kept.values()) / total, fraction) / self._settings.amount
 
     def carry_out(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer], hold: bool) -> None:
         """Replace the masks, and zero the pruned values.

@@ -52,7 +52,8 @@ class ScoringContext:
         layers: the candidates, by layer.
         screening_weight: λ of the criteria that join F and magnitude, 0 ≤ λ ≤ 1.
         generator: random numbers, the same in every process.
-        progress: share of the whole amount that is pruned after this ranking, 0 ≤ progress ≤ 1.
+        progress: share of the whole amount that is pruned already, 0 ≤ progress ≤ 1; 1 for the ranking that prunes the
+            rest.
     """
 
     layers: Mapping[str, ScoringInputs]
