@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
+from tests.conftest import Classifier, loader, mlp, trainer
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The progress that a criterion of the name "spy" was told, ranking after ranking."""
+    seen = []
+
+    def spy(context):
+        seen.append(context.progress)
+        return {name: layer.weight.abs() for name, layer in context.layers.items()}
+
+    monkeypatch.setitem(CRITERIA, "spy", Criterion(spy, lambda screening_weight: False))
+    return seen
+
+
+def fitted(**arguments):
+    callback = ScreeningPruningCallback(granularity="weight", amount=0.8, criterion="spy", slim=False, **arguments)
+    trainer([callback], max_epochs=5).fit(Classifier(mlp()), loader())
+    return callback
+
+
+def test_progress_is_the_share_pruned_before_and_1_when_the_rest_goes(seen):
+    callback = fitted(schedule="linear", end_epoch=4)
+    applied = [entry["applied"] / 0.8 for entry in callback.history]
+    assert seen == pytest.approx([0, *applied[:2], 1], abs=1e-3)
+    assert applied == pytest.approx([0.25, 0.5, 0.75, 1, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("arguments", [{"schedule": "one_shot", "end_epoch": 3}, {"end_epoch": 0}])
+def test_pruning_all_at_once_is_the_last_pruning(seen, arguments):
+    fitted(**arguments)
+    assert seen == [1.0]
+
+
+def test_softly_pruned_values_that_grew_again_are_not_pruned_already(seen):
+    fitted(schedule="linear", end_epoch=4, soft=True)
+    assert seen[:3] == pytest.approx([0, 0, 0], abs=0.05) and seen[3:] == [1.0]
