@@ -28,6 +28,9 @@ class Decision:
         masks: their masks until now.
         statistics: of activations, by layer.
         gradients: by layer.
+
+    Attributes:
+        explained: why layers are ranked as they are; empty if the criterion does not say.
     """
 
     def __init__(
@@ -39,14 +42,10 @@ class Decision:
         gradients: Mapping[str, GradientStatistics],
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
-        self._context = ScoringContext(
-            granularity.scoring_inputs(masks.present, statistics, gradients), settings.screening_weight
-        )
-
-    def explain(self) -> Mapping[str, Explained]:
-        """Why layers are ranked as they are; empty if the criterion does not say."""
-        explain = self._settings.resolved_criterion.explain
-        return {} if explain is None else explain(self._context)
+        inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
+        context, explain = ScoringContext(inputs, settings.screening_weight), settings.resolved_criterion.explain
+        self.explained: Mapping[str, Explained] = {} if explain is None else explain(context)
+        self._context = replace(context, explained=self.explained)
 
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.

@@ -202,7 +202,7 @@ class Pruner:
     ) -> Decision:
         """Rank the candidates, and note for the report why they are ranked so."""
         decision = Decision(self._settings, self.granularity, self.masks, statistics, gradients)
-        self._record.note(decision.explain())
+        self._record.note(decision.explained)
         return decision
 
     def rewind_weights(self, optimizers: Sequence[Optimizer]) -> None:

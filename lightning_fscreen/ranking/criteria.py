@@ -54,12 +54,14 @@ class ScoringContext:
         generator: random numbers, the same in every process.
         progress: share of the whole amount that is pruned already, 0 ≤ progress ≤ 1; 1 for the ranking that prunes the
             rest.
+        explained: what the criterion's own `explain` has found for this context, if it has one; else empty.
     """
 
     layers: Mapping[str, ScoringInputs]
     screening_weight: float = 0.25
     generator: torch.Generator = field(default_factory=torch.Generator)
     progress: float = 1.0
+    explained: Mapping[str, Any] = field(default_factory=dict)
 
 
 Scores = dict[str, Tensor]
@@ -122,10 +124,10 @@ def register_criterion(
     A function of three arguments, (layers, screening_weight, generator), is called with these parts of the context.
 
     Example:
-        >>> @register_criterion("deviation", needs_statistics=lambda screening_weight: True)
-        ... def deviation(context):
+        >>> @register_criterion("example", needs_statistics=lambda screening_weight: True)
+        ... def example(context):
         ...     return {name: layer.weight.abs() * layer.variance.sqrt() for name, layer in context.layers.items()}
-        >>> resolve_criterion("deviation").needs_statistics(0.25)
+        >>> resolve_criterion("example").needs_statistics(0.25)
         True
 
     Raises:

@@ -51,7 +51,7 @@ def screening(context: ScoringContext) -> Scores:
     largest = max(screening_weight, 1 - screening_weight)
     scores = {name: value.pow((1 - screening_weight) / largest) for name, value in _magnitudes(layers).items()}
     shrunken = _SILENT ** (context.progress * screening_weight / largest)
-    for name, evidence in _explain(context).items():
+    for name, evidence in (context.explained or _explain(context)).items():
         if not evidence.trusted:
             scores[name] = torch.where(evidence.significant.to(scores[name].device), 1.0, shrunken) * scores[name]
     return scores

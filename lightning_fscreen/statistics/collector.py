@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
+from lightning_fscreen.functional import IGNORED, ClassSums, check_labels, f_statistic_compute
 from lightning_fscreen.modules import num_inputs
 from lightning_fscreen.statistics.buffer import ActivationBuffer
 from lightning_fscreen.statistics.connections import ConnectionSums
@@ -187,8 +187,8 @@ class ActivationCollector:
         for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
             if not bool(merged.counts[:, columns.start].any()):
                 raise ValueError(
-                    f"layer {probe.name!r} never ran, so there is no F-statistic for it; leave it out with "
-                    f"exclude={probe.name!r}"
+                    f"layer {probe.name!r} never ran on an instance with a label, so there is no F-statistic for it; "
+                    f"leave it out with exclude={probe.name!r}, or check the labels if all of them are {IGNORED}"
                 )
         counts = merged.counts.sum(0)
         offset = merged.sums.sum(0) / counts

@@ -42,3 +42,21 @@ def test_pruning_all_at_once_is_the_last_pruning(seen, arguments):
 def test_softly_pruned_values_that_grew_again_are_not_pruned_already(seen):
     fitted(schedule="linear", end_epoch=4, soft=True)
     assert seen[:3] == pytest.approx([0, 0, 0], abs=0.05) and seen[3:] == [1.0]
+
+
+def test_evidence_is_gathered_once_a_pruning_and_handed_to_the_scores(monkeypatch):
+    own, explained, handed = CRITERIA["screening"], [], []
+
+    def explain(context):
+        explained.append(own.explain(context))
+        return explained[-1]
+
+    def score(context):
+        handed.append(context.explained)
+        return own.score(context)
+
+    monkeypatch.setitem(CRITERIA, "spy", Criterion(score, own.needs_statistics, explain=explain))
+    callback = fitted(schedule="linear", end_epoch=3)
+    assert len(explained) == len(handed) == 3
+    assert all(one is other for one, other in zip(explained, handed, strict=True))
+    assert callback.report().layers[0].evidence == explained[-1]["net.1"].to_dict()

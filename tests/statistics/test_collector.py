@@ -440,3 +440,13 @@ def test_memory_does_not_grow_with_the_number_of_instances(attached):
         sizes.append(sum(part.numel() for part in collector.state_dict()["moments"].values()))
         assert collector._buffer._rows.nbytes <= 8 * 2**20 and not collector._buffer.ran
     assert sizes[0] == sizes[-1] == (3 * C + 3) * sum(probe.num_features for probe in probes(model))
+
+
+def test_instances_without_labels_alone_are_an_error_that_says_so(attached):
+    model = network()
+    collector = attached(collecting(model, layers=["head"]))
+    for x, labels, extra in batches():
+        model(x, extra)
+        collector.update(torch.full_like(labels, -100))
+    with pytest.raises(ValueError, match=r"'head' never ran on an instance with a label.*all of them are -100"):
+        collector.statistics()
