@@ -15,7 +15,7 @@ from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
 from lightning_fscreen.fit.hooks import TrainingHooks
-from lightning_fscreen.fit.optim import check_optimizers, order_of, restore_order
+from lightning_fscreen.fit.optim import order_of, restore_order
 from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.phases import Phase, Progress
 from lightning_fscreen.fit.pruner import Pruner
@@ -25,6 +25,7 @@ from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule, resolve_window
 from lightning_fscreen.saving.checkpoints import resize_on_load
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.optimizers import check_optimizers
 from lightning_fscreen.statistics.labels import find_labels
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ class ScreeningPruningCallback(TrainingHooks):
             ValueError: nothing to prune, patterns that match nothing.
             NotImplementedError: an unsupported optimizer.
         """
-        check_optimizers(trainer)
+        check_optimizers(trainer.optimizers)
         state = self._restored or self._present_state(pl_module)
         self._restored = {}
         self._remove_hooks()

@@ -15,6 +15,7 @@ from lightning_fscreen.candidates.granularity import Granularity, Patterns, regi
 from lightning_fscreen.modules import join, select
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, fixed_reasons, gates_of
 from lightning_fscreen.slimming.slim import slim_captured
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics, Probe
@@ -203,13 +204,17 @@ class Channels(Granularity[PrunableChannels]):
         require_candidates(self._layers, where, "batch norms", self.not_pruned)
 
     def slim(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
+        self,
+        network: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: Mapping[str, Tensor],
+        copies: Sequence[Copy] = (),
     ) -> SlimmingPlan:
         """Remove the channels that are not kept, and all that only they need."""
         assert self._captured is not None
-        return slim_captured(
-            network, self._captured, kept, args, kwargs, bias="zero" if self._bias == "zero" else "fold"
-        )
+        bias: Literal["zero", "fold"] = "zero" if self._bias == "zero" else "fold"
+        return slim_captured(network, self._captured, kept, args, kwargs, bias, copies)
 
     def companions(self) -> dict[str, nn.Parameter]:
         """The shifts β, where the output of pruned channels is to be zero."""

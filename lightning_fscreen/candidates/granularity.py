@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
 
@@ -102,6 +103,16 @@ class Granularity(ABC, Generic[Layer]):
         """Layers with candidates, by their names in the model."""
         return [layer.name for layer in self._layers]
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Leave layers alone, and say why.
+
+        Raises:
+            ValueError: nothing is left to prune; lists the reasons.
+        """
+        self._layers = [layer for layer in self._layers if layer.name not in reasons]
+        self.not_pruned |= reasons
+        require_candidates(self._layers, "the model", "layers", self.not_pruned)
+
     def keep_only(self, names: Collection[str]) -> None:
         """Forget the candidates of all other layers."""
         self._layers = [layer for layer in self._layers if layer.name in names]
@@ -119,7 +130,12 @@ class Granularity(ABC, Generic[Layer]):
 
     @abstractmethod
     def slim(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
+        self,
+        network: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: Mapping[str, Tensor],
+        copies: Sequence[Copy] = (),
     ) -> SlimmingPlan:
         """Make the network smaller, in place; its eval-mode outputs stay the same.
 
@@ -128,6 +144,7 @@ class Granularity(ABC, Generic[Layer]):
             args: inputs of its forward.
             kwargs: keyword inputs of its forward.
             kept: layer, by its name in the network → mask of its candidates, True where kept.
+            copies: copies of the network that become smaller with it; they have its values where it is pruned.
 
         Returns:
             The plan, with names as in the network.
@@ -149,6 +166,10 @@ class Granularity(ABC, Generic[Layer]):
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are ranked and masked, by layer; each of their values is a candidate."""
         return {layer.name: self._parameters_of(layer)[0] for layer in self._layers}
+
+    def affected(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters whose values belong to one candidate each, by layer; of the same shape."""
+        return {layer.name: self._parameters_of(layer) for layer in self._layers}
 
     def companions(self) -> dict[str, nn.Parameter]:
         """Parameters of the same shape that are zeroed with them."""

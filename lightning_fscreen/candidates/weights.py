@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.modules import select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
+from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.connections import per_connection
 
@@ -98,10 +99,15 @@ class Weights(Granularity[PrunableWeight]):
         self._connections = connections
 
     def slim(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Mapping[str, Tensor]
+        self,
+        network: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: Mapping[str, Tensor],
+        copies: Sequence[Copy] = (),
     ) -> SlimmingPlan:
         """Remove units without incoming or without outgoing weights; it sees in the weights which are pruned."""
-        return remove_dead_units(network, args, kwargs)
+        return remove_dead_units(network, args, kwargs, copies)
 
     def collector(self, num_classes: int) -> ActivationCollector:
         """Sums over the layers' inputs."""

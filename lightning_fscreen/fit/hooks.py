@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.fit.distributed import decide_once
 from lightning_fscreen.fit.gathering import Collection
-from lightning_fscreen.fit.optim import check_state
 from lightning_fscreen.fit.phases import IDLE, Progress, gathers, holds, next_phase, plan_step
 from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.report import metrics_of
@@ -24,6 +23,7 @@ from lightning_fscreen.fit.surgery import forget_scores
 from lightning_fscreen.ranking.budget import Budget
 from lightning_fscreen.ranking.budgeted import check_floors
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.optimizers import check_state
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import nn
 
 from lightning_fscreen.fit.distributed import broadcast_buffers, rewrap
-from lightning_fscreen.fit.optim import Move, check_state, move_parameters
-from lightning_fscreen.modules import join
+from lightning_fscreen.slimming.optimizers import check_state, follow_plan
 from lightning_fscreen.slimming.plan import SlimmingPlan
 
 
@@ -39,20 +37,9 @@ def slim_in_fit(
     check_state(trainer.optimizers, {parameter: name for name, parameter in before.items()})
     broadcast_buffers(trainer, pl_module)
     plan = slim()
-    after = dict(pl_module.named_parameters())
-    moves = [
-        Move(old, after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
-        for name, old in before.items()
-        if after[name] is not old
-    ]
-    added = {after[join(layer, "bias")]: _weight(pl_module, layer) for layer in plan.biases}
-    move_parameters(trainer.optimizers, moves, added)
+    follow_plan(trainer.optimizers, pl_module, before, plan)
     rewrap(trainer)
     return plan
-
-
-def _weight(model: nn.Module, layer: str) -> nn.Parameter:
-    return model.get_submodule(layer).get_parameter("weight")
 
 
 def forget_scores(trainer: Trainer) -> None:

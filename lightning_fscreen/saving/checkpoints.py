@@ -79,7 +79,7 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     own = plan_of(module)
     if saved is not None:
         plan = _decode(saved)
-        if not _same(plan, own):
+        if not plan.is_like(own):
             undo = grow(module)
             try:
                 slim_like(module, plan)
@@ -97,12 +97,6 @@ def _decode(saved: Any) -> SlimmingPlan:
     except (AttributeError, TypeError, UnicodeDecodeError) as error:
         raise PlanError(f"{PLAN_KEY!r} in the state_dict is no slimming plan: {error}") from error
     return SlimmingPlan.from_json(text)
-
-
-def _same(first: SlimmingPlan, second: SlimmingPlan) -> bool:
-    return all(
-        getattr(first, field) == getattr(second, field) for field in ("shapes", "cuts", "groups", "biases", "selects")
-    )
 
 
 def _is_full_size(plan: SlimmingPlan, state_dict: Mapping[str, Any], prefix: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.plan import SlimmingPlan, attach_plan
@@ -24,7 +26,8 @@ def remove_dead_slots(
     captured: Capture,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    off: Mapping[str, Off] | None = None,
+    off: Callable[[], Mapping[str, Off]] | None = None,
+    copies: Sequence[Copy] = (),
 ) -> SlimmingPlan:
     """Plan the removal of all dead slots, carry it out in place, verify it, and remember the plan on the layers.
 
@@ -35,36 +38,94 @@ def remove_dead_slots(
         captured: its graph.
         args: example inputs.
         kwargs: example keyword inputs.
-        off: batch norm → its channels that are switched off; see `Walk`. With it, train mode is verified, too.
+        off: gives batch norm → its channels that are switched off, of the values that the network has then; see
+            `Walk`. With it, train mode is verified, too.
+        copies: copies of the network, which lose the same slots; each is planned and verified with its own values.
 
     Returns:
         The plan that was applied; false if there was nothing to remove.
 
     Raises:
-        VerificationError: the smaller network would not compute the same; the network is untouched then.
+        VerificationError: the smaller network, or a smaller copy, would not compute the same, or a copy would lose
+            other slots; network and copies are untouched then.
     """
-    slots = find_slots(network, captured, off)
-    change = make_change(network, slots)
-    if not change.plan:
-        return change.plan
+
+    def change(literal: bool) -> tuple[Change, bool]:
+        slots = find_slots(network, captured, off and off(), literal=literal)
+        return make_change(network, slots), bool(slots.assumed)
+
+    own, assumed = change(literal=False)
+    if not own.plan:
+        return own.plan
     verification = Verification(network, args, kwargs, training=off is not None)
+    followers = [_Follower(copy, network, args, kwargs, off is not None) for copy in copies]
     try:
-        _apply(network, change, verification)
+        for follower in followers:
+            follower.plan(change, own, literal=False)
+        _apply(network, own, verification, followers)
     except VerificationError as error:
-        if not slots.assumed:
+        if not assumed:
             raise
         log.warning("sizes seem to be written into forward, their channels stay: %s", error)
-        change = make_change(network, find_slots(network, captured, off, literal=True))
-        if change.plan:
-            _apply(network, change, verification)
-    return change.plan
+        own, _ = change(literal=True)
+        if own.plan:
+            for follower in followers:
+                follower.plan(change, own, literal=True)
+            _apply(network, own, verification, followers)
+    return own.plan
 
 
-def _apply(network: nn.Module, change: Change, verification: Verification) -> None:
-    undo = install(network, change.plan, change.tensors)
+class _Follower:
+    """A copy of a network on its way to become smaller."""
+
+    def __init__(
+        self, copy: Copy, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> None:
+        self.copy, self._network = copy, network
+        with copy.worn_by(network):
+            self._verification = Verification(network, args, kwargs, training)
+
+    def plan(self, change: Callable[[bool], tuple[Change, bool]], own: Change, literal: bool) -> None:
+        """Find its new tensors.
+
+        Raises:
+            VerificationError: it would be cut in another way than the network, or constants of its own would go into
+                a layer that it shares with the network.
+        """
+        with self.copy.worn_by(self._network):
+            self.change, _ = change(literal)
+        if not self.change.plan.is_like(own.plan):
+            raise VerificationError(
+                f"{self.copy.name} would lose other channels than the network that it is a copy of, because values "
+                "that are constant there are not constant here; it cannot follow"
+            )
+        for name in self.change.tensors.keys() - self.copy.restrict(self.change.tensors).keys():
+            if not torch.allclose(self.change.tensors[name], own.tensors[name]):
+                raise VerificationError(
+                    f"constants of {self.copy.name} would have to be carried into {name!r}, which is no part of the "
+                    "copy; it cannot follow"
+                )
+
+    def check(self) -> None:
+        """Verify the copy, which has become smaller, as the network has."""
+        with self.copy.worn_by(self._network):
+            try:
+                self._verification.check(self.change.tensors)
+            except VerificationError as error:
+                raise VerificationError(f"{self.copy.name}: {error}") from error
+
+
+def _apply(network: nn.Module, change: Change, verification: Verification, followers: Sequence[_Follower]) -> None:
+    undo = [install(network, change.plan, change.tensors)]
     try:
         verification.check(change.tensors)
+        for follower in followers:
+            undo.append(follower.copy.install(change.plan, follower.change.tensors))
+            follower.check()
     except BaseException:
-        undo()
+        for step in reversed(undo):
+            step()
         raise
     attach_plan(network, change.plan)
+    for follower in followers:
+        follower.copy.attach(change.plan)

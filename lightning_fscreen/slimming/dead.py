@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_fscreen.slimming.apply import remove_dead_slots
 from lightning_fscreen.slimming.capture import capture
+from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.plan import SlimmingPlan
 
 
 def remove_dead_units(
-    network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    copies: Sequence[Copy] = (),
 ) -> SlimmingPlan:
     """Physically remove hidden units and channels that do nothing, in place; outputs in eval mode stay the same.
 
@@ -25,6 +29,7 @@ def remove_dead_units(
         network: any module that `torch.export` can capture.
         args: example inputs of its forward, with at least two instances so that no size is 1 by chance.
         kwargs: example keyword inputs.
+        copies: copies of the network, which lose the same units; their weights are zero where the network's are.
 
     Returns:
         The plan that was applied; false if there was nothing to remove.
@@ -32,8 +37,8 @@ def remove_dead_units(
     Raises:
         CaptureError: the network cannot be captured.
         VerificationError: outputs differ in float64 on the example or on random inputs, or forward fails on the smaller
-            network.
+            network; a copy would lose other units.
         The network is untouched after an error.
     """
     kwargs = dict(kwargs or {})
-    return remove_dead_slots(network, capture(network, args, kwargs), args, kwargs)
+    return remove_dead_slots(network, capture(network, args, kwargs), args, kwargs, copies=copies)

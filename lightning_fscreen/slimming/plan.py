@@ -49,6 +49,11 @@ class SlimmingPlan:
         """Whether it changes anything."""
         return bool(self.cuts or self.biases or self.selects)
 
+    def is_like(self, other: SlimmingPlan) -> bool:
+        """Whether both do the same to a network."""
+        fields = ("shapes", "cuts", "groups", "biases", "selects")
+        return all(getattr(self, field) == getattr(other, field) for field in fields)
+
     def under(self, prefix: str) -> SlimmingPlan:
         """The same plan for a module that holds the network as its submodule `prefix`."""
         return SlimmingPlan(
@@ -59,6 +64,25 @@ class SlimmingPlan:
             {join(prefix, name): indices for name, indices in self.selects.items()},
             dict(self.pinned),
             {join(prefix, name): count for name, count in self.removed.items()},
+        )
+
+    def within(self, prefix: str) -> SlimmingPlan:
+        """The part of the plan for the submodule `prefix`, with names as in it; `under` in reverse."""
+        if not prefix:
+            return self
+
+        def inner(names: Mapping[str, Any]) -> dict[str, Any]:
+            parts = {name: name.removeprefix(prefix).removeprefix(".") for name in names}
+            return {part: names[name] for name, part in parts.items() if name == join(prefix, part)}
+
+        return SlimmingPlan(
+            inner(self.shapes),
+            inner(self.cuts),
+            inner(self.groups),
+            tuple(inner(dict.fromkeys(self.biases))),
+            inner(self.selects),
+            dict(self.pinned),
+            inner(self.removed),
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:

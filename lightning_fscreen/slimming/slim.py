@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
 from lightning_fscreen.modules import own_tensors, uncompiled
 from lightning_fscreen.slimming.apply import remove_dead_slots
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.copies import Copy, average_exactly, copies_of, take_pruned
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.optimizers import follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.slimming.plan import SlimmingPlan
 
 Bias = Literal["zero", "fold"]
 
 
-def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias: Bias = "zero") -> SlimmingPlan:
+def slim(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    example_inputs: Any,
+    bias: Bias = "zero",
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    follow: nn.Module | Iterable[nn.Module] = (),
+) -> SlimmingPlan:
     """Switch off channels of batch norms and physically remove them, in place.
 
     The output stays that of the same network with γ = β = 0 on the pruned channels (bias="zero"), or γ = 0 with β kept
@@ -35,28 +45,43 @@ def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
             instances.
         bias: "zero" or "fold".
+        optimizers: the optimizers in use, one or several. The parameters that become smaller are new objects: an
+            optimizer that is not named here goes on with the old ones, without an error. Groups, learning rates,
+            schedulers, moments and pending gradients go along. The next steps are those of the masked network where
+            updates are element-wise (SGD, Adam, RMSprop, Lion); where they are computed from whole matrices (Muon) they
+            are those of the smaller matrices, which differ by the scale that follows from the shape, by what was left
+            of the removed momentum, and by rounding in bfloat16.
+        follow: copies of the model whose values follow it: moving averages, a mean teacher, or modules around such a
+            copy (`AveragedModel`, timm's `ModelEmaV3`). On the pruned channels they take the model's γ and β, since
+            averages of zeros would take long to be zero; then they lose the same channels, with constants of their own.
 
     Returns:
         The plan that was applied.
 
     Raises:
-        ValueError: an unknown name, a mask of another length or dtype, one that keeps no channel, an unknown bias.
+        ValueError: an unknown name, a mask of another length or dtype, one that keeps no channel, an unknown bias;
+            optimizers without a parameter of the model, a module to follow without a copy of it.
+        NotImplementedError: an optimizer whose state cannot be cut (factored or sharded state, LBFGS).
         CaptureError: the model cannot be captured.
-        VerificationError: outputs differ in float64, or forward fails on the smaller network.
-        The model is untouched after an error.
+        VerificationError: outputs differ in float64, or forward fails on the smaller network, or a copy would have to
+            lose other channels.
+        Model, optimizers and copies are untouched after an error.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_fscreen import slim
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+        >>> optimizer = torch.optim.AdamW(net.parameters())
         >>> images, keep = torch.randn(2, 3, 6, 6), torch.tensor([True, False, True, True, False, True, True, True])
         >>> with torch.no_grad():
         ...     net[1].weight[~keep] = net[1].bias[~keep] = 0
         ...     before = net(images)
-        >>> plan = slim(net, {"1": keep}, images)
+        >>> plan = slim(net, {"1": keep}, images, optimizers=optimizer)
         >>> net[0], net[3]
         (Conv2d(3, 6, kernel_size=(3, 3), stride=(1, 1)), Conv2d(6, 2, kernel_size=(1, 1), stride=(1, 1)))
+        >>> net[0].weight is optimizer.param_groups[0]["params"][0]
+        True
         >>> plan.removed
         {'0': 2}
         >>> torch.allclose(net(images), before, atol=1e-6)
@@ -65,8 +90,15 @@ def slim(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any, bias
     model = uncompiled(model)
     check_keep(model, keep)
     check_bias(bias)
+    followers = [follow] if isinstance(follow, nn.Module) else list(follow)
+    used, copies, before = optimizers_of(model, optimizers), copies_of(model, followers), dict(model.named_parameters())
     args, kwargs = call_arguments(example_inputs)
-    return slim_captured(model, capture_training(model, args, kwargs), keep, args, kwargs, bias)
+    plan = slim_captured(model, capture_training(model, args, kwargs), keep, args, kwargs, bias, copies)
+    follow_plan(used, model, before, plan)
+    warn_of_orphans(used, model, before)
+    for module in followers:
+        average_exactly(module)
+    return plan
 
 
 @torch.inference_mode(False)
@@ -77,15 +109,35 @@ def slim_captured(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     bias: Bias = "zero",
+    copies: Sequence[Copy] = (),
 ) -> SlimmingPlan:
-    """As `slim`, for a network that has been captured and masks that have been checked."""
-    undo = switch_off(network, keep, bias)
+    """As `slim`, for a network that has been captured, masks that have been checked, and copies that have been found.
+
+    Nobody takes the optimizers along.
+    """
+
+    def off() -> dict[str, Off]:
+        return {name: _off(network.get_submodule(name), mask) for name, mask in keep.items()}
+
+    undo = [switch_off(network, keep, bias)]
     try:
-        off = {name: _off(network.get_submodule(name), mask) for name, mask in keep.items()}
-        return remove_dead_slots(network, captured, args, kwargs, off)
+        undo.append(take_pruned(copies, network, _pruned(network, keep)))
+        return remove_dead_slots(network, captured, args, kwargs, off, copies)
     except BaseException:
-        undo()
+        for step in reversed(undo):
+            step()
         raise
+
+
+def _pruned(network: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scale or shift of a batch norm → (channels,) bool, True where it is pruned."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    pruned: dict[str, Tensor] = {}
+    for name, mask in keep.items():
+        for parameter in own_tensors(network.get_submodule(name)):
+            if parameter is not None:
+                pruned[names[id(parameter)]] = ~mask | pruned.get(names[id(parameter)], False)
+    return pruned
 
 
 def check_bias(bias: str) -> None:
