@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.weights import Connections
+from lightning_fscreen.fit.copies import Copies, held_copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
 from lightning_fscreen.fit.hooks import TrainingHooks
 from lightning_fscreen.fit.optim import order_of, restore_order
@@ -152,7 +153,7 @@ class ScreeningPruningCallback(TrainingHooks):
             last = None if fast else trainer.max_epochs
             self._budget.window = resolve_window(self.start_epoch, self.end_epoch, last, fast)
         if self._loading is None:
-            self._loading = resize_on_load(pl_module)
+            self._loading = resize_on_load(pl_module, lambda: held_copies(trainer, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the candidates.
@@ -167,7 +168,9 @@ class ScreeningPruningCallback(TrainingHooks):
         self._remove_hooks()
         phase = Phase.FINE_TUNING if state.get("tuning") else Phase.ANNEALING
         self._progress = Progress(phase, state.get("epoch"))
-        self._pruner = pruner = Pruner(pl_module, self.settings, state.get("pruner", {}), Origin(trainer))
+        known = state.get("pruner", {})
+        copies = Copies(trainer, pl_module, known.get("copies", {}))
+        self._pruner = pruner = Pruner(pl_module, self.settings, known, Origin(trainer), copies)
         self._budget.target = state.get("target", pruner.pruned)
         self._budget.closed = pruner.plan is not None
         self._set_total()
@@ -208,6 +211,7 @@ class ScreeningPruningCallback(TrainingHooks):
             raise ValueError("the training dataloader is empty, so nothing was trained or pruned; check the data set")
         pruner, end = self._fit_pruner, self._budget.window[1]
         pruner.reattach()
+        pruner.masks.apply()  # averages may have been put into the place of the weights
         if self._budget.asks_for_more(end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.warning(
                 "training ended with epoch %d, before everything was pruned (end_epoch=%d): %.1f %% of the candidates "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
@@ -38,10 +38,11 @@ def check_strategy(trainer: Trainer) -> None:
             "use Trainer(strategy='auto') on one device or strategy='ddp' on several"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        if isinstance(callback, StochasticWeightAveraging):
             raise NotImplementedError(
-                f"ScreeningPruningCallback does not support {type(callback).__name__}: averages of weights before and "
-                "after pruning are not pruned; train without it, or average in a fit of the slim network"
+                "ScreeningPruningCallback does not support StochasticWeightAveraging, which adds an epoch of its own "
+                "after the last; use WeightAveraging or EMAWeightAveraging, which follow, or average in a fit of the "
+                "slim network"
             )
 
 

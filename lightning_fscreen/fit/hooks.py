@@ -206,6 +206,7 @@ class TrainingHooks(HasSettings, Callback):
         hold = holds(settings, self._budget, epoch)
         decision.carry_out(kept, trainer.optimizers, hold)
         if hold:
+            pruner.lead_copies()
             self._budget.met(epoch)
         self._collection.reset()
 

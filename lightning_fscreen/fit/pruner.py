@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.costs.size import measure_size
 from lightning_fscreen.fit.compiled import Eagerly
+from lightning_fscreen.fit.copies import Copies
 from lightning_fscreen.fit.decision import Decision
+from lightning_fscreen.fit.distributed import broadcast_buffers
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.recorder import InputRecorder, networks_around
@@ -38,6 +40,7 @@ class Pruner:
         settings: the callback's arguments.
         state: a `state_dict` to go on from; empty to begin.
         origin: where the fit began.
+        copies: copies of the network, which follow it.
 
     Attributes:
         granularity: the candidates.
@@ -52,9 +55,11 @@ class Pruner:
         ValueError: nothing to prune, patterns that match nothing.
     """
 
-    def __init__(self, model: LightningModule, settings: Settings, state: Mapping[str, Any], origin: Origin) -> None:
+    def __init__(
+        self, model: LightningModule, settings: Settings, state: Mapping[str, Any], origin: Origin, copies: Copies
+    ) -> None:
         self._model, self._settings, self._state = model, settings, state
-        self.origin = origin
+        self.origin, self.copies = origin, copies
         self.eagerly = Eagerly(model)
         self.plan = _plan(state.get("plan", ""))
         self._applied_plan = _plan(state.get("since", "")) or SlimmingPlan()  # all slimmings, other callbacks' included
@@ -75,6 +80,7 @@ class Pruner:
 
     def _found(self) -> Granularity[Any]:
         granularity = self._settings.find_candidates(self._model)
+        granularity.leave_out(self.copies.reasons(granularity.names))
         for name, reason in granularity.not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
         return granularity
@@ -209,11 +215,22 @@ class Pruner:
         """Put the remaining weights back to where the fit began; optimizers begin afresh."""
         self.origin.rewind_weights(self._model, self._applied_plan, optimizers)
         self.masks.apply()
+        self.copies.begin_again()
 
     # ---- slimming
 
+    def lead_copies(self) -> None:
+        """Let the copies of the network be pruned where it is."""
+        self.copies.refresh()
+        names, present = self.parameters, self.masks.present
+        affected = [(names[p], layer) for layer, own in self.granularity.affected().items() for p in own]
+        self.copies.take_pruned(self.recorder.name, {name: ~present[layer] for name, layer in affected})
+
     def slim(self, trainer: Trainer) -> SlimmingPlan | None:
-        """Make the network smaller; returns the plan, or None if it cannot be done exactly."""
+        """Make the network smaller, and its copies; returns the plan, or None if it cannot be done exactly."""
+        self.lead_copies()
+        for module in self.copies.outside:
+            broadcast_buffers(trainer, module)
         try:
             in_fit = self.granularity.slims_in_fit
             plan = slim_in_fit(trainer, self._model, self._slim_network) if in_fit else self._slim_network()
@@ -222,8 +239,10 @@ class Pruner:
             log.warning("nothing was physically removed, the masks stay: %s", error)
             return None
         self.plan = plan
-        carry_plan(self._model)
+        for module in (self._model, *self.copies.outside):
+            carry_plan(module)
         self.follow(plan)
+        self.copies.refresh()
         self.eagerly.recompile()
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan
@@ -233,7 +252,8 @@ class Pruner:
         prefix = f"{recorder.name}." if recorder.name else ""
         kept = {name.removeprefix(prefix): mask for name, mask in self.masks.present.items()}
         args, kwargs = recorder.inputs_on_device()
-        return self.granularity.slim(recorder.network, args, kwargs, kept).under(recorder.name)
+        copies = self.copies.following(recorder.name)
+        return self.copies.plans(recorder.name, self.granularity.slim(recorder.network, args, kwargs, kept, copies))
 
     def follow(self, plan: SlimmingPlan) -> None:
         """Go on with a model that this pruner or another one has made smaller."""
@@ -252,10 +272,13 @@ class Pruner:
 
     def report(self) -> PruningReport:
         """The candidates and sizes before and now."""
+        removed = dict(self.plan.removed) if self.plan is not None else {}
+        for layer in self.copies.reasons(list(removed)):
+            del removed[layer]
         return self._record.report(
             self.masks,
             granularity=self._settings.granularity,
-            removed=dict(self.plan.removed) if self.plan is not None else {},
+            removed=removed,
             not_pruned=dict(self.granularity.not_pruned),
             not_removed=self.not_removed,
         )
@@ -287,6 +310,7 @@ class Pruner:
             "network": self.recorder.name,
             "inputs": self.recorder.plain_inputs(),
             "dtype": self.recorder.dtype,
+            "copies": self.copies.samples,
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -58,9 +58,20 @@ def carry_plan(model: nn.Module) -> None:
         model.register_load_state_dict_pre_hook(_load)
 
 
-def resize_on_load(model: nn.Module) -> RemovableHandle:
-    """Let a model take the size of the state_dicts that are loaded into it, until the handle is removed."""
-    handle: RemovableHandle = model.register_load_state_dict_pre_hook(_load)
+def resize_on_load(model: nn.Module, with_it: Callable[[], Iterable[nn.Module]] = tuple) -> RemovableHandle:
+    """Let a model take the size of the state_dicts that are loaded into it, until the handle is removed.
+
+    Args:
+        model: the model.
+        with_it: gives others, copies of it or of its parts, that are loaded after it and take their sizes, too.
+    """
+
+    def load(module: nn.Module, *args: Any) -> None:
+        for other in with_it():
+            carry_plan(other)
+        _load(module, *args)
+
+    handle: RemovableHandle = model.register_load_state_dict_pre_hook(load)
     return handle
 
 
