@@ -69,13 +69,17 @@ class Copies:
         self._found = list(_find(self._trainer, self._model))
         for found in self._found:
             self.samples.setdefault(found.name, _sample(found.module))
+        self.average_exactly()
+
+    def average_exactly(self) -> None:
+        """See `slimming.copies.average_exactly`."""
         for outer in (self._model, *_held(self._trainer).values()):
             average_exactly(outer)
 
     @property
     def outside(self) -> list[nn.Module]:
-        """Modules outside of the model that hold copies of it."""
-        return [found.module for found in self._found if not found.inside]
+        """Modules that callbacks hold, and that are copies of the model or of parts of it."""
+        return held_copies(self._trainer, self._model)
 
     def reasons(self, layers: Sequence[str]) -> dict[str, str]:
         """Layers of the model that are in a copy, and why they have no candidates."""

@@ -241,8 +241,8 @@ class Pruner:
         self.plan = plan
         for module in (self._model, *self.copies.outside):
             carry_plan(module)
+        self.copies.average_exactly()
         self.follow(plan)
-        self.copies.refresh()
         self.eagerly.recompile()
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan

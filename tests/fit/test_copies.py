@@ -54,8 +54,15 @@ class Averaging(Classifier):
     def average(self):
         return self.ema if self.kind == "by hand" else self.ema.module
 
+    @property
+    def nets(self):
+        return [self.net] if self.kind == "none" else [self.net, self.average]
+
     def training_step(self, batch, batch_idx):
         return super().training_step((batch[0].double(), batch[1]), batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0].double())
 
     def on_train_batch_end(self, *args):
         if self.kind == "averaged":
@@ -74,8 +81,8 @@ class Masked(Callback):
         self.masks, self.epoch = masks, epoch
 
     def nets(self, trainer, module):
-        outer = [c._average_model.module.net for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]
-        return [module.net, *outer, *([module.average] if module.kind != "none" else [])]
+        averages = [call._average_model.module for call in trainer.callbacks if isinstance(call, EMAWeightAveraging)]
+        return [net for owner in (module, *averages) for net in owner.nets]
 
     @torch.no_grad()
     def zero(self, nets):
@@ -125,3 +132,51 @@ def test_an_average_in_the_module_goes_on_as_that_of_the_masked_network(kind, ca
     assert difference(outputs(masked.average, x), outputs(model.average, x)) < 1e-9
     assert difference(outputs(masked.net, x), outputs(model.net, x)) < 1e-9
     assert difference(outputs(masked.teacher, x), outputs(model.teacher, x)) == 0
+
+
+@pytest.mark.parametrize(("first", "kind"), [(True, "averaged"), (False, "none")])
+def test_lightnings_average_is_pruned_saved_and_resumed_with_the_network(first, kind, tmp_path):
+    """Its checkpoints hold the averages in place of the weights, validation swaps both, the fit ends with averages."""
+
+    def fit(model, ckpt_path=None):
+        ours, ema = pruning(), EMAWeightAveraging(decay=0.9)
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        callbacks = [*([ours, ema] if first else [ema, ours]), saving]
+        torch.manual_seed(1)
+        fit = trainer(callbacks, max_epochs=3, enable_checkpointing=True)
+        fit.fit(model, loader(count=128), loader(count=64), ckpt_path=ckpt_path)
+        return ours, ema
+
+    torch.manual_seed(0)
+    model = Averaging(kind)
+    masked, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    ours, ema = fit(model)
+    fitted(masked, [Masked(ours.masks, 1), EMAWeightAveraging(decay=0.9)])
+    x = digits(8)[0].double()
+    assert model.net[0].out_channels == ema._average_model.module.net[0].out_channels < 8
+    for large, small in zip(masked.nets, model.nets, strict=True):
+        assert difference(outputs(large, x), outputs(small, x)) < 1e-9
+    last = load_from_checkpoint(Averaging, tmp_path / "epoch=2.ckpt", kind=kind)
+    assert difference(outputs(last.net, x), outputs(model.net, x)) == 0
+    for epoch in (0, 1):  # before and after slimming
+        again = copy.deepcopy(fresh)
+        fit(again, tmp_path / f"epoch={epoch}.ckpt")
+        for other, own in zip(again.nets, model.nets, strict=True):
+            assert difference(outputs(other, x), outputs(own, x)) == 0
+
+
+@pytest.mark.parametrize("kind", ["averaged", "none"])
+def test_units_that_weights_leave_behind_go_from_the_average_at_the_end(kind):
+    torch.manual_seed(0)
+    model = Averaging(kind, net=lambda: mlp(hidden=8))
+    masked = copy.deepcopy(model)
+    options = {"granularity": "weight", "amount": 0.9, "criterion": "magnitude", "include": "net.*"}
+    callback = pruning(**options)
+    for net, ours in ((model, callback), (masked, pruning(**options, slim=False))):
+        fitted(net, [ours, *([EMAWeightAveraging(decay=0.9)] if kind == "none" else [])])
+    x = digits(8)[0].double()
+    assert callback.plan and callback.report().removed.keys() <= {"net.1", "net.3"}
+    for large, small in [(masked.net, model.net), *([(masked.average, model.average)] if kind == "averaged" else [])]:
+        assert small[1].out_features == model.net[1].out_features < 8
+        assert not bool(large[1].weight[~callback.masks["net.1"]].any())
+        assert difference(outputs(large, x), outputs(small, x)) < 1e-12
