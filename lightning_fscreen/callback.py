@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.weights import Connections
-from lightning_fscreen.fit.copies import Copies, held_copies
+from lightning_fscreen.fit.copies import Copies, resize_held_copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
 from lightning_fscreen.fit.hooks import TrainingHooks
 from lightning_fscreen.fit.optim import order_of, restore_order
@@ -40,6 +40,9 @@ class ScreeningPruningCallback(TrainingHooks):
     smaller as soon as the whole amount is pruned, and the rest of the fit trains the smaller network. With "weight"
     (WLS) hidden units and channels left without incoming or outgoing weights are removed when the fit ends. Either way
     the network computes the same function afterwards.
+
+    Moving averages of the network (`AveragedModel`, timm's `ModelEmaV3`, a mean teacher, Lightning's `WeightAveraging`
+    and `EMAWeightAveraging`) are pruned and become smaller with it; a copy that stands still, a fixed teacher, stays.
 
     Args:
         granularity: "channel": channels of batch norms; "weight": connections of linear and convolution layers.
@@ -153,7 +156,8 @@ class ScreeningPruningCallback(TrainingHooks):
             last = None if fast else trainer.max_epochs
             self._budget.window = resolve_window(self.start_epoch, self.end_epoch, last, fast)
         if self._loading is None:
-            self._loading = resize_on_load(pl_module, lambda: held_copies(trainer, pl_module))
+            self._loading_copies = resize_held_copies(trainer, pl_module)
+            self._loading = resize_on_load(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the candidates.
@@ -241,6 +245,9 @@ class ScreeningPruningCallback(TrainingHooks):
         if self._loading is not None:
             self._loading.remove()
             self._loading = None
+        if self._loading_copies is not None:
+            self._loading_copies.remove()
+            self._loading_copies = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind after an error."""

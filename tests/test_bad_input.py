@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -412,14 +412,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
         lambda world: world.fit(callbacks=(StochasticWeightAveraging(1e-2),)),
         NotImplementedError,
         "StochasticWeightAveraging",
-        "train without it",
-    ),
-    (
-        "moving averages of weights",
-        lambda world: world.fit(callbacks=(WeightAveraging(),)),
-        NotImplementedError,
-        "WeightAveraging",
-        "train without it",
+        "use WeightAveraging or EMAWeightAveraging",
     ),
     ("a mask for no batch norm", keep(conv1=SCORES), ValueError, "'conv1'", "they are"),
     ("a mask of another length", keep(**{"2.norm1": SCORES[:5]}), ValueError, r"'2.norm1'.*\(5,\)", r"shape \(8,\)"),

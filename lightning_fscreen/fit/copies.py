@@ -6,13 +6,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.modules import join, named_tensors
+from lightning_fscreen.saving.checkpoints import carry_plan
 from lightning_fscreen.slimming.copies import Copy, average_exactly, is_copy, signature, take_pruned
 from lightning_fscreen.slimming.plan import SlimmingPlan
 
@@ -213,6 +216,17 @@ def held_copies(trainer: Trainer, model: nn.Module) -> list[nn.Module]:
     """Copies of a model, or of parts of it, that callbacks hold."""
     parts = [(name, part) for name, part in model.named_modules() if any(True for _ in part.children())]
     return [copy for outer in _held(trainer).values() for _, copy, _ in _outermost(outer, parts)]
+
+
+def resize_held_copies(trainer: Trainer, model: nn.Module) -> RemovableHandle:
+    """Let copies that callbacks hold take the size of what is loaded into them, which happens after the model's own."""
+
+    def prepare(*_: Any) -> None:
+        for copy in held_copies(trainer, model):
+            carry_plan(copy)
+
+    handle: RemovableHandle = model.register_load_state_dict_pre_hook(prepare)
+    return handle
 
 
 def _outermost(outer: nn.Module, originals: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module, str]]:

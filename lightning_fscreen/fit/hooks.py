@@ -46,6 +46,7 @@ class TrainingHooks(HasSettings, Callback):
         self._pruner: Pruner | None = None
         self._restored: dict[str, Any] = {}  # the state that the next fit goes on from
         self._loading: RemovableHandle | None = None
+        self._loading_copies: RemovableHandle | None = None
 
     def _set_total(self) -> None:
         """Tell the budget the number of candidates; if they are final, check that the floors leave enough to prune."""

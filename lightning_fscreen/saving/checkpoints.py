@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -58,20 +58,9 @@ def carry_plan(model: nn.Module) -> None:
         model.register_load_state_dict_pre_hook(_load)
 
 
-def resize_on_load(model: nn.Module, with_it: Callable[[], Iterable[nn.Module]] = tuple) -> RemovableHandle:
-    """Let a model take the size of the state_dicts that are loaded into it, until the handle is removed.
-
-    Args:
-        model: the model.
-        with_it: gives others, copies of it or of its parts, that are loaded after it and take their sizes, too.
-    """
-
-    def load(module: nn.Module, *args: Any) -> None:
-        for other in with_it():
-            carry_plan(other)
-        _load(module, *args)
-
-    handle: RemovableHandle = model.register_load_state_dict_pre_hook(load)
+def resize_on_load(model: nn.Module) -> RemovableHandle:
+    """Let a model take the size of the state_dicts that are loaded into it, until the handle is removed."""
+    handle: RemovableHandle = model.register_load_state_dict_pre_hook(_load)
     return handle
 
 
@@ -90,7 +79,7 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     own = plan_of(module)
     if saved is not None:
         plan = _decode(saved)
-        if not plan.is_like(own):
+        if not _same(plan, own):
             undo = grow(module)
             try:
                 slim_like(module, plan)
@@ -108,6 +97,12 @@ def _decode(saved: Any) -> SlimmingPlan:
     except (AttributeError, TypeError, UnicodeDecodeError) as error:
         raise PlanError(f"{PLAN_KEY!r} in the state_dict is no slimming plan: {error}") from error
     return SlimmingPlan.from_json(text)
+
+
+def _same(first: SlimmingPlan, second: SlimmingPlan) -> bool:
+    return all(
+        getattr(first, field) == getattr(second, field) for field in ("shapes", "cuts", "groups", "biases", "selects")
+    )
 
 
 def _is_full_size(plan: SlimmingPlan, state_dict: Mapping[str, Any], prefix: str) -> bool:
