@@ -76,7 +76,7 @@ class Copies:
 
     def average_exactly(self) -> None:
         """See `slimming.copies.average_exactly`."""
-        for outer in (self._model, *_held(self._trainer).values()):
+        for outer in (self._model, *_held(self._trainer, self._model).values()):
             average_exactly(outer)
 
     @property
@@ -174,7 +174,7 @@ def _find(trainer: Trainer, model: LightningModule) -> Iterator[Found]:
                 inner.append(Found(name, part, original, averages, inside=True))
                 break
     yield from inner
-    for holder, outer in _held(trainer).items():
+    for holder, outer in _held(trainer, model).items():
         for name, part, original in _outermost(outer, [("", model), *originals]):
             label = join(holder, name)
             yield Found(label, part, original, _averages(outer, name), inside=False)
@@ -215,7 +215,7 @@ def _twins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def held_copies(trainer: Trainer, model: nn.Module) -> list[nn.Module]:
     """Copies of a model, or of parts of it, that callbacks hold."""
     parts = [(name, part) for name, part in model.named_modules() if any(True for _ in part.children())]
-    return [copy for outer in _held(trainer).values() for _, copy, _ in _outermost(outer, parts)]
+    return [copy for outer in _held(trainer, model).values() for _, copy, _ in _outermost(outer, parts)]
 
 
 def resize_held_copies(trainer: Trainer, model: nn.Module) -> RemovableHandle:
@@ -249,14 +249,16 @@ def _averages(outer: nn.Module, name: str) -> bool:
     return own == "module" and (isinstance(parent, AveragedModel) or (callable(updates) and hasattr(parent, "decay")))
 
 
-def _held(trainer: Trainer) -> dict[str, nn.Module]:
-    """Modules that the callbacks hold, as those for averages do."""
-    return {
-        f"{type(callback).__name__}.{attribute}": value
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        for attribute, value in vars(callback).items()
-        if isinstance(value, nn.Module) and not isinstance(value, LightningModule)
-    }
+def _held(trainer: Trainer, model: nn.Module) -> dict[str, nn.Module]:
+    """Modules beside a model that the callbacks hold, or the model itself where torch does not see them."""
+    own = {id(module) for module in model.modules()}
+    found: dict[str, nn.Module] = {}
+    for owner in (*trainer.callbacks, model):  # type: ignore[attr-defined]
+        for attribute, value in vars(owner).items():
+            for place, item in enumerate(value if isinstance(value, list | tuple) else (value,)):
+                if isinstance(item, nn.Module) and all(id(module) not in own for module in item.modules()):
+                    found[f"{type(owner).__name__}.{attribute}{f'[{place}]' if item is not value else ''}"] = item
+    return found
 
 
 def _sample(module: nn.Module) -> Tensor:

@@ -66,6 +66,7 @@ class TrainingHooks(HasSettings, Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
+        self._fit_pruner.copies.refresh()  # other callbacks have made theirs by now
         self._begin_epoch(trainer)
 
     def _begin_epoch(self, trainer: Trainer) -> None:

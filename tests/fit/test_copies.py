@@ -134,7 +134,7 @@ def test_an_average_in_the_module_goes_on_as_that_of_the_masked_network(kind, ca
     assert difference(outputs(masked.teacher, x), outputs(model.teacher, x)) == 0
 
 
-@pytest.mark.parametrize(("first", "kind"), [(True, "averaged"), (False, "none")])
+@pytest.mark.parametrize(("first", "kind"), [(True, "averaged"), (False, "by hand")])
 def test_lightnings_average_is_pruned_saved_and_resumed_with_the_network(first, kind, tmp_path):
     """Its checkpoints hold the averages in place of the weights, validation swaps both, the fit ends with averages."""
 
@@ -180,3 +180,34 @@ def test_units_that_weights_leave_behind_go_from_the_average_at_the_end(kind):
         assert small[1].out_features == model.net[1].out_features < 8
         assert not bool(large[1].weight[~callback.masks["net.1"]].any())
         assert difference(outputs(large, x), outputs(small, x)) < 1e-12
+
+
+class Held(Callback):
+    """An average by hand of the whole module, made when the training starts; nothing says what it is."""
+
+    def on_train_start(self, trainer, module):
+        self.average = copy.deepcopy(module)
+
+    def on_train_batch_end(self, trainer, module, *args):
+        for mine, theirs in zip(self.average.parameters(), module.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.1)
+
+
+def test_copies_that_callbacks_make_follow_and_begin_again_with_rewound_weights():
+    model, held = Averaging("averaged"), Held()
+    callback = pruning(rewind_weights=True)
+    rewound = {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if callback.plan is not None and not rewound:
+                for name, net in (
+                    ("held", held.average.net),
+                    ("module", module.average),
+                    ("nested", held.average.average),
+                ):
+                    rewound[name] = difference(outputs(module.net, digits(8)[0]), outputs(net, digits(8)[0]))
+
+    fitted(model, [callback, held, Look()])
+    assert rewound == {"held": 0, "module": 0, "nested": 0}
+    assert plan_of(held.average).is_like(plan_of(model)) and plan_of(model).cuts.keys() >= {"net.0.weight"}
