@@ -272,7 +272,10 @@ class ScreeningPruningCallback(TrainingHooks):
 
     @property
     def plan(self) -> SlimmingPlan | None:
-        """The channels and units physically removed, with names as in the module, after slimming; else None."""
+        """The channels and units physically removed, with names as in the module, after slimming; else None.
+
+        It also has those of the network's copies inside the module.
+        """
         return self._pruner.plan if self._pruner is not None else None
 
     @property
