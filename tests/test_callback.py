@@ -577,3 +577,32 @@ def test_constants_that_slimming_put_into_pruned_weights_stay_in_this_fit_and_in
     model.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     trainer([callback], max_epochs=3).fit(model, loader(batch_size=48))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def with_fresh_head():
+    torch.manual_seed(0)
+    net = mlp()
+    nn.init.zeros_(net[-1].weight)
+    return Classifier(net, functools.partial(torch.optim.SGD, lr=1e-3))
+
+
+def test_a_fresh_head_on_a_trained_network_is_left_alone_also_when_its_fit_goes_on(tmp_path):
+    whole, saving = WeightPruning(amount=0.9, end_epoch=3), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer([whole, saving], enable_checkpointing=True).fit(with_fresh_head(), loader())
+    assert "net.5" not in whole.masks and "zero when the fit began" in whole.report().not_pruned["net.5"]
+    chosen = WeightPruning(amount=0.9, end_epoch=3, include="*")
+    trainer([chosen]).fit(with_fresh_head(), loader())
+    assert chosen.masks["net.5"].sum() < 10  # of 320: what would become of it
+
+    rest = WeightPruning(amount=0.9, end_epoch=3)
+    trainer([rest]).fit(with_fresh_head(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert rest.masks.keys() == whole.masks.keys() and "net.5" in rest.report().not_pruned
+    assert all(torch.equal(mask, rest.masks[name]) for name, mask in whole.masks.items())
+
+
+def test_where_all_layers_begin_with_zeros_they_are_alike():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(net[1].weight)
+    callback = WeightPruning(amount=0.5, end_epoch=2)
+    trainer([callback], max_epochs=2).fit(Classifier(net), loader())
+    assert callback.report().kept == 320
