@@ -469,7 +469,7 @@ def _batches(change):
 
 class _Unlabelled(Classifier):
     def training_step(self, batch, batch_idx):
-        return self(batch[0]).square().mean()
+        return self(batch if isinstance(batch, torch.Tensor) else batch[0]).square().mean()
 
 
 def _as_they_are(x, y):
@@ -486,9 +486,22 @@ BAD_RUNS = [
     ({"exclude": ["net.*"]}, _as_they_are, r"nothing to prune in .*\n  net.1: left out by exclude"),
     ({}, lambda x, y: [x], r"batch 0.*no labels found.*list of 1 \(tensor \(16, 1, 8, 8\) float32\).*labels="),
     ({"num_classes": 5}, _as_they_are, r"batch 0 of epoch 0: labels must lie in 0 … 4, found 9"),
-    ({}, lambda x, y: (x, y.float()), r"float32 must be class weights of shape \(N, 10\)"),
+    (
+        {},
+        lambda x, y: (x, y.float()),
+        r'batch 0 of epoch 0: .*not one class per instance: .*regression.*criterion="mag',
+    ),
+    ({"num_classes": 4}, lambda x, y: (x, y[:, None, None]), r"batch 0 of epoch 0: .*segmentation"),
     ({}, _with_nan_in_batch_2, r"NaN or inf.*input of layer 'net.1'.*batch 2"),
 ]
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_without_labels_some_criteria_work(granularity, criterion):
+    callback = ScreeningPruningCallback(granularity, amount=0.5, criterion=criterion, end_epoch=1)
+    trainer([callback], max_epochs=2).fit(_Unlabelled(residual_net()), _batches(lambda x, y: x))
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(("arguments", "change", "message"), BAD_RUNS)
