@@ -472,6 +472,10 @@ class _Unlabelled(Classifier):
         return self(batch if isinstance(batch, torch.Tensor) else batch[0]).square().mean()
 
 
+def _frozen(parameters):
+    return torch.optim.SGD(parameters, lr=0)
+
+
 def _as_they_are(x, y):
     return x, y
 
@@ -496,11 +500,30 @@ BAD_RUNS = [
 ]
 
 
-@pytest.mark.parametrize("granularity", ["weight", "channel"])
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_classes_are_understood_however_they_are_written():
+    masks = []
+    for change in (
+        _as_they_are,
+        lambda x, y: (x, {"label": y}),
+        lambda x, y: (x, y.unsqueeze(1)),
+        lambda x, y: (x, y.to(torch.uint8)),
+        lambda x, y: (x, F.one_hot(y, 10)),
+        lambda x, y: (torch.cat([x, x[:1]]), torch.cat([y, torch.tensor([-100])])),  # one more, which does not count
+    ):
+        torch.manual_seed(0)
+        callback = WeightPruning(amount=0.5, end_epoch=1, screening_weight=1, include="net.1")
+        trainer([callback], max_epochs=1).fit(_Unlabelled(mlp(), _frozen), _batches(change))
+        masks.append(callback.masks["net.1"])
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "criterion"), [("weight", "magnitude"), ("channel", "magnitude"), ("channel", "taylor")]
+)
 def test_without_labels_some_criteria_work(granularity, criterion):
     callback = ScreeningPruningCallback(granularity, amount=0.5, criterion=criterion, end_epoch=1)
-    trainer([callback], max_epochs=2).fit(_Unlabelled(residual_net()), _batches(lambda x, y: x))
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    trainer([callback], max_epochs=2).fit(_Unlabelled(net), _batches(lambda x, y: x))
     assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
 
 

@@ -12,7 +12,8 @@ from torchmetrics import Metric
 _TOLERANCE = 0.02  # of a sum of proportions in bfloat16
 _WAYS = (
     "Pass labels=, a function of the batch that returns one class index per instance (N,) or class weights (N, C); or "
-    'let a ScreeningPruningCallback rank without classes: criterion="magnitude" or "taylor" need no labels'
+    'let a ScreeningPruningCallback rank without classes: criterion="magnitude" or "taylor" need no labels (except for '
+    'bias="mean")'
 )
 _KEYS = ("label", "labels", "target", "targets", "y")
 
