@@ -81,6 +81,9 @@ class PruningReport:
         """As a table of the layers: candidates, parameters, multiply–adds, before → after; and what was left alone."""
         return str(self._table())
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._table().title}>"
+
     def _repr_html_(self) -> str:
         """The same, for notebooks."""
         return self._table().to_html()

@@ -55,6 +55,9 @@ class SlimmingPlan:
         """As a table: what stays of every layer; then selects, biases added, operators that kept their channels."""
         return str(self._table())
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._table().title}>"
+
     def _repr_html_(self) -> str:
         """The same, for notebooks."""
         return self._table().to_html()

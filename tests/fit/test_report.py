@@ -87,6 +87,7 @@ def test_it_prints_as_a_table_of_the_layers() -> None:
 
 
 def test_a_notebook_shows_the_same_and_escapes_names() -> None:
+    assert len(repr(report(**SIZES))) < 120
     html = report(not_removed="it is <odd>", **SIZES)._repr_html_()
     assert html.count("<tr>") == 1 + 4 + 1 and "it is &lt;odd&gt;" in html and "<odd>" not in html
 

@@ -387,3 +387,4 @@ def test_it_prints_as_a_table_of_what_stays() -> None:
         *([], "operators that kept their channels:".split(), "it <sorts>: aten.sort, aten.topk".split()),
     ]
     assert "it &lt;sorts&gt;" in plan._repr_html_() and str(SlimmingPlan()) == "nothing was removed"
+    assert repr(plan) == "<SlimmingPlan: 2 units and channels removed from 1 layer>"
