@@ -212,3 +212,10 @@ def test_the_overview_has_means_and_deviations_over_the_seeds(row, column, value
     mean, deviation, number = re.fullmatch(r"([\d.]+) ± ([\d.]+)(?: \((\d)\))?", cells.split(" | ")[column]).groups()
     assert [float(mean), float(deviation)] == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=0.00501)
     assert int(number or 5) == len(values)
+
+
+def test_the_oldest_versions_that_are_declared_are_those_that_are_tested():
+    declared = dict(re.findall(r'"([a-z]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    tested = dict(re.findall(r"^([a-z]+)==([\d.]+)$", (ROOT / "tests/oldest.txt").read_text(), re.M))
+    assert tested.keys() == {"torch", "torchvision", "lightning", "torchmetrics"}
+    assert {name: f"{declared[name]}.0" for name in tested} == tested
