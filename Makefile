@@ -8,13 +8,14 @@ RUN := $(VENV)/bin/python
 # Touched when an installation is complete, with the extras named.
 CLI := $(VENV)/.installed-cli
 DEV := $(VENV)/.installed-dev
+OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test test-oldest lint clean distclean
 .NOTPARALLEL:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  PYTHON=python3.12      the interpreter that the virtual environment is made with'
 	@echo '  ARGS="seed=1 …"        arguments for fscreen (demo) or pytest (test)'
@@ -25,6 +26,11 @@ demo: $(CLI) ## set up, then train, screen and prune on the embedded digits; ARG
 test: $(DEV) ## set up, then run the tests; ARGS="-m 'not slow'"
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
+test-oldest: ## the same with the oldest torch, Lightning and torchmetrics supported, in an environment of its own
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c tests/oldest.txt -e '.[dev]'
+	CI=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
 lint: $(DEV) ## check style, types and the direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -33,10 +39,10 @@ lint: $(DEV) ## check style, types and the direction of imports
 
 clean: ## remove builds and caches; runs and data stay
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '$(VENV)*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove the virtual environment, too
-	rm -rf $(VENV)
+distclean: clean ## remove the virtual environments, too
+	rm -rf $(VENV) $(OLDEST)
 
 define INSTALL
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory $(VENV)

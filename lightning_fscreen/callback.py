@@ -58,7 +58,8 @@ class ScreeningPruningCallback(TrainingHooks):
         criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
             "magnitude", "activation", "gradient", "taylor", "random", or one registered by `register_criterion`.
         min_channels: candidates that every layer keeps at least; the others still meet the budget.
-        include: glob patterns over module names, one of which a layer must match.
+        include: glob patterns over module names, one of which a layer must match. Without it, weight pruning leaves
+            alone what is all zero at the start among layers that are not: the new head of a fine-tuning.
         exclude: glob patterns over module names, none of which a layer may match.
         num_classes: number of classes; None to find it in the datamodule, the module or its last linear layer.
         labels: callable batch → class indices (N,) or class weights (N, C); by default found in (x, y), in dicts with

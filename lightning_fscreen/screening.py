@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.modules import evaluating, select
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
-from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, infer_num_classes
+from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, find_num_classes
 
 
 def screen(
@@ -78,7 +78,7 @@ def screen(
                 given = labels(batch)
                 batch_labels = class_labels(given)
                 if collector is None:
-                    collector = ActivationCollector(probes, num_classes or _infer(model, batch_labels))
+                    collector = ActivationCollector(probes, num_classes or find_num_classes(model, labels=batch_labels))
                 collector.attach()
                 if forward is not None:
                     forward(model, batch)
@@ -92,13 +92,6 @@ def screen(
     if collector is None:
         raise ValueError("the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last")
     return {name: statistics.f for name, statistics in collector.statistics().items()}
-
-
-def _infer(model: nn.Module, labels: Tensor) -> int:
-    num_classes = infer_num_classes(model, labels=labels)
-    if num_classes is None:
-        raise ValueError(f"the number of classes cannot be found in {type(model).__name__}; pass num_classes=")
-    return num_classes
 
 
 def _call_with_inputs(model: nn.Module, batch: Any, labels: Tensor) -> Any:

@@ -469,7 +469,11 @@ def _batches(change):
 
 class _Unlabelled(Classifier):
     def training_step(self, batch, batch_idx):
-        return self(batch[0]).square().mean()
+        return self(batch if isinstance(batch, torch.Tensor) else batch[0]).square().mean()
+
+
+def _frozen(parameters):
+    return torch.optim.SGD(parameters, lr=0)
 
 
 def _as_they_are(x, y):
@@ -486,9 +490,41 @@ BAD_RUNS = [
     ({"exclude": ["net.*"]}, _as_they_are, r"nothing to prune in .*\n  net.1: left out by exclude"),
     ({}, lambda x, y: [x], r"batch 0.*no labels found.*list of 1 \(tensor \(16, 1, 8, 8\) float32\).*labels="),
     ({"num_classes": 5}, _as_they_are, r"batch 0 of epoch 0: labels must lie in 0 … 4, found 9"),
-    ({}, lambda x, y: (x, y.float()), r"float32 must be class weights of shape \(N, 10\)"),
+    (
+        {},
+        lambda x, y: (x, y.float()),
+        r'batch 0 of epoch 0: .*not one class per instance: .*regression.*criterion="mag',
+    ),
+    ({"num_classes": 4}, lambda x, y: (x, y[:, None, None]), r"batch 0 of epoch 0: .*segmentation"),
     ({}, _with_nan_in_batch_2, r"NaN or inf.*input of layer 'net.1'.*batch 2"),
 ]
+
+
+def test_classes_are_understood_however_they_are_written():
+    masks = []
+    for change in (
+        _as_they_are,
+        lambda x, y: (x, {"label": y}),
+        lambda x, y: (x, y.unsqueeze(1)),
+        lambda x, y: (x, y.to(torch.uint8)),
+        lambda x, y: (x, F.one_hot(y, 10)),
+        lambda x, y: (torch.cat([x, x[:1]]), torch.cat([y, torch.tensor([-100])])),  # one more, which does not count
+    ):
+        torch.manual_seed(0)
+        callback = WeightPruning(amount=0.5, end_epoch=1, screening_weight=1, include="net.1")
+        trainer([callback], max_epochs=1).fit(_Unlabelled(mlp(), _frozen), _batches(change))
+        masks.append(callback.masks["net.1"])
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "criterion"), [("weight", "magnitude"), ("channel", "magnitude"), ("channel", "taylor")]
+)
+def test_without_labels_some_criteria_work(granularity, criterion):
+    callback = ScreeningPruningCallback(granularity, amount=0.5, criterion=criterion, end_epoch=1)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    trainer([callback], max_epochs=2).fit(_Unlabelled(net), _batches(lambda x, y: x))
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(("arguments", "change", "message"), BAD_RUNS)
@@ -577,3 +613,32 @@ def test_constants_that_slimming_put_into_pruned_weights_stay_in_this_fit_and_in
     model.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
     trainer([callback], max_epochs=3).fit(model, loader(batch_size=48))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def with_fresh_head():
+    torch.manual_seed(0)
+    net = mlp()
+    nn.init.zeros_(net[-1].weight)
+    return Classifier(net, functools.partial(torch.optim.SGD, lr=1e-3))
+
+
+def test_a_fresh_head_on_a_trained_network_is_left_alone_also_when_its_fit_goes_on(tmp_path):
+    whole, saving = WeightPruning(amount=0.9, end_epoch=3), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer([whole, saving], enable_checkpointing=True).fit(with_fresh_head(), loader())
+    assert "net.5" not in whole.masks and "zero when the fit began" in whole.report().not_pruned["net.5"]
+    chosen = WeightPruning(amount=0.9, end_epoch=3, include="*")
+    trainer([chosen]).fit(with_fresh_head(), loader())
+    assert chosen.masks["net.5"].sum() < 10  # of 320: what would become of it
+
+    rest = WeightPruning(amount=0.9, end_epoch=3)
+    trainer([rest]).fit(with_fresh_head(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert rest.masks.keys() == whole.masks.keys() and "net.5" in rest.report().not_pruned
+    assert all(torch.equal(mask, rest.masks[name]) for name, mask in whole.masks.items())
+
+
+def test_where_all_layers_begin_with_zeros_they_are_alike():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(net[1].weight)
+    callback = WeightPruning(amount=0.5, end_epoch=2)
+    trainer([callback], max_epochs=2).fit(Classifier(net), loader())
+    assert callback.report().kept == 320

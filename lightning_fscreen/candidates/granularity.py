@@ -117,6 +117,10 @@ class Granularity(ABC, Generic[Layer]):
         """Forget the candidates of all other layers."""
         self._layers = [layer for layer in self._layers if layer.name in names]
 
+    def fresh(self) -> dict[str, str]:
+        """Layers that had better be left alone in a fit that begins now, and why."""
+        return {}
+
     def learn(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> None:
         """Learn from the network and its inputs which of the candidates can be pruned, and which together.
 

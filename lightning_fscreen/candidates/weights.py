@@ -18,6 +18,11 @@ from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.connections import per_connection
 
 Connections = Literal["factored", "exact"]
+FRESH = (
+    "all its weights were zero when the fit began, so that for now their magnitudes say how long it has been trained, "
+    "not what it needs; to prune it nevertheless, pass include= with a pattern for every layer that is to be pruned"
+)
+"""Why a new head on a trained network is left alone: ranked with the other layers, nearly all of it would go."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,12 @@ class Weights(Granularity[PrunableWeight]):
     ) -> None:
         self._layers, self.not_pruned = find_weights(model, include, exclude)
         self._connections = connections
+        self._chosen = include is not None
+
+    def fresh(self) -> dict[str, str]:
+        """Layers that are all zero among others that are not, unless `include` chose them."""
+        zero = [layer.name for layer in self._layers if not bool(layer.weight.any())]
+        return {} if self._chosen or len(zero) == len(self._layers) else dict.fromkeys(zero, FRESH)
 
     def slim(
         self,

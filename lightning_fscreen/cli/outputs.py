@@ -19,11 +19,11 @@ from rich.tree import Tree
 from torch import Tensor, nn
 
 from lightning_fscreen.callback import ScreeningPruningCallback
-from lightning_fscreen.candidates.granularity import GRANULARITIES
 from lightning_fscreen.cli.figures import connections_figure, save_figures, schedule_figure, weights_figure
 from lightning_fscreen.cli.layer_figures import channels_figure, layers_figure
 from lightning_fscreen.costs.latency import measure_latency
 from lightning_fscreen.data import ImageDataModule
+from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.ranking.schedule import scheduled_fraction
 from lightning_fscreen.saving.files import replacing
 from lightning_fscreen.saving.slimmed import save_slimmed
@@ -139,29 +139,13 @@ def print_config(config: DictConfig) -> None:
 
 
 @rank_zero_only
-def print_report(report: Mapping[str, Any], folder: Path) -> None:
-    """The results of a run, as a table."""
+def print_report(report: Mapping[str, Any], pruned: PruningReport | None, folder: Path) -> None:
+    """The results of a run: the table of its layers, and what report.json has besides."""
     console = Console()
-    table = Table(title=f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", title_justify="left")
-    kind = GRANULARITIES.get(report["granularity"])
-    removed = report.get("removed", {}) if kind and not kind.slims_in_fit else None
-    for column in (
-        "layer",
-        kind.noun if kind else "",
-        "kept",
-        "kept %",
-        *([] if removed is None else ["units removed"]),
-    ):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for layer in report["layers"]:
-        gone = [] if removed is None else [f"{removed.get(layer['name'], 0):,}"]
-        table.add_row(layer["name"], f"{layer['total']:,}", f"{layer['kept']:,}", _percent(layer), *gone)
-    if report["layers"]:
-        candidates = report["candidates"]
-        table.add_section()
-        gone = [] if removed is None else [f"{sum(removed.values()):,}"]
-        table.add_row("all", f"{candidates['total']:,}", f"{candidates['kept']:,}", _percent(candidates), *gone)
-        console.print(table)
+    console.print(f"{report['experiment'] or 'fscreen'}, seed {report['seed']}", style="italic")
+    if pruned is not None:
+        console.print(str(pruned), markup=False, highlight=False, soft_wrap=True)
+        console.print()
     facts = Table(show_header=False, box=None)
     params = {"nonzero": report["params"]["after"], **report["params"]}
     sizes = f"{params['before']:,} → {params['after']:,}, {params['nonzero']:,} of them not zero"
@@ -177,7 +161,3 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     facts.add_row("time", f"{report['seconds']:.0f} s")
     facts.add_row("results", str(folder))
     console.print(facts)
-
-
-def _percent(entry: Mapping[str, Any]) -> str:
-    return f"{100 * entry['kept'] / entry['total']:.2f}"

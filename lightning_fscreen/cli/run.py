@@ -98,7 +98,7 @@ def _run(config: DictConfig) -> float | None:
         if config.extras.export_onnx:
             export_onnx(model.net, (torch.zeros(2, *data.image_shape, device=model.device),), folder / "model.onnx")
         if config.extras.print_report:
-            print_report(report, folder)
+            print_report(report, pruning.report() if pruning else None, folder)
     return value
 
 

@@ -14,7 +14,7 @@ from lightning_fscreen.fit.distributed import merge_processes
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
-from lightning_fscreen.statistics.labels import class_labels, infer_num_classes
+from lightning_fscreen.statistics.labels import class_labels, find_num_classes
 from lightning_fscreen.statistics.sampling import collection_stride
 
 
@@ -56,10 +56,7 @@ class Collection:
             with _naming_batch(batch_idx, trainer):
                 labels = self._labels(batch)
             datamodule = getattr(trainer, "datamodule", None)
-            self._num_classes = infer_num_classes(datamodule, pl_module, labels=labels)
-            if self._num_classes is None:
-                model = type(pl_module).__name__
-                raise ValueError(f"the number of classes cannot be found in {model}; pass num_classes=")
+            self._num_classes = find_num_classes(datamodule, pl_module, labels=labels)
         if self.stride is None:
             with _naming_batch(batch_idx, trainer):
                 instances = len(self._labels(batch)) * trainer.world_size

@@ -70,7 +70,7 @@ class Pruner:
         networks = networks_around(model, self.granularity.names)
         self.recorder = InputRecorder(networks, outermost=self.granularity.slims_in_fit)
         sizes = state["sizes"] if self.plan is not None else None
-        self._record = Record(networks[-1][1], sizes, state.get("evidence", {}))
+        self._record = Record(*networks[-1], sizes, state.get("evidence", {}))
         if state.get("inputs") is not None:
             name = state["network"]
             self.recorder.restore(name, model.get_submodule(name), state["inputs"], state["dtype"])
@@ -81,6 +81,9 @@ class Pruner:
     def _found(self) -> Granularity[Any]:
         granularity = self._settings.find_candidates(self._model)
         granularity.leave_out(self.copies.reasons(granularity.names))
+        # In a fit that goes on, layers no longer look as they did when it began.
+        self._fresh = self._state.get("fresh", {}) if "kept" in self._state else granularity.fresh()
+        granularity.leave_out(self._fresh)
         for name, reason in granularity.not_pruned.items():
             log.info("layer %r is not pruned: %s", name, reason)
         return granularity
@@ -193,7 +196,8 @@ class Pruner:
     def measure(self) -> None:
         """Measure the network on the inputs that it got."""
         recorder = self.recorder
-        self._record.after = measure_size(recorder.network, recorder.inputs_on_device(), recorder.instances)
+        inputs = recorder.inputs_on_device()
+        self._record.after = measure_size(recorder.network, inputs, recorder.instances, recorder.name)
         if self.plan is None:
             self._record.before = self._record.after
 
@@ -306,6 +310,7 @@ class Pruner:
             "since": self._applied_plan.to_json(),
             "sizes": list(astuple(self._record.before)),
             "not_pruned": dict(self.granularity.not_pruned),
+            "fresh": dict(self._fresh),
             "not_removed": self.not_removed,
             "network": self.recorder.name,
             "inputs": self.recorder.plain_inputs(),

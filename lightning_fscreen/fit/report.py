@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_fscreen.candidates.granularity import Granularity
-from lightning_fscreen.costs.size import Size, measure_size
+from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity
+from lightning_fscreen.costs.size import LayerSize, Size, measure_size
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.ranking.criteria import Explained
+from lightning_fscreen.tables import Cell, Row, Table, grouped, percent, readable
+
+if TYPE_CHECKING:
+    import pandas
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +43,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """The work of a `ScreeningPruningCallback` so far.
+    """The work of a `ScreeningPruningCallback` so far; `print(report)`, or a notebook, shows it as a table.
 
     Attributes:
         granularity: "weight" or "channel".
@@ -72,6 +77,94 @@ class PruningReport:
         """Fraction of the candidates pruned, in [0, 1]."""
         return 1 - self.kept / self.total
 
+    def __str__(self) -> str:
+        """As a table of the layers: candidates, parameters, multiply–adds, before → after; and what was left alone."""
+        return str(self._table())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._table().title}>"
+
+    def _repr_html_(self) -> str:
+        """The same, for notebooks."""
+        return self._table().to_html()
+
+    def _table(self) -> Table:
+        entries = self._entries()
+        noun = GRANULARITIES[self.granularity].noun if self.granularity in GRANULARITIES else "candidates"
+        rows = [Row(entry["layer"], _cells(entry)) for entry in entries]
+        total: tuple[Cell, ...] = (
+            (self.total, self.kept),
+            (self.total, self.kept),
+            (self.before.params, self.after.params),
+            _pair(self.before.macs, self.after.macs),
+            (removed,) if (removed := sum(self.removed.values())) else None,
+        )
+        evidence = [(layer.name, (layer.evidence or {}).get("trusted")) for layer in self.layers]
+        return Table(
+            f"{readable(self.kept)} of {readable(self.total)} {noun} kept ({percent(self.kept, self.total)}); "
+            f"{readable(self.after.nonzero)} of the network's {readable(self.after.params)} parameters are not zero",
+            (
+                (noun, "counts"),
+                ("kept", "share"),
+                ("parameters", "counts"),
+                ("multiply–adds", "counts"),
+                ("units removed", "counts"),
+            ),
+            tuple(rows),
+            total,
+            {
+                "not pruned": grouped(self.not_pruned.items()),
+                "nothing was physically removed": [self.not_removed] if self.not_removed else [],
+                "ranked by magnitude alone": grouped((name, reason) for name, reason in evidence if reason),
+            },
+        )
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What is known of every layer, in the order of the network."""
+        candidates = {layer.name: layer for layer in self.layers}
+        sizes = self.before.layers
+        entries = []
+        for name in dict.fromkeys([*sizes, *self.after.layers, *candidates, *self.not_pruned]):
+            before, after = (size.layers.get(name, _absent(size)) for size in (self.before, self.after))
+            layer = candidates.get(name)
+            entries.append(
+                {
+                    "layer": name,
+                    "total": layer and layer.total,
+                    "kept": layer and layer.kept,
+                    "params_before": before.params,
+                    "params_after": after.params,
+                    "macs_before": before.macs,
+                    "macs_after": after.macs,
+                    "removed": self.removed.get(name, 0),
+                    "not_pruned": self.not_pruned.get(name),
+                }
+            )
+        return entries
+
+    def to_json(self) -> str:
+        """As JSON text, with the keys of a run's `report.json`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line for every layer, in the order of the network.
+
+        Returns:
+            A frame with the index `layer` and the columns `total` and `kept` (candidates; missing where there are
+            none), `params_before`, `params_after`, `macs_before`, `macs_after`, `removed` (units and channels) and
+            `not_pruned` (why; missing for the others).
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("report.to_pandas() needs pandas, which is not installed: pip install pandas") from error
+        frame = pandas.DataFrame(self._entries()).set_index("layer")
+        counts = [column for column in frame.columns if column != "not_pruned"]
+        return frame.astype(dict.fromkeys(counts, "Int64"))
+
     def to_dict(self) -> dict[str, Any]:
         """As primitives, in the form of a run's `report.json`."""
         return {
@@ -85,23 +178,53 @@ class PruningReport:
             "removed": dict(self.removed),
             "not_pruned": dict(self.not_pruned),
             "not_removed": self.not_removed,
+            "modules": [
+                {
+                    "name": entry["layer"],
+                    "params": {"before": entry["params_before"], "after": entry["params_after"]},
+                    "macs": {"before": entry["macs_before"], "after": entry["macs_after"]},
+                }
+                for entry in self._entries()
+            ],
         }
+
+
+def _absent(size: Size) -> LayerSize | _Unknown:
+    """Size of a layer that a measurement does not have: nothing is left of it, or nothing is known of any layer."""
+    return LayerSize(0, None if size.macs is None else 0) if size.layers else _Unknown()
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    params: None = None
+    macs: None = None
+
+
+def _pair(before: int | None, after: int | None) -> Cell:
+    return None if before is None or after is None else (before, after)
+
+
+def _cells(entry: Mapping[str, Any]) -> tuple[Cell, ...]:
+    candidates = _pair(entry["total"], entry["kept"])
+    params = _pair(entry["params_before"], entry["params_after"])
+    macs = _pair(entry["macs_before"], entry["macs_after"])
+    return candidates, candidates, params, macs, (entry["removed"],) if entry["removed"] else None
 
 
 class Record:
     """Sizes of a network and evidence of its rankings, collected for the report while it is pruned.
 
     Args:
-        network: the network.
-        sizes: its size at the start, if it has been slimmed since: arguments of `Size`.
+        name, network: the network, and its name in the model.
+        sizes: its size at the start, if it has been slimmed since: `astuple` of a `Size`.
         evidence: that of earlier rankings, by layer.
     """
 
     def __init__(
-        self, network: nn.Module, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]
+        self, name: str, network: nn.Module, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        self.after = measure_size(network, None, 1)
-        self.before = Size(*sizes) if sizes is not None else self.after
+        self.after = measure_size(network, None, 1, name)
+        self.before = self.after if sizes is None else _size_of(*sizes)
         self.evidence = {name: dict(found) for name, found in evidence.items()}
 
     def note(self, explained: Mapping[str, Explained]) -> None:
@@ -125,6 +248,11 @@ class Record:
             for name, mask in masks.kept.items()
         )
         return PruningReport(layers=layers, before=self.before, after=self.after, **others)
+
+
+def _size_of(params: int, nonzero: int, macs: int | None, layers: Mapping[str, Sequence[Any]] | None = None) -> Size:
+    """From `astuple` of a size; earlier versions did not know the layers."""
+    return Size(params, nonzero, macs, {name: LayerSize(*size) for name, size in (layers or {}).items()})
 
 
 def metrics_of(report: PruningReport, kind: type[Granularity[Any]]) -> dict[str, float]:

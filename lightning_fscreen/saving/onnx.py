@@ -16,6 +16,8 @@ from lightning_fscreen.saving.files import replacing
 def export_onnx(network: nn.Module, args: tuple[Any, ...], path: str | os.PathLike[str]) -> None:
     """Write a network in eval mode, for batches of any size, to one ONNX file.
 
+    Tested with torch 2.11 and newer; the exporter of 2.6 fails on batch norms, with an error of its own.
+
     Args:
         network: any network that `torch.export` can capture, slimmed or not.
         args: example inputs whose first dimension is the batch.

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors, own_tensors
+from lightning_fscreen.slimming.summary import plan_table
+from lightning_fscreen.tables import Table
 
 _FORMAT = 1
 _PLAN = "_fscreen_plan"
@@ -25,7 +27,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class SlimmingPlan:
-    """How a network became smaller; enough to do the same to a fresh one.
+    """How a network became smaller; enough to do the same to a fresh one. `print(plan)` shows it as a table.
 
     Attributes:
         shapes: shape of every cut tensor before, by parameter or buffer name.
@@ -48,6 +50,20 @@ class SlimmingPlan:
     def __bool__(self) -> bool:
         """Whether it changes anything."""
         return bool(self.cuts or self.biases or self.selects)
+
+    def __str__(self) -> str:
+        """As a table: what stays of every layer; then selects, biases added, operators that kept their channels."""
+        return str(self._table())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._table().title}>"
+
+    def _repr_html_(self) -> str:
+        """The same, for notebooks."""
+        return self._table().to_html()
+
+    def _table(self) -> Table:
+        return plan_table(self.shapes, self.cuts, self.groups, self.biases, self.selects, self.pinned, self.removed)
 
     def is_like(self, other: SlimmingPlan) -> bool:
         """Whether both do the same to a network."""

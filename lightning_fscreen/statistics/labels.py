@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 _TOLERANCE = 0.02  # of a sum of proportions in bfloat16
+_WAYS = (
+    "Pass labels=, a function of the batch that returns one class index per instance (N,) or class weights (N, C); or "
+    'let a ScreeningPruningCallback rank without classes: criterion="magnitude" or "taylor" need no labels (except for '
+    'bias="mean")'
+)
 _KEYS = ("label", "labels", "target", "targets", "y")
 
 
@@ -33,21 +38,40 @@ def find_labels(batch: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(
             f"no labels found in the batch: {describe(batch)}. Labels are looked for in (x, y), in mappings and in "
-            f"attributes named {', '.join(_KEYS)}. Pass labels=, a function of the batch that returns them: "
-            "class indices (N,) or class weights (N, C), for instance labels=lambda batch: batch['class']"
+            f"attributes named {', '.join(_KEYS)}. {_WAYS}. For instance labels=lambda batch: batch['class']"
         )
     return found
 
 
 def class_labels(labels: Tensor) -> Tensor:
-    """Other ways to write one class per instance as class indices (N,) or class weights (N, C).
+    """The ways to write one class per instance as class indices (N,) or class weights (N, C).
 
-    Columns (N, 1) of integers become (N,); integer or boolean one-hot rows (N, C) become class weights, whose values
-    `check_proportions` looks at. Everything else stays as it is.
+    Columns (N, 1) of integers become (N,), booleans the weights (N, 2) of two classes; integer or boolean one-hot rows
+    (N, C) become class weights, whose values `check_proportions` looks at.
+
+    Raises:
+        ValueError: labels of another form; says what they may be, and what to do.
     """
-    if labels.ndim == 2 and not labels.is_floating_point():
-        return labels.squeeze(1) if labels.shape[1] == 1 and labels.dtype != torch.bool else labels.float()
-    return labels
+    if labels.ndim == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
+        labels = labels.squeeze(1)
+    if labels.ndim == 1 and labels.dtype == torch.bool:
+        return torch.stack([~labels, labels], 1).float()
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return labels if labels.is_floating_point() else labels.float()
+    if labels.ndim == 1 and not labels.is_floating_point():
+        return labels
+    if labels.ndim == 0:
+        reading = "one value for the whole batch"
+    elif labels.ndim > 2:
+        reading = "a value for every position (segmentation), or images"
+    else:
+        reading = (
+            "numbers (regression, or one logit); if they are 0 and 1 for two classes, say so by "
+            "labels=lambda batch: batch[1].flatten().long() and num_classes=2"
+        )
+    raise ValueError(
+        f"the labels, {describe(labels)}, are not one class per instance: they look like {reading}. {_WAYS}"
+    )
 
 
 def check_proportions(labels: Tensor) -> None:
@@ -62,11 +86,11 @@ def check_proportions(labels: Tensor) -> None:
     wrong = ((sums - 1).abs() > _TOLERANCE).nonzero()
     if len(wrong):
         row = int(wrong[0])
+        found = f"sums to {float(sums[row]):.4g}" if labels[row].any() else "is all zero, an instance without a class"
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} can be read as proportions of classes (one-hot, mixup, label "
-            f"smoothing) only if every row sums to 1, but row {row} sums to {float(sums[row]):.4g}. Several labels per "
-            "instance, boxes and regression targets are no classes: pass labels=, a function of the batch that returns "
-            'one class per instance, or use criterion="magnitude" or "taylor", which need none'
+            f"smoothing) only if every row sums to 1, but row {row} {found}. Several labels per instance, boxes, "
+            f"tokens and regression targets are no classes. {_WAYS}"
         )
 
 
@@ -83,6 +107,23 @@ def describe(value: Any, depth: int = 0) -> str:
         items = [describe(item, depth + 1) for item in value[:8]]
         return f"{type(value).__name__} of {len(value)} ({', '.join(items)})"
     return type(value).__name__
+
+
+def find_num_classes(*sources: Any, labels: Tensor | None = None) -> int:
+    """As `infer_num_classes`.
+
+    Raises:
+        ValueError: none of the sources knows it.
+    """
+    found = infer_num_classes(*sources, labels=labels)
+    if found is None:
+        kinds = " and ".join(type(source).__name__ for source in sources if source is not None)
+        raise ValueError(
+            f"the number of classes cannot be found: {kinds} has no attribute, hyperparameter or metric with "
+            "num_classes, and no last linear layer with an output for every class. Pass num_classes=, for instance "
+            'num_classes=2 for one logit; to rank without classes use criterion="magnitude" or "taylor"'
+        )
+    return found
 
 
 def infer_num_classes(*sources: Any, labels: Tensor | None = None) -> int | None:

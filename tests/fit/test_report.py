@@ -1,66 +1,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import astuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_fscreen import PruningReport
-from lightning_fscreen.costs.size import Size, measure_size
-from lightning_fscreen.fit.report import LayerReport
-from tests.slimming import snapshot, untouched
-
-
-@pytest.mark.parametrize(
-    ("network", "shape", "params", "macs"),
-    [
-        (nn.Linear(7, 5), (3, 7), 7 * 5 + 5, 7 * 5),
-        (nn.Linear(7, 5, bias=False), (3, 4, 7), 7 * 5, 4 * 7 * 5),
-        (nn.Conv2d(3, 8, 3, padding=1), (2, 3, 10, 6), 3 * 8 * 9 + 8, 10 * 6 * 3 * 8 * 9),
-        (nn.Conv2d(3, 8, 3, stride=2), (2, 3, 11, 9), 3 * 8 * 9 + 8, 5 * 4 * 3 * 8 * 9),
-        (nn.Conv2d(6, 6, 3, groups=6, bias=False), (2, 6, 5, 5), 6 * 9, 9 * 6 * 9),
-        (nn.Conv1d(4, 6, 5), (1, 4, 9), 4 * 6 * 5 + 6, 5 * 4 * 6 * 5),
-        (nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4), 2 * 3 * 8 + 3, 27 * 2 * 3 * 8),
-        (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), (5, 4), 4 * 6 + 6 + 6 * 2 + 2, 4 * 6 + 6 * 2),
-        (nn.ReLU(), (2, 3), 0, 0),
-    ],
-)
-def test_size_agrees_with_counting_by_hand(network: nn.Module, shape: tuple[int, ...], params: int, macs: int) -> None:
-    size = measure_size(network, ((torch.randn(shape),), {}), shape[0])
-    assert (size.params, size.macs) == (params, macs)
-
-
-def test_nonzero_parameters_are_counted() -> None:
-    network = nn.Linear(4, 3)
-    with torch.no_grad():
-        network.weight[:, 1:3] = 0
-        network.bias.zero_()
-    assert measure_size(network, None, 2) == Size(params=15, nonzero=6, macs=None)
-
-
-def test_shared_parameters_count_once_and_their_work_twice() -> None:
-    layer = nn.Linear(4, 4)
-    size = measure_size(nn.Sequential(layer, nn.ReLU(), layer), ((torch.randn(2, 4),), {}), 2)
-    assert (size.params, size.macs) == (20, 32)
-
-
-def test_keyword_inputs_are_passed() -> None:
-    class Keyword(nn.Linear):
-        def forward(self, *, x: Tensor) -> Tensor:
-            return super().forward(x)
-
-    assert measure_size(Keyword(3, 2), ((), {"x": torch.randn(4, 3)}), 4).macs == 6
-
-
-def test_measuring_changes_nothing() -> None:
-    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout())
-    network[1].eval()
-    before, state = snapshot(network), torch.get_rng_state()
-    measure_size(network, ((torch.ones(5, 3),), {}), 5)
-    assert untouched(network, before) and torch.equal(torch.get_rng_state(), state)
-    assert [module.training for module in network.modules()] == [True, True, False, True]
-    assert all(parameter.grad is None for parameter in network.parameters())
+from lightning_fscreen.costs.size import LayerSize, Size, measure_size
+from lightning_fscreen.fit.report import LayerReport, Record
 
 
 def report(**changes: object) -> PruningReport:
@@ -103,3 +53,71 @@ def test_a_real_measurement_can_be_written() -> None:
     size = measure_size(nn.Linear(3, 2), ((torch.randn(2, 3),), {}), 2)
     data = json.loads(json.dumps(report(before=size, after=size).to_dict()))
     assert data["params"]["before"] == 8 and data["macs"]["after"] == 6
+
+
+SIZES = {
+    "before": Size(
+        160, 160, 150, {"net.0": LayerSize(110, 100), "net.1": LayerSize(10, 0), "net.2": LayerSize(40, 50)}
+    ),
+    "after": Size(61, 40, 31, {"net.0": LayerSize(40, 20), "net.2": LayerSize(21, 11)}),
+}
+
+
+def test_it_prints_as_a_table_of_the_layers() -> None:
+    reasons = {"net.1": "frozen", "net.3": "left out", "net.4": "frozen"}
+    evidence = {"trusted": "no feature stands out"}
+    layers = LayerReport("net.0", 100, 20, evidence), LayerReport("net.2", 50, 10, {"trusted": None})
+    text = str(report(layers=layers, not_pruned=reasons, not_removed="it is <odd>", **SIZES))
+    assert [line.split() for line in text.splitlines()] == [
+        "30 of 150 weights kept (20.00 %); 40 of the network's 61 parameters are not zero".split(),
+        [],
+        "layer weights kept parameters multiply–adds units removed".split(),
+        ["─" * width for width in (5, 8, 7, 10, 13, 13)],
+        "net.0 100 → 20 20.00 % 110 → 40 100 → 20 3".split(),
+        "net.1 – – 10 → 0 0 –".split(),
+        "net.2 50 → 10 20.00 % 40 → 21 50 → 11 –".split(),
+        "net.3 – – 0 0 –".split(),
+        "net.4 – – 0 0 –".split(),
+        ["─" * width for width in (5, 8, 7, 10, 13, 13)],
+        "all 150 → 30 20.00 % 160 → 61 150 → 31 3".split(),
+        *([], ["not", "pruned:"], "frozen: net.1, net.4".split(), "left out: net.3".split()),
+        *([], "nothing was physically removed:".split(), "it is <odd>".split()),
+        *([], "ranked by magnitude alone:".split(), "no feature stands out: net.0".split()),
+    ]
+
+
+def test_a_notebook_shows_the_same_and_escapes_names() -> None:
+    assert len(repr(report(**SIZES))) < 120
+    html = report(not_removed="it is <odd>", **SIZES)._repr_html_()
+    assert html.count("<tr>") == 1 + 4 + 1 and "it is &lt;odd&gt;" in html and "<odd>" not in html
+
+
+def test_to_json_has_the_sizes_of_the_layers() -> None:
+    data = json.loads(report(**SIZES).to_json())
+    assert data["modules"][1] == {
+        "name": "net.1",
+        "params": {"before": 10, "after": 0},
+        "macs": {"before": 0, "after": 0},
+    }
+
+
+def test_to_pandas_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        report().to_pandas()
+
+
+def test_to_pandas_has_a_line_for_every_layer() -> None:
+    pytest.importorskip("pandas")
+    frame = report(**SIZES).to_pandas()
+    assert frame.index.name == "layer" and list(frame.index) == ["net.0", "net.1", "net.2", "net.3"]
+    assert list(frame["kept"].dropna()) == [20, 10] and frame.loc["net.0", "macs_after"] == 20
+    assert frame.loc["net.3", "not_pruned"] == "frozen"
+
+
+def test_sizes_survive_a_checkpoint_also_those_of_earlier_versions_without_layers() -> None:
+    network = nn.Linear(3, 2)
+    old, new = Record("net", network, [8, 7, 6], {}), Record("net", network, list(astuple(SIZES["before"])), {})
+    assert old.before == Size(8, 7, 6) and not old.before.layers
+    assert new.before.layers == SIZES["before"].layers and new.after.layers == {"net": LayerSize(8, None)}
+    assert "–" in str(report(before=old.before, after=old.after))

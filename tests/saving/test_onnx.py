@@ -7,6 +7,7 @@ import torch
 
 from lightning_fscreen import find_gates, models, slim
 from lightning_fscreen.saving.onnx import export_onnx
+from tests.conftest import ONNX
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,7 @@ def network():
     return network
 
 
+@pytest.mark.skipif(not ONNX, reason="earlier exporters fail on batch norms")
 def test_onnx_runs_at_any_batch_size(network, tmp_path):
     network.train()
     export_onnx(network, (torch.randn(2, 3, 16, 16),), tmp_path / "model.onnx")

@@ -355,3 +355,36 @@ def test_parameters_by_name_lists_every_place() -> None:
     assert places["0.weight"] == [(network[0], "weight"), (network[1], "weight")]
     assert places["2.running_var"] == [(network[2], "running_var")]
     assert "1.weight" not in places and "1.bias" in places
+
+
+def test_it_prints_as_a_table_of_what_stays() -> None:
+    plan = SlimmingPlan(
+        shapes={"stem.weight": (4, 3, 3, 3), "norm.weight": (4,), "head.weight": (5, 4), "up.weight": (4, 2, 1, 1)},
+        cuts={
+            "stem.weight": {0: (0, 2)},
+            "norm.weight": {0: (0, 2)},
+            "head.weight": {1: (0, 2)},
+            "up.weight": {0: (1,)},
+        },
+        groups={"depth": 2},
+        biases=("head",),
+        selects={"norm": (0, 2)},
+        pinned={"aten.sort": "it <sorts>", "aten.topk": "it <sorts>"},
+        removed={"stem": 2},
+    )
+    assert [line.split() for line in str(plan).splitlines()] == [
+        "2 units and channels removed from 1 layer".split(),
+        [],
+        "layer units kept values".split(),
+        ["─" * width for width in (5, 5, 7, 8, 24)],
+        "stem 4 → 2 50.00 % 108 → 54 weight 4×3×3×3 → 2×3×3×3".split(),
+        "norm 4 → 2 50.00 % 4 → 2 weight 4 → 2".split(),
+        "head – – 20 → 10 weight 5×4 → 5×2".split(),
+        "up – – 8 → 2 weight 4×2×1×1 → 1×2×1×1".split(),
+        *([], "batch norms that select from the channels of their input:".split(), "norm reads 2 channels".split()),
+        *([], "convolutions with fewer groups:".split(), "2 left: depth".split()),
+        *([], "layers that got a bias, for the constant outputs of what was removed:".split(), ["head"]),
+        *([], "operators that kept their channels:".split(), "it <sorts>: aten.sort, aten.topk".split()),
+    ]
+    assert "it &lt;sorts&gt;" in plan._repr_html_() and str(SlimmingPlan()) == "nothing was removed"
+    assert repr(plan) == "<SlimmingPlan: 2 units and channels removed from 1 layer>"

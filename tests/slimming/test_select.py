@@ -91,7 +91,7 @@ def test_it_follows_copies_pickles_and_exports() -> None:
     file = io.BytesIO()
     torch.save(norm, file)
     file.seek(0)
-    program = torch.export.export(norm, (x,)).module()
+    program = torch.export.export(norm, (x,), strict=False).module()  # torch 2.6 does not, by default
     for other in (twin, torch.load(file, weights_only=False), program):
         assert torch.equal(other(x), expected)
     norm.get_buffer(SELECT).fill_(0)

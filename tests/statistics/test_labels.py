@@ -16,6 +16,7 @@ from lightning_fscreen.statistics.labels import (
     class_labels,
     describe,
     find_labels,
+    find_num_classes,
     infer_num_classes,
 )
 
@@ -74,7 +75,7 @@ def test_a_named_field_of_a_namedtuple_says_more_than_its_position():
     ],
 )
 def test_an_error_describes_the_batch_and_how_to_say_where_its_labels_are(batch, description):
-    with pytest.raises(ValueError, match="labels=") as error:
+    with pytest.raises(ValueError, match='labels=.*criterion="magnitude"') as error:
         find_labels(batch)
     assert f"no labels found in the batch: {description}." in str(error.value)
     for key in KEYS:
@@ -151,6 +152,29 @@ def test_columns_and_one_hot_rows_are_classes_too():
         check_proportions(class_labels(rows))
     soft = torch.rand(4, 2)
     assert class_labels(soft) is soft
+    for two in (Y.bool(), Y.bool().unsqueeze(1)):
+        assert class_labels(two).tolist() == [[1, 0], [0, 1], [0, 1], [1, 0]]
+        assert infer_num_classes(labels=class_labels(two)) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "reading"),
+    [
+        (torch.zeros(2, 8, 8).long(), r"tensor \(2, 8, 8\) int64.*segmentation"),
+        (torch.zeros(2, 3, 8, 8), "segmentation.*or images"),
+        (torch.rand(2), r"regression, or one logit.*flatten\(\)\.long\(\) and num_classes=2"),
+        (torch.rand(2, 1), "regression, or one logit"),
+        (torch.tensor(1), "one value for the whole batch"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_with_what_works(labels, reading):
+    with pytest.raises(ValueError, match=rf'{reading}.*labels=.*criterion="magnitude" or "taylor"'):
+        class_labels(labels)
+
+
+def test_an_unknown_number_of_classes_says_where_it_was_looked_for():
+    with pytest.raises(ValueError, match=r"Sequential has no .*num_classes=2 for one logit.*criterion="):
+        find_num_classes(None, nn.Sequential(nn.Linear(3, 1)), labels=Y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -164,7 +188,7 @@ def test_proportions_are_proportions_in_any_precision(dtype):
     [
         (torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]), "row 1 sums to 2"),
         (torch.tensor([[1, 0, 0], [1, 1, 1]]), "row 1 sums to 3"),
-        (torch.tensor([[0.0, 0.0], [0.0, 1.0]]), "row 0 sums to 0"),
+        (torch.tensor([[0.0, 0.0], [0.0, 1.0]]), "row 0 is all zero"),
         (torch.tensor([[0.1, 0.2, 0.9, 0.95]]), "row 0 sums to 2.15"),
     ],
     ids=["multi-hot", "integer multi-hot", "nothing", "boxes"],
