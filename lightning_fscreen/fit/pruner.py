@@ -21,9 +21,9 @@ from lightning_fscreen.fit.recorder import InputRecorder, networks_around
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.surgery import slim_in_fit
-from lightning_fscreen.saving.checkpoints import carry_plan
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
+from lightning_fscreen.slimming.state import carry
 from lightning_fscreen.statistics.collector import FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics
 
@@ -222,7 +222,7 @@ class Pruner:
             log.warning("nothing was physically removed, the masks stay: %s", error)
             return None
         self.plan = plan
-        carry_plan(self._model)
+        carry(self._model)
         self.follow(plan)
         self.eagerly.recompile()
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)

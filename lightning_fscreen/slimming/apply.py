@@ -11,9 +11,10 @@ from torch import nn
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
-from lightning_fscreen.slimming.plan import SlimmingPlan, attach_plan
+from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.planning import Change, make_change
 from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import Verification, VerificationError
 
 log = logging.getLogger(__name__)
@@ -67,4 +68,4 @@ def _apply(network: nn.Module, change: Change, verification: Verification) -> No
     except BaseException:
         undo()
         raise
-    attach_plan(network, change.plan)
+    attach(network, change.plan)

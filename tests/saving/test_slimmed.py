@@ -18,7 +18,7 @@ import lightning_fscreen.saving.slimmed as checkpoint
 from lightning_fscreen import load_slimmed, save_slimmed
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import PlanError, SlimmingPlan, remove_dead_units
-from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming.carried import plan_of
 from tests.slimming import outputs, snapshot, untouched, zero_columns, zero_rows
 
 EXAMPLE = (2, 3, 8, 8)
