@@ -123,7 +123,8 @@ class _Text:
 
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix) and _is_plan(key)]:
+    own = itertools.takewhile(lambda key: key.startswith(prefix), reversed(state_dict))  # written last
+    for key in [key for key in own if _is_plan(key)]:
         del state_dict[key]  # of a part; this one has it all
     if text := module.__dict__.setdefault(_TEXT, _Text()).of(module):
         state_dict[prefix + PLAN_KEY] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
