@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,26 +112,6 @@ def test_a_part_of_a_network_that_was_slimmed_as_a_whole_can_be_saved_alone(tmp_
     model = slimmed(whole=True)
     save_slimmed(model.net, tmp_path / "net.safetensors")
     assert same_bits(model.net, load_slimmed(Net(), tmp_path / "net.safetensors"))
-
-
-def test_a_new_process_gets_the_same_bits(tmp_path: Path) -> None:
-    model = slimmed()
-    save_slimmed(model, tmp_path / "model.safetensors")
-    x = torch.randn(3, 3, 8, 8)
-    save_file({"x": x, "y": model(x).detach()}, tmp_path / "expected.safetensors")
-    code = """
-import sys, torch
-from safetensors.torch import load_file
-from lightning_fscreen import load_slimmed
-from tests.saving.test_slimmed import Model
-model = load_slimmed(Model(), "model.safetensors").eval()
-expected = load_file("expected.safetensors")
-sys.exit(0 if torch.equal(model(expected["x"]), expected["y"]) else 3)
-"""
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_what_was_loaded_can_be_saved_and_slimmed_again(tmp_path: Path) -> None:
