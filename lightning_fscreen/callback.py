@@ -24,9 +24,9 @@ from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule, resolve_window
-from lightning_fscreen.saving.checkpoints import resize_on_load
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.optimizers import check_optimizers
+from lightning_fscreen.slimming.state import resize_on_load
 from lightning_fscreen.statistics.labels import find_labels
 
 log = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ class ScreeningPruningCallback(TrainingHooks):
         """Leave no hook behind, also after an error."""
         self._remove_hooks()
         if self._loading is not None:
-            self._loading.remove()
+            self._loading()
             self._loading = None
         if self._loading_copies is not None:
             self._loading_copies.remove()

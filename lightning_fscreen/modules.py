@@ -111,6 +111,12 @@ def own_tensors(module: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | 
     return module._parameters.get("weight"), module._parameters.get("bias")
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that a module holds itself."""
+    both = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each tensor once (shared ones under their first name)."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -27,7 +27,7 @@ from lightning_fscreen import (
 )
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import CaptureError, PlanError
-from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming.carried import plan_of
 from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
 
@@ -252,7 +252,7 @@ def keep(**masks: Any) -> Callable[[World], None]:
 
 
 def on_damaged_state_dict(world: World) -> None:
-    state = world.model.state_dict() | {"fscreen_plan": torch.zeros(3, dtype=torch.uint8)}
+    state = world.model.state_dict() | {"net.fscreen_plan": torch.zeros(3, dtype=torch.uint8)}
     run = trainer([ScreeningPruningCallback()])
     torch.save({"state_dict": state, "pytorch-lightning_version": pl.__version__}, world.folder / "bad.ckpt")
     world.before = world.state()
@@ -443,7 +443,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
     ("a folder as a file", lambda w: load_slimmed(w.net, w.folder), FileNotFoundError, "test_", "no file"),
     ("no such folder", lambda w: save_slimmed(w.net, w.folder / "a" / "b"), FileNotFoundError, "/a'", "does not exist"),
     ("a truncated file", truncated, PlanError, "half.safetensors", "not a whole safetensors file"),
-    ("a pickle with another name", pickled, PlanError, "pickle.safetensors", "not a whole safetensors file"),
+    ("a pickle with another name", pickled, PlanError, "pickle.safetensors", "load_from_checkpoint"),
     ("a file of somebody else", foreign, PlanError, "foreign.safetensors", "not written by save_slimmed"),
     (
         "a file of another model",

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_fscreen import ScreeningPruningCallback, register_criterion, slim
-from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.resize import reattach
 from tests.conftest import Classifier, ConvNet, loader, trainer
 from tests.saving.test_checkpoints import equal

@@ -11,16 +11,17 @@ import resource
 import signal
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_fscreen import load_slimmed, save_slimmed, slim
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import PlanError
-from lightning_fscreen.slimming.plan import plan_of
 
 CASES = int(os.environ.get("FSCREEN_FUZZ", "10000"))
 SECONDS = 5  # for one file
@@ -95,16 +96,22 @@ def hostile_header(data: bytes, rng: random.Random) -> bytes:
     elif change == 3:
         header[rng.choice(["__proto__", "norm.weight", "../x", "x" * 10**5])] = header.pop(name)
     else:
-        header["__metadata__"] = rng.choice([None, {}, value, {"fscreen_plan": "{}"}, {"fscreen_plan": "["}])
+        header["__metadata__"] = rng.choice(
+            [None, {}, value, {"fscreen": "{}"}, {"fscreen_plan": "["}, {"fscreen": "[" * 9999}]
+        )
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Plan and tensors of a file."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(json.loads(file.metadata()["fscreen"])["plan"]), load_file(path)
+
+
 def hostile_plan(path: Path, rng: random.Random) -> bytes:
     """Another plan with the right checksum, from somebody who means it."""
-    tensors = load_file(path)
-    network = load_slimmed(Small(), path)
-    plan = json.loads(plan_of(network).to_json())
+    plan, tensors = contents(path)
     key = rng.choice(list(plan))
     value = rng.choice(
         [None, -1, 2**70, "x", [], {}, [[]], {"": 1}, {"stem": -1}, {"stem.weight": {"0": [2**70]}}, ["stem"] * 1000]
@@ -124,7 +131,41 @@ def hostile_plan(path: Path, rng: random.Random) -> bytes:
     return target.read_bytes()
 
 
-MUTATIONS = (flipped, header_flipped, truncated, spliced, hostile_size, hostile_header, hostile_plan)
+def changed(value: Any, rng: random.Random) -> Any:
+    """A number, an index list or a cut that is nearly the same."""
+    if isinstance(value, int):
+        return rng.choice([value - 1, value + 1, 0, 1])
+    if isinstance(value, list):
+        shifted = sorted(rng.sample(range(max(value) + 2), len(value)))
+        return rng.choice([value[1:], [*value, value[-1] + 1], shifted])
+    dim = rng.choice(list(value))
+    return rng.choice([{dim: changed(value[dim], rng)}, {str(1 - int(dim)): value[dim]}])
+
+
+def edited_plan(path: Path, rng: random.Random) -> bytes:
+    """Some entries dropped, added or altered, as somebody would who tries things out; the checksum made anew."""
+    plan, tensors = contents(path)
+    names = [*tensors, *(name for name, _ in Small().named_modules())]
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        part = plan[rng.choice(["shapes", "cuts", "groups", "biases", "selects", "removed"])]
+        if isinstance(part, list):
+            part.append(rng.choice(names)) if rng.random() < 0.5 else part.clear()
+        elif part:
+            name = rng.choice(list(part))
+            kind = rng.randrange(3)
+            new = changed(part[name], rng) if kind == 0 else part[name]
+            if kind == 1:
+                del part[name]
+            part[name if kind == 0 else rng.choice(names)] = new
+            if kind == 1 and rng.random() < 0.5:
+                part.popitem()
+    text = json.dumps(plan)
+    target = path.with_name("edited.safetensors")
+    save_file(tensors, target, metadata={"fscreen": json.dumps({"plan": text, "sha256": digest(text, tensors)})})
+    return target.read_bytes()
+
+
+MUTATIONS = (flipped, header_flipped, truncated, spliced, hostile_size, hostile_header, hostile_plan, edited_plan)
 
 
 @contextlib.contextmanager
@@ -152,7 +193,7 @@ def test_no_damaged_file_gives_a_wrong_model(mutate, tmp_path):
     refused = 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(CASES // len(MUTATIONS) + 1):
-        mutated = mutate(path if mutate is hostile_plan else data, rng)
+        mutated = mutate(path if mutate in (hostile_plan, edited_plan) else data, rng)
         target = tmp_path / "mutated.safetensors"
         target.write_bytes(mutated)
         model = fresh

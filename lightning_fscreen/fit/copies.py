@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.modules import join, named_tensors
-from lightning_fscreen.saving.checkpoints import carry_plan
 from lightning_fscreen.slimming.copies import Copy, average_exactly, is_copy, signature, take_pruned
 from lightning_fscreen.slimming.plan import SlimmingPlan
+from lightning_fscreen.slimming.state import resize_on_load
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def resize_held_copies(trainer: Trainer, model: nn.Module) -> RemovableHandle:
 
     def prepare(*_: Any) -> None:
         for copy in held_copies(trainer, model):
-            carry_plan(copy)
+            resize_on_load(copy)
 
     handle: RemovableHandle = model.register_load_state_dict_pre_hook(prepare)
     return handle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class TrainingHooks(HasSettings, Callback):
         self._progress = Progress()
         self._pruner: Pruner | None = None
         self._restored: dict[str, Any] = {}  # the state that the next fit goes on from
-        self._loading: RemovableHandle | None = None
+        self._loading: Callable[[], None] | None = None  # ends listening
         self._loading_copies: RemovableHandle | None = None
 
     def _set_total(self) -> None:

@@ -23,9 +23,9 @@ from lightning_fscreen.fit.recorder import InputRecorder, networks_around
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.surgery import slim_in_fit
-from lightning_fscreen.saving.checkpoints import carry_plan
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
+from lightning_fscreen.slimming.state import carry
 from lightning_fscreen.statistics.collector import FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics
 
@@ -244,7 +244,7 @@ class Pruner:
             return None
         self.plan = plan
         for module in (self._model, *self.copies.outside):
-            carry_plan(module)
+            carry(module)
         self.copies.average_exactly()
         self.follow(plan)
         self.eagerly.recompile()

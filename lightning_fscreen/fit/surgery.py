@@ -43,13 +43,17 @@ def slim_in_fit(
 
 
 def forget_scores(trainer: Trainer) -> None:
-    """Let ModelCheckpoint and EarlyStopping look for the best score afresh: those of the larger network hide others."""
+    """Let ModelCheckpoint and EarlyStopping look for the best score afresh: those of the larger network hide others.
+
+    ModelCheckpoint goes on counting its files, as the worst there can be: each is replaced once another is written.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            callback.best_k_models = {}
-            callback.best_model_path = callback.kth_best_model_path = ""
+            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
+            callback.best_model_path = ""
             callback.best_model_score = None
-            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            callback.kth_value = worst
         if isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = torch.tensor(torch.inf if callback.monitor_op == torch.lt else -torch.inf)

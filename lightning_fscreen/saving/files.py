@@ -32,3 +32,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as one of safetensors: eight bytes for the length of the header, and its JSON."""
+    with Path(path).open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def is_torch_save(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as one of `torch.save`: an archive, or a pickle as of old."""
+    with Path(path).open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04")

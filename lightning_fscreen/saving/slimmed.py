@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,19 +16,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, uncompiled
-from lightning_fscreen.saving.files import replacing
-from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan, plan_of
+from lightning_fscreen.saving.files import is_torch_save, replacing
+from lightning_fscreen.saving.partial import left_out, without
+from lightning_fscreen.slimming.carried import contradictions, out_of_plan, plan_of
+from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.state import attach, take_plan
 
-_KEY, _DIGEST = "fscreen_plan", "fscreen_sha256"
+log = logging.getLogger(__name__)
+
+_KEY = "fscreen"
+"""The only key of the metadata, since safetensors writes several in an order of chance: JSON of plan and checksum."""
+_OLD_KEYS = "fscreen_plan", "fscreen_sha256"  # of earlier versions
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write weights, buffers and the slimming plan of a model to one safetensors file.
 
-    The file is written beside and renamed: an interrupted save leaves the previous file as it was.
+    The file is written beside and renamed: an interrupted save leaves the previous file as it was. Equal models give
+    equal files, byte for byte.
+
+    A layer that was put into the place of a slimmed one keeps the place's part of the plan, if its sizes allow it: a
+    head of other classes can be loaded into a fresh network with those classes. Any other is written as it is, with a
+    warning: only a network with the same replacement can read it, since nothing tells what its full size would be.
 
     Args:
         model: a model that was slimmed, or that holds submodules that were; one that was not is saved as it is.
@@ -34,6 +48,8 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the folder does not exist or cannot be written.
+        PlanError: a slimmed layer has tensors of other sizes than its slimming left, so that the file could not be
+            read; nothing is written.
 
     Example:
         >>> import tempfile
@@ -51,27 +67,51 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     model = uncompiled(model)
+    for name, reason in contradictions(model).items():
+        raise PlanError(
+            f"layer {name!r} cannot be saved, because it could not be loaded: {reason}. To change a slimmed layer by "
+            "hand, put a new one into its place; its size can then be the present one or that of another head"
+        )
+    if replaced := out_of_plan(model):
+        log.warning(
+            "%s: replaced or removed since the network was slimmed; %r can only be loaded into a network with the same "
+            "change",
+            ", ".join(replaced),
+            os.fspath(path),
+        )
     with replacing(path) as partial:
         tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
         plan = plan_of(model).to_json()
         try:
-            save_file(tensors, partial, metadata={_KEY: plan, _DIGEST: digest(plan, tensors)})
+            save_file(tensors, partial, metadata={_KEY: json.dumps({"plan": plan, "sha256": digest(plan, tensors)})})
         except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
             raise OSError(f"cannot write {str(path)!r}: {error}") from error
 
 
-def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
+def load_slimmed(
+    model: Model,
+    path: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    exclude: str | Sequence[str] | None = None,
+    strict: bool = True,
+) -> Model:
     """Make a fresh model as small as the saved one, in place, and load its weights.
 
     Args:
         model: a fresh, full-size instance of the class that was saved, on any device, of any floating dtype.
-        path: a file that `save_slimmed` wrote.
+        path: a file that `save_slimmed` wrote, or a state_dict of a slim network:
+            `load_slimmed(net, torch.load("net.pt", weights_only=True))`.
+        exclude: glob patterns over module names ("fc", "head.*"): modules whose values stay those of `model`. They are
+            cut where the saved ones were, since they have to fit their neighbours, and may differ in other dimensions.
+        strict: whether all other tensors have to fit. With strict=False those that do not are left out likewise, and
+            listed in a warning.
 
     Returns:
         The same model.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: a pattern in `exclude` matches no module.
         PlanError: the file is damaged, is something else, or does not fit the model; names the first tensor that
             differs. The model is untouched then.
 
@@ -87,41 +127,88 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
             ...
         lightning_fscreen.slimming.plan.PlanError: ...: tensor 'weight' has shape (2, 3), its plan says (2, 4)
     """
-    path = Path(path)
+    network = uncompiled(model)
+    tensors = _persistent(network)
+    if isinstance(path, Mapping):
+        source = "the state_dict"
+        plan, saved = _from_state_dict(path, network)
+    else:
+        source = repr(os.fspath(path))
+        plan, saved = _from_file(Path(path))
+    left: Mapping[str, str] = {}
+    if exclude is not None or not strict:
+        left = left_out(tensors, plan, saved, exclude, strict)
+        plan = without(plan, network, tensors, left)
+        saved = {name: tensor for name, tensor in saved.items() if name not in left}
+    plan.check(network)
+    expected = {name: planned_shape(plan, name, tensor) for name, tensor in tensors.items() if name not in left}
+    expected |= {join(name, "bias"): added_bias_shape(plan, network, name) for name in plan.biases}
+    for name in sorted({*expected, *saved}):
+        if name not in saved:
+            raise PlanError(f"{source} has no tensor {name!r}, which {type(network).__name__} needs")
+        if name not in expected:
+            raise PlanError(f"{source} has a tensor {name!r}, which {type(network).__name__} does not have")
+        if tuple(saved[name].shape) != expected[name]:
+            found = tuple(saved[name].shape)
+            raise PlanError(f"{source}: tensor {name!r} has shape {found}, its plan says {expected[name]}")
+    for name, tensor in named_tensors(network).items():
+        if name in plan.cuts and name not in saved:  # left out, or a buffer that is not saved
+            saved[name] = plan.cut(name, tensor.detach())
+    install(network, plan, saved)
+    attach(network, plan)
+    return model
+
+
+def _from_file(path: Path) -> tuple[SlimmingPlan, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
+    if is_torch_save(path):
+        raise PlanError(
+            f"{str(path)!r} is a file of torch.save and not of save_slimmed; a checkpoint of Lightning is loaded by "
+            "load_from_checkpoint(MyModule, path), a state_dict by "
+            "load_slimmed(net, torch.load(path, weights_only=True))"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise PlanError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
-    if _KEY not in metadata:
-        raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
-    if metadata.get(_DIGEST) != digest(metadata[_KEY], saved):
+    text, checksum = _plan_and_checksum(metadata, path)
+    if checksum != digest(text, saved):
         raise PlanError(
             f"{str(path)!r} is damaged: its contents do not have the checksum that it was written "
             "with; copy it again from where it came, or save the model again"
         )
-    plan = SlimmingPlan.from_json(metadata[_KEY])
-    network = uncompiled(model)
-    plan.check(network)
-    expected = {name: planned_shape(plan, name, tensor) for name, tensor in _persistent(network).items()}
-    expected |= {join(name, "bias"): added_bias_shape(plan, network, name) for name in plan.biases}
-    for name in sorted({*expected, *saved}):
-        if name not in saved:
-            raise PlanError(f"{str(path)!r} has no tensor {name!r}, which {type(network).__name__} needs")
-        if name not in expected:
-            raise PlanError(f"{str(path)!r} has a tensor {name!r}, which {type(network).__name__} does not have")
-        if tuple(saved[name].shape) != expected[name]:
-            found = tuple(saved[name].shape)
-            raise PlanError(f"{str(path)!r}: tensor {name!r} has shape {found}, its plan says {expected[name]}")
-    for name, tensor in named_tensors(network).items():
-        if name in plan.cuts and name not in saved:  # a buffer that is not saved
-            saved[name] = plan.cut(name, tensor)
-    install(network, plan, saved)
-    attach_plan(network, plan)
-    return model
+    return SlimmingPlan.from_json(text), saved
+
+
+def _from_state_dict(state_dict: Mapping[str, Tensor], network: nn.Module) -> tuple[SlimmingPlan, dict[str, Tensor]]:
+    """Plan and tensors, copied, those that modules of the network share once."""
+    if "state_dict" in state_dict and "pytorch-lightning_version" in state_dict:
+        raise PlanError(
+            "this is a checkpoint of Lightning; load its file by load_from_checkpoint(MyModule, path), or pass "
+            'checkpoint["state_dict"]'
+        )
+    rest = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}  # of compiled modules
+    plan, _ = take_plan(rest) or (SlimmingPlan(), [])
+    shared = network.state_dict().keys() - named_tensors(network).keys()
+    for name, value in rest.items():
+        if not isinstance(value, Tensor):
+            raise PlanError(f"the state_dict holds a {type(value).__name__} as {name!r}, and no tensor")
+    return plan, {name: tensor.detach().clone() for name, tensor in rest.items() if name not in shared}
+
+
+def _plan_and_checksum(metadata: Mapping[str, str], path: Path) -> tuple[str, str | None]:
+    if _KEY in metadata:
+        try:
+            both = json.loads(metadata[_KEY])
+            return str(both["plan"]), str(both["sha256"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PlanError(f"{str(path)!r} is damaged: its slimming plan cannot be read: {error}") from error
+    if _OLD_KEYS[0] in metadata:
+        return metadata[_OLD_KEYS[0]], metadata.get(_OLD_KEYS[1])
+    raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
 
 
 def digest(plan: str, tensors: Mapping[str, Tensor]) -> str:

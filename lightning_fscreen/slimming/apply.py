@@ -13,9 +13,10 @@ from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
-from lightning_fscreen.slimming.plan import SlimmingPlan, attach_plan
+from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.planning import Change, make_change
 from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import Verification, VerificationError
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,6 @@ def _apply(network: nn.Module, change: Change, verification: Verification, follo
         for step in reversed(undo):
             step()
         raise
-    attach_plan(network, change.plan)
+    attach(network, change.plan)
     for follower in followers:
         follower.copy.attach(change.plan)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name, put_tensor
-from lightning_fscreen.slimming.plan import SlimmingPlan, attach_plan
+from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.rewrite import Undo, install
 from lightning_fscreen.slimming.select import selected
+from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import VerificationError
 
 
@@ -72,7 +73,7 @@ class Copy:
 
     def attach(self, plan: SlimmingPlan) -> None:
         """Remember a plan that has been carried out."""
-        attach_plan(self.module, plan.within(self.part))
+        attach(self.module, plan.within(self.part))
 
 
 def is_copy(module: nn.Module, network: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +19,6 @@ from lightning_fscreen.slimming.summary import plan_table
 from lightning_fscreen.tables import Table
 
 _FORMAT = 1
-_PLAN = "_fscreen_plan"
 
 
 class PlanError(ValueError):
@@ -36,7 +36,9 @@ class SlimmingPlan:
         biases: layers that got a bias, to carry constants.
         selects: batch norm → indices of the channels of its input that it reads.
         pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
-        removed: units or channels removed, by layer; likewise.
+        removed: units or channels removed, by layer; of batch norms, if they select. Likewise.
+        streams: batch norm that selects → indices, in the full-size network, of the channels of its input that stay.
+            What it selects follows from them and from its own cuts, so that neither can be wrong alone.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -46,6 +48,11 @@ class SlimmingPlan:
     selects: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
+    streams: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> SlimmingPlan:
+        """Itself: nobody changes a plan."""
+        return self
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
@@ -80,6 +87,7 @@ class SlimmingPlan:
             {join(prefix, name): indices for name, indices in self.selects.items()},
             dict(self.pinned),
             {join(prefix, name): count for name, count in self.removed.items()},
+            {join(prefix, name): indices for name, indices in self.streams.items()},
         )
 
     def within(self, prefix: str) -> SlimmingPlan:
@@ -99,6 +107,7 @@ class SlimmingPlan:
             inner(self.selects),
             dict(self.pinned),
             inner(self.removed),
+            inner(self.streams),
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:
@@ -121,7 +130,24 @@ class SlimmingPlan:
             {**self.selects, **second.selects},
             {**self.pinned, **second.pinned},
             {**self.removed, **removed},
+            {**self.streams, **self._streams_after(second)},
         )
+
+    def _streams_after(self, second: SlimmingPlan) -> dict[str, tuple[int, ...]]:
+        streams = {}
+        for name, kept in second.streams.items():
+            before = self.streams.get(name)
+            if before is None and name not in self.selects:  # the batch norm read all of it
+                before = self._channels(name)
+            elif before is None:  # a plan of a version that did not record it
+                continue
+            streams[name] = kept if before is None else tuple(before[index] for index in kept)
+        return streams
+
+    def _channels(self, norm: str) -> tuple[int, ...] | None:
+        """Indices of the channels that a batch norm keeps; None if it keeps all."""
+        cuts = (self.cuts.get(join(norm, tensor), {}).get(0) for tensor in ("weight", "running_mean"))
+        return next((kept for kept in cuts if kept is not None), None)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a tensor that stays."""
@@ -130,7 +156,10 @@ class SlimmingPlan:
         return tensor
 
     def check(self, network: nn.Module) -> None:
-        """Check that the plan fits a network, before anything is changed.
+        """Check that the plan fits a network and agrees with itself, before anything is changed.
+
+        What it says twice is compared: shapes, rows and groups, what batch norms keep and what they select. Nothing is
+        traced: indices that only say where a remaining tensor came from could be others without being noticed.
 
         Raises:
             PlanError: names the first tensor or module that differs.
@@ -149,13 +178,22 @@ class SlimmingPlan:
                 )
             for dim, kept in dims.items():
                 _check_indices(name, dim, kept, shape)
+        if stray := self.shapes.keys() - self.cuts.keys():
+            raise PlanError(f"the plan has a shape of {min(stray)!r}, which it does not cut")
         modules = dict(network.named_modules())
         first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+        for name in self.removed:
+            if name not in modules:
+                raise PlanError(f"the plan removes parts of {name!r}, which {type(network).__name__} does not have")
         for name in (*self.groups, *self.biases):
             if not isinstance(modules.get(name), nn.Linear | _ConvNd):
                 raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
         for name in self.selects:
             self._check_select(name, modules.get(name), type(network).__name__, first)
+        norms = [name for name in self.removed if isinstance(modules[name], _BatchNorm)]
+        for name in (*norms, *self.streams):  # batch norms are listed where they read fewer channels than there are
+            if name not in self.selects:
+                raise PlanError(f"the plan does not say which channels batch norm {name!r} selects")
         for name in self.biases:
             if modules[name].bias is not None:
                 raise PlanError(f"the plan adds a bias to layer {name!r}, which has one; is it another model?")
@@ -171,11 +209,20 @@ class SlimmingPlan:
         shape = () if tensor is None else tuple(tensor.shape)
         _check_indices(f"{name} (selected channels)", 0, self.selects[name], shape)
         planned = self.cuts.get(first.get(id(tensor), ""), {}).get(0)
-        channels = len(planned) if planned is not None else shape[0]
-        if len(self.selects[name]) != channels:
+        own = planned if planned is not None else tuple(range(shape[0]))
+        if len(self.selects[name]) != len(own):
             raise PlanError(
-                f"the plan selects {len(self.selects[name])} channels for batch norm {name!r}, which has {channels}"
+                f"the plan selects {len(self.selects[name])} channels for batch norm {name!r}, which has {len(own)}"
             )
+        if name not in self.removed:
+            raise PlanError(f"the plan selects channels for batch norm {name!r}, of which it removes none")
+        if name in self.streams:  # older versions did not write it
+            stream = self.streams[name]
+            _check_indices(f"{name} (its input)", 0, stream, shape)
+            if any(index >= len(stream) for index in self.selects[name]) or own != tuple(
+                stream[index] for index in self.selects[name]
+            ):
+                raise PlanError(f"the plan selects other channels for batch norm {name!r} than those that it keeps")
 
     def _check_groups(self, name: str, module: nn.Linear | _ConvNd, weight: str) -> None:
         cuts = self.cuts.get(weight, {})
@@ -191,9 +238,10 @@ class SlimmingPlan:
         per_group = module.weight.shape[0] // module.groups
         # Groups of one input channel go one by one, the last one can lose rows; larger ones keep the same channels
         # each, until one is left of each.
-        fits = groups >= 1 and sizes[0] % groups == 0
+        rows = Counter(row // per_group for row in cuts.get(0, range(module.weight.shape[0])))
+        fits = len(rows) == groups and len(set(rows.values())) == 1
         if single and groups > 1:
-            fits = sizes[0] == groups * per_group
+            fits = fits and sizes[0] == groups * per_group
         if not single and planned is not None:
             fits = fits and (sizes[0] == groups if transposed else sizes[1] == 1)
         if not fits:
@@ -211,6 +259,7 @@ class SlimmingPlan:
                 "selects": self.selects,
                 "pinned": self.pinned,
                 "removed": self.removed,
+                "streams": self.streams,
             }
         )
 
@@ -236,59 +285,12 @@ class SlimmingPlan:
                 {str(name): tuple(map(_integer, indices)) for name, indices in data["selects"].items()},
                 {str(name): str(reason) for name, reason in data["pinned"].items()},
                 {str(name): _integer(count) for name, count in data["removed"].items()},
+                {str(name): tuple(map(_integer, kept)) for name, kept in data.get("streams", {}).items()},
             )
         except PlanError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"this is not a slimming plan: {type(error).__name__}: {error}") from error
-
-
-def attach_plan(network: nn.Module, plan: SlimmingPlan) -> None:
-    """Remember on every layer how it was slimmed, after its earlier slimmings; copies and parts keep it."""
-    for name, own in _by_module(plan).items():
-        module = network.get_submodule(name)
-        earlier = getattr(module, _PLAN, None)
-        setattr(module, _PLAN, own if earlier is None else earlier.then(own))
-
-
-def attach_lost_plan(network: nn.Module, plan: SlimmingPlan) -> None:
-    """As `attach_plan`, of a plan that was attached already, to the modules that have been replaced since."""
-    for name, own in _by_module(plan).items():
-        module = network.get_submodule(name)
-        if getattr(module, _PLAN, None) is None:
-            setattr(module, _PLAN, own)
-
-
-def detach_plans(network: nn.Module) -> None:
-    """Forget how the layers were slimmed."""
-    for module in network.modules():
-        module.__dict__.pop(_PLAN, None)
-
-
-def plan_of(model: nn.Module) -> SlimmingPlan:
-    """The plan of all slimmings of a model or of its parts so far; an empty one if there were none."""
-    total = SlimmingPlan()
-    for name, module in model.named_modules():
-        if isinstance(plan := getattr(module, _PLAN, None), SlimmingPlan):
-            total = total.then(plan.under(name))
-    return total
-
-
-def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
-    """The plan in parts, one for each module that holds tensors of it, in the module's own names."""
-    owners = {name: name.rpartition(".")[0] for name in plan.cuts}
-    parts = {}
-    for owner in dict.fromkeys([*owners.values(), *plan.groups, *plan.biases, *plan.selects, *plan.removed]):
-        names = [name for name, holder in owners.items() if holder == owner]
-        parts[owner] = SlimmingPlan(
-            {name.rpartition(".")[2]: plan.shapes[name] for name in names},
-            {name.rpartition(".")[2]: plan.cuts[name] for name in names},
-            {"": plan.groups[owner]} if owner in plan.groups else {},
-            ("",) if owner in plan.biases else (),
-            {"": plan.selects[owner]} if owner in plan.selects else {},
-            removed={"": plan.removed[owner]} if owner in plan.removed else {},
-        )
-    return parts
 
 
 def _integer(value: Any) -> int:

@@ -38,7 +38,7 @@ def make_change(network: nn.Module, slots: SlotGraph) -> Change:
     dense = [reader for reader in readers if isinstance(reader, DenseReader)]
     cuts = _cuts(slots, kept)
     folds, biases = _folds(tensors, dense, live, kept)
-    selects = _selects(modules, slots, kept)
+    selects, streams = _selects(modules, slots, kept)
     plan = SlimmingPlan(
         shapes={name: tuple(tensors[name].shape) for name in cuts},
         cuts=cuts,
@@ -47,6 +47,7 @@ def make_change(network: nn.Module, slots: SlotGraph) -> Change:
         selects=selects,
         pinned=dict(slots.pinned),
         removed=_removed(modules, slots, dense, selects, kept),
+        streams=streams,
     )
     new = {name: plan.cut(name, tensor) for name, tensor in folds.items()}
     new |= {name: plan.cut(name, tensors[name].detach()) for name in cuts if name not in folds}
@@ -128,9 +129,14 @@ def _groups(slots: SlotGraph, kept: Tensor) -> dict[str, int]:
     return {name: left for name, (left, before) in counts.items() if left < before}
 
 
-def _selects(modules: Mapping[str, nn.Module], slots: SlotGraph, kept: Tensor) -> dict[str, tuple[int, ...]]:
-    """Indices of the channels that batch norms select from the rest of their streams; none where they read all."""
-    selects = {}
+def _selects(
+    modules: Mapping[str, nn.Module], slots: SlotGraph, kept: Tensor
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Indices of the channels that batch norms select from the rest of their streams; none where they read all.
+
+    Also the channels of those streams that stay.
+    """
+    selects, streams = {}, {}
     for name, stream in slots.streams.items():
         present = kept[stream.labels]
         places = present.cumsum(0) - 1
@@ -139,7 +145,9 @@ def _selects(modules: Mapping[str, nn.Module], slots: SlotGraph, kept: Tensor) -
         now = list(range(int(present.sum()))) if present_select is None else present_select.tolist()
         if indices != now:
             selects[name] = tuple(indices)
-    return selects
+        if indices != now or (present_select is not None and not bool(present.all())):
+            streams[name] = tuple(present.nonzero().flatten().tolist())
+    return selects, streams
 
 
 def _removed(

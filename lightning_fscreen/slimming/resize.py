@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors
-from lightning_fscreen.slimming.plan import SlimmingPlan, attach_lost_plan, attach_plan, detach_plans, plan_of
+from lightning_fscreen.slimming.carried import attach_lost_plan, attach_plan, detach_plans, plan_of
+from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.rewrite import Undo, install, original_groups
 from lightning_fscreen.slimming.select import drop_select, put_select, selected
 

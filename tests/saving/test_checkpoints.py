@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lightning_fscreen import ScreeningPruningCallback, load_from_checkpoint
-from lightning_fscreen.slimming import PlanError
-from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming import PlanError, SlimmingPlan
+from lightning_fscreen.slimming.carried import plan_of
+from lightning_fscreen.slimming.state import PLAN_KEY
 from tests.conftest import Classifier, ConvNet, digits, loader, trainer
 from tests.test_channel_fit import residual_net
 
@@ -134,13 +135,17 @@ def test_resuming_from_every_checkpoint_equals_the_uninterrupted_run(case, saver
 
 @pytest.mark.parametrize("case", ["channel", "weight", "soft"])
 def test_checkpoints_of_the_version_before_resume_to_the_bit(case, tmp_path):
-    """They do not say whether masks are held, and have none while pruning is soft."""
+    """They do not say whether masks are held, have none while pruning is soft, and hold the plan under a short key."""
     expected = state_of(*fit(case, tmp_path, every_n_train_steps=2 * BATCHES - 1))
     for checkpoint in sorted(tmp_path.glob("*.ckpt")):
         saved = torch.load(checkpoint, weights_only=True)
         (own,) = (state for state in saved["callbacks"].values() if "pruner" in state)
         if not own["pruner"].pop("held"):
             own["pruner"]["kept"] = {name: mask | True for name, mask in own["pruner"]["kept"].items()}
+        state = saved["state_dict"]
+        for key in [key for key in state if "fscreen_plan" in key]:
+            plan = SlimmingPlan.from_json(bytes(state.pop(key).tolist()).decode()).under("net")
+            state["fscreen_plan"] = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
         torch.save(saved, checkpoint)
         resumed = state_of(*fit(case, tmp_path / checkpoint.stem, checkpoint, every_n_train_steps=1000))
         wrong = [part for part, value in expected.items() if not equal(value, resumed[part])]
@@ -209,7 +214,7 @@ def test_a_plan_of_another_model_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(PlanError, match="Scheduled does not have"):
         evaluate(other, tmp_path / "slim.ckpt")
     assert equal(dict(other.state_dict()), dict(before))
-    wrong = {**model.state_dict(), "fscreen_plan": torch.zeros(5, dtype=torch.uint8)}
+    wrong = {**model.state_dict(), PLAN_KEY: torch.zeros(5, dtype=torch.uint8)}
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError, match="not a slimming plan"):
         model.load_state_dict(wrong)
@@ -234,7 +239,8 @@ def test_best_scores_are_forgotten_when_fine_tuning_begins(case, tmp_path):
     run.fit(model, Batches(), loader())
     assert saver.best_model_path.endswith("epoch=2.ckpt") and run.current_epoch == 5
     best = torch.load(saver.best_model_path, weights_only=True)
-    assert ("fscreen_plan" in best["state_dict"]) == (case == "channel")
+    assert any("fscreen_plan" in key for key in best["state_dict"]) == (case == "channel")
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch=2.ckpt", "last.ckpt"}  # and no dense one
     for which in ("best", "last"):
         run.test(ckpt_path=which, dataloaders=loader(), weights_only=True, verbose=False)
 

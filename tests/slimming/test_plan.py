@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import nn
 
 from lightning_fscreen.modules import parameters_by_name
 from lightning_fscreen.slimming import PlanError, SlimmingPlan, remove_dead_units
-from lightning_fscreen.slimming.plan import attach_plan, plan_of
+from lightning_fscreen.slimming.carried import attach_plan, plan_of
 from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.state import PLAN_KEY
 from tests.slimming import zero_columns, zero_rows
 
 names = st.text(min_size=1, max_size=8)
@@ -180,8 +182,10 @@ NORM_SHAPES = {"1.weight": (6,), "2.running_mean": (6,)}
 
 @pytest.mark.parametrize(("name", "tensor"), [("1", "1.weight"), ("2", "2.running_mean")])
 def test_a_select_of_the_right_length_fits(name: str, tensor: str) -> None:
-    SlimmingPlan(selects={name: tuple(range(6))}).check(normed())
-    SlimmingPlan(NORM_SHAPES, {tensor: {0: (0, 4)}}, selects={name: (1, 5)}).check(normed())
+    SlimmingPlan(selects={name: tuple(range(6))}, removed={name: 1}).check(normed())
+    plan = SlimmingPlan({tensor: (6,)}, {tensor: {0: (0, 4)}}, selects={name: (1, 2)}, removed={name: 4})
+    plan.check(normed())  # of a version that did not record the streams
+    replace(plan, streams={name: (0, 2, 4)}, selects={name: (0, 2)}).check(normed())
 
 
 @pytest.mark.parametrize("name", ["1", "2"])
@@ -202,6 +206,27 @@ def test_bad_selects_are_refused_by_name(name: str, indices: tuple[int, ...], me
     with pytest.raises(PlanError, match=message) as caught:
         SlimmingPlan(NORM_SHAPES, cuts, selects={name: indices}).check(normed())
     assert f"'{name}" in str(caught.value)
+
+
+def test_what_a_plan_says_twice_must_agree() -> None:
+    cuts = {"1.weight": {0: (0, 4)}}
+    plan = SlimmingPlan({"1.weight": (6,)}, cuts, selects={"1": (0, 2)}, removed={"1": 4}, streams={"1": (0, 2, 4)})
+    plan.check(normed())
+    changes: list[dict[str, Any]] = [
+        {"selects": {"1": (0, 1)}},
+        {"selects": {"1": (0, 3)}},
+        {"streams": {"1": (0, 4)}},
+        {"streams": {"1": (0, 2, 9)}},
+        {"cuts": {"1.weight": {0: (0, 3)}}},
+        {"selects": {}},
+        {"selects": {}, "streams": {}},
+        {"removed": {}},
+        {"removed": {"1": 4, "7": 1}},
+        {"shapes": {"1.weight": (6,), "2.running_mean": (6,)}},
+    ]
+    for change in changes:
+        with pytest.raises(PlanError):
+            replace(plan, **change).check(normed())
 
 
 @pytest.mark.parametrize("name", ["0", "3", "1.weight"])
@@ -245,7 +270,7 @@ def test_two_plans_in_one_do_what_they_do_in_turn() -> None:
     state = network.state_dict()
     install(full, total, state)
     assert {name: tuple(tensor.shape) for name, tensor in full.state_dict().items()} == {
-        name: tuple(tensor.shape) for name, tensor in state.items()
+        name: tuple(tensor.shape) for name, tensor in state.items() if name != PLAN_KEY
     }
     x = torch.randn(3, 2, 4, 4)
     assert torch.equal(full(x), network(x))
@@ -291,7 +316,7 @@ def test_a_bias_added_first_and_cut_later_fits_a_fresh_model() -> None:
 @given(plans, plans, names)
 def test_under_prefixes_every_name(first: SlimmingPlan, second: SlimmingPlan, prefix: str) -> None:
     moved = first.under(prefix)
-    for field in ("shapes", "cuts", "groups", "selects"):
+    for field in ("shapes", "cuts", "groups", "selects", "streams"):
         old, new = getattr(first, field), getattr(moved, field)
         assert new == {f"{prefix}.{name}": value for name, value in old.items()}
     assert moved.biases == tuple(f"{prefix}.{name}" for name in first.biases)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen import load_slimmed, models, save_slimmed
 from lightning_fscreen.slimming import CaptureError, VerificationError, slim
-from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.select import SELECT
 from tests.slimming import difference, outputs, snapshot, untouched
 from tests.slimming.masked import (
