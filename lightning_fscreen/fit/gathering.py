@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fscreen.fit.clock import batches_per_round
 from lightning_fscreen.fit.distributed import merge_processes
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.statistics.labels import class_labels, infer_num_classes
-from lightning_fscreen.statistics.sampling import collection_stride
+from lightning_fscreen.statistics.sampling import collection_stride, instances_needed
+
+log = logging.getLogger(__name__)
 
 
 class Collection:
@@ -46,8 +51,15 @@ class Collection:
         """Whether the number of classes and the stride are known."""
         return self._num_classes is not None and self.stride is not None
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, window: Window) -> None:
         """Find the number of classes and, for `collect_every="auto"`, the stride.
+
+        Args:
+            trainer: the trainer.
+            pl_module: the module that it trains.
+            batch: the batch that begins.
+            batch_idx: its index in the epoch.
+            window: where the training is pruned.
 
         Raises:
             ValueError: the number of classes cannot be found; no labels in the batch.
@@ -63,9 +75,18 @@ class Collection:
         if self.stride is None:
             with _naming_batch(batch_idx, trainer):
                 instances = len(self._labels(batch)) * trainer.world_size
-            batches = trainer.num_training_batches * self._settings.collect_epochs
+            batches = batches_per_round(trainer, window) * self._settings.collect_epochs
             stride = collection_stride(batches, instances, self._num_classes)
             self.found_stride = trainer.strategy.broadcast(stride) if trainer.world_size > 1 else stride
+            if window.unit == "step" and batches * instances < instances_needed(self._num_classes):
+                log.warning(
+                    "%d instances are gathered before each pruning (prune_every=%d), but the tests need %d to find "
+                    "small effects with %d classes, and rank the others by magnitude alone; raise prune_every",
+                    batches * instances,
+                    window.every,
+                    instances_needed(self._num_classes),
+                    self._num_classes,
+                )
 
     def begin(self, batch: Any, batch_idx: int) -> None:
         """The activations that are gathered from now on are those of this batch."""

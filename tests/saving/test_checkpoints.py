@@ -76,6 +76,7 @@ CASES = {
     "weight-exact": lambda: (ConvNet(), adamw, {"granularity": "weight", "connections": "exact", "amount": 0.8}),
     "taylor": lambda: (residual_net(), momentum, {"criterion": "taylor", "collect_epochs": 2}),
     "snip": lambda: (ConvNet(), adamw, {"granularity": "weight", "criterion": "taylor", "end_epoch": 0}),
+    "steps": lambda: (residual_net(), momentum, {"end_epoch": None, "start_step": 1, "end_step": 11, "prune_every": 3}),
     "lottery": lambda: (residual_net(), momentum, {"schedule": "one_shot", "rewind_weights": True}),
     "soft": lambda: (ConvNet(), adamw, {"granularity": "weight", "soft": True, "schedule": "constant"}),
 }
