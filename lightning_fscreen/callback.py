@@ -189,7 +189,7 @@ class ScreeningPruningCallback(TrainingHooks):
         # Resumed within an epoch, or between its last batch and its end.
         granularity = pruner.granularity
         self._collection.load_state(
-            trainer, state.get("collections", []), state.get("stride"), granularity.collector, granularity.gradients
+            trainer, state.get("collections", []), state.get("stride"), pruner.collectors, granularity.gradients
         )
         if self.rewind_weights and not self.fine_tuning:
             pruner.origin.remember_weights(pl_module, state.get("origin"))
@@ -236,10 +236,10 @@ class ScreeningPruningCallback(TrainingHooks):
         pruner.reattach()
         if self._budget.asks_for_more(window.end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             clock.warn_before_the_end(window, clock.position(trainer, window), pruner.pruned_fraction, self.amount)
-        if pruner.recorder.inputs is None:
+        if not pruner.recorder.is_ready:
             pruner.not_removed = (
-                f"{pruner.recorder.describe()} was not called in training, so its inputs are not known; call the "
-                "module that holds the pruned layers as a whole, self.net(x)"
+                f"{pruner.recorder.describe()} was not called in training, nor a module inside it that holds pruned "
+                "layers, so its inputs are not known; call the module that holds them as a whole, self.net(x)"
             )
             if self.slim:
                 log.warning("nothing was physically removed: %s", pruner.not_removed)
@@ -260,11 +260,6 @@ class ScreeningPruningCallback(TrainingHooks):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind after an error."""
         self.teardown(trainer, pl_module, "fit")
-
-    def _remove_hooks(self) -> None:
-        self._collection.end()
-        if self._pruner is not None:
-            self._pruner.unwatch()
 
     # ---- results and state
 

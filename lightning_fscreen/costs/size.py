@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,13 @@ class Size:
     params: int
     nonzero: int
     macs: int | None
+
+
+def add_sizes(sizes: Sequence[Size]) -> Size:
+    """Size of several networks together; operations are known if all of theirs are."""
+    macs = [size.macs for size in sizes if size.macs is not None]
+    total = sum(macs) if len(macs) == len(sizes) else None
+    return Size(sum(size.params for size in sizes), sum(size.nonzero for size in sizes), total)
 
 
 def measure_size(network: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None, instances: int) -> Size:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.fit.clock import position
 from lightning_fscreen.fit.distributed import decide_once
 from lightning_fscreen.fit.gathering import Collection
+from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.optim import check_state
-from lightning_fscreen.fit.phases import IDLE, Progress, gathers, holds, next_phase, plan_step
+from lightning_fscreen.fit.phases import IDLE, Progress, gathers, holds, next_phase, plan_step, searches
 from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.report import metrics_of
 from lightning_fscreen.fit.settings import HasSettings, Settings
@@ -112,7 +112,8 @@ class TrainingHooks(HasSettings, Callback):
         assert round_end is not None
         index = batch_idx if window.unit == "epoch" else progress.batches
         progress.batches += 1
-        known = pruner.recorder.inputs is not None
+        recorder = pruner.recorder
+        known = recorder.is_complete or (recorder.is_ready and not searches(self._budget, round_end, not self.history))
         step = plan_step(self.settings, self._budget, round_end, index, known, collection.stride)
         if step.gather and not collection.is_prepared:
             collection.prepare(trainer, pl_module, batch, batch_idx, window)
@@ -125,20 +126,27 @@ class TrainingHooks(HasSettings, Callback):
         if step.gather:
             collection.begin(batch, batch_idx)
             if pruner.is_ready:
-                collection.open(pruner.granularity.collector)
+                collection.open(pruner.collectors)
 
-    def _on_network_call(self, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A module that may be the network is about to run: learn from its inputs, and gather its activations."""
+    def _on_network_call(self, network: Network) -> None:
+        """A network is about to run for the first time: learn from its inputs, and gather its activations."""
         pruner = self._fit_pruner
-        if pruner.learn(name, network, args, kwargs):
+        if pruner.learn(network):
             self._set_total()
             if self._progress.step.gather:
-                self._collection.open(pruner.granularity.collector)
+                self._collection.open(pruner.collectors)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remove the forward hooks: the backward pass may run layers again (activation checkpointing)."""
         if self._progress.step.observes:
             self._close()
+            self._fit_pruner.recorder.stop()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for networks again: modules that step by themselves may call others before their next backward pass."""
+        if self._progress.step.record:
+            self._fit_pruner.recorder.start(self._on_network_call)
+            self._fit_pruner.eagerly.start()
 
     def _close(self) -> None:
         self._collection.close()
@@ -178,11 +186,7 @@ class TrainingHooks(HasSettings, Callback):
     def _add(self, trainer: Trainer) -> None:
         pruner = self._fit_pruner
         pruner.recorder.stop()
-        if not pruner.is_ready:
-            raise ValueError(
-                f"{pruner.recorder.describe()} was not called in training_step, so it is not known how its layers are "
-                "connected; call the module that holds them as a whole, self.net(x)"
-            )
+        pruner.require_networks()
         if self._progress.step.gather:
             self._collection.add(trainer)
 
@@ -217,6 +221,8 @@ class TrainingHooks(HasSettings, Callback):
     def _prune(self, trainer: Trainer) -> None:
         pruner, settings, round_end = self._fit_pruner, self.settings, self._progress.round_end
         assert round_end is not None
+        if pruner.settle():
+            self._set_total()
         if self.slim and pruner.granularity.slims_in_fit:
             check_state(trainer.optimizers, pruner.parameters)
         statistics, gradients = self._collection.statistics(trainer), self._collection.gradients()
@@ -234,6 +240,11 @@ class TrainingHooks(HasSettings, Callback):
         if hold:
             self._budget.met(round_end)
         self._collection.reset()
+
+    def _remove_hooks(self) -> None:
+        self._collection.end()
+        if self._pruner is not None:
+            self._pruner.unwatch()
 
     # ---- slimming
 

@@ -89,6 +89,14 @@ def gathers(settings: Settings, budget: Budget, round_end: int) -> bool:
     return any(budget.asks_for_more(last) for last in range(round_end, round_end + settings.collect_epochs))
 
 
+def searches(budget: Budget, round_end: int, first: bool) -> bool:
+    """Whether modules that were not called before are looked for: in the first round, and before a pruning.
+
+    Observed steps do not run compiled, so that not every round can.
+    """
+    return first or budget.asks_for_more(round_end)
+
+
 def plan_step(
     settings: Settings, budget: Budget, round_end: int, batch: int, inputs_known: bool, stride: int | None
 ) -> Step:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from lightning_fscreen.candidates.granularity import Granularity
-from lightning_fscreen.costs.size import Size, measure_size
+from lightning_fscreen.costs.size import Size
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.ranking.criteria import Explained
 
@@ -92,17 +90,21 @@ class Record:
     """Sizes of a network and evidence of its rankings, collected for the report while it is pruned.
 
     Args:
-        network: the network.
-        sizes: its size at the start, if it has been slimmed since: arguments of `Size`.
+        sizes: the size at the start, of a state: arguments of `Size`; None at the beginning.
         evidence: that of earlier rankings, by layer.
     """
 
-    def __init__(
-        self, network: nn.Module, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        self.after = measure_size(network, None, 1)
-        self.before = Size(*sizes) if sizes is not None else self.after
+    def __init__(self, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]) -> None:
+        self.before = self.after = Size(0, 0, None) if sizes is None else Size(*sizes)
         self.evidence = {name: dict(found) for name, found in evidence.items()}
+
+    def note_size(self, size: Size, pruned: bool) -> None:
+        """Note the present size; it is that of the start, too, until something is pruned."""
+        self.after = size
+        if not pruned:
+            self.before = size
+        elif self.before.macs is None:  # masks do not change them
+            self.before = replace(self.before, macs=size.macs)
 
     def note(self, explained: Mapping[str, Explained]) -> None:
         """Note why layers are ranked as they are, and log it where trust has changed."""

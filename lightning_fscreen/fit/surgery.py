@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.distributed import broadcast_buffers, rewrap
+from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.optim import Move, check_state, move_parameters
-from lightning_fscreen.modules import join
-from lightning_fscreen.slimming.plan import SlimmingPlan
+from lightning_fscreen.modules import is_within, join
+from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
+
+log = logging.getLogger(__name__)
 
 
 def slim_in_fit(
@@ -49,6 +55,44 @@ def slim_in_fit(
     move_parameters(trainer.optimizers, moves, added)
     rewrap(trainer)
     return plan
+
+
+def slim_networks(
+    model: LightningModule, granularity: Granularity[Any], networks: Iterable[Network], kept: Mapping[str, Tensor]
+) -> tuple[SlimmingPlan, str | None]:
+    """Make every network of a module smaller by itself; those where that is not exact stay as they are.
+
+    Args:
+        model: the module.
+        granularity: its candidates.
+        networks: its networks, which share no parameters.
+        kept: layer → mask of its candidates.
+
+    Returns:
+        The plan, with names as in the module, and why some networks stay; None if none does.
+
+    Raises:
+        CaptureError, VerificationError: none of them can be made smaller.
+    """
+    plan, errors = SlimmingPlan(), {}
+    for network in networks:
+        prefix = f"{network.name}." if network.name else ""
+        inside = {name.removeprefix(prefix): mask for name, mask in kept.items() if is_within(name, network.name)}
+        args, kwargs = network.inputs_on_device()
+        try:
+            with network.examining(model):
+                own = granularity.slim(network.module, args, kwargs, inside)
+        except (CaptureError, VerificationError) as error:
+            errors[network.describe()] = error
+        else:
+            plan = plan.then(own.under(network.name))
+    if not errors:
+        return plan, None
+    if not plan:
+        raise next(iter(errors.values()))
+    reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    log.warning("not all networks became smaller, the masks of the others stay: %s", reasons)
+    return plan, reasons
 
 
 def _weight(model: nn.Module, layer: str) -> nn.Parameter:
