@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.weights import Connections
+from lightning_fscreen.fit import clock
 from lightning_fscreen.fit.copies import Copies, resize_held_copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
 from lightning_fscreen.fit.hooks import TrainingHooks
@@ -23,7 +24,8 @@ from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.budgeted import Scope
-from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule, resolve_window
+from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule
+from lightning_fscreen.ranking.window import Unit
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.optimizers import check_optimizers
 from lightning_fscreen.slimming.state import resize_on_load
@@ -36,7 +38,9 @@ class ScreeningPruningCallback(TrainingHooks):
     """Prune a classifier while it trains, by the F-statistics of its activations and by magnitude.
 
     At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
-    are exactly zero from then on (arXiv 2502.07189). With granularity "channel" (CLS) the network is made physically
+    are exactly zero from then on (arXiv 2502.07189). A window in steps does the same every `prune_every` optimizer
+    steps, within epochs or across them: trainings of one epoch, or of `max_steps` alone, have one by default. With
+    granularity "channel" (CLS) the network is made physically
     smaller as soon as the whole amount is pruned, and the rest of the fit trains the smaller network. With "weight"
     (WLS) hidden units and channels left without incoming or outgoing weights are removed when the fit ends. Either way
     the network computes the same function afterwards.
@@ -53,6 +57,12 @@ class ScreeningPruningCallback(TrainingHooks):
         start_epoch: first epoch of the annealing window.
         end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
             training; 0 to prune at initialisation, by the first training step alone.
+        start_step: optimizer steps before the window, instead of epochs; they are counted as `max_steps` counts them:
+            one for several accumulated batches, and those of all optimizers where the module steps by itself.
+        end_step: optimizer steps after which the whole amount is pruned and fine-tuning begins; None for half of the
+            training.
+        prune_every: optimizer steps between two prunings, and those before each in which statistics are gathered; None
+            for a tenth of the window. Any of these three makes it a window in steps.
         scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer: safer where much
             goes at once, because it leaves no layer with next to nothing.
         criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
@@ -113,6 +123,9 @@ class ScreeningPruningCallback(TrainingHooks):
         rewind_lr: bool = False,
         rewind_weights: bool = False,
         soft: bool = False,
+        start_step: int | None = None,
+        end_step: int | None = None,
+        prune_every: int | None = None,
     ) -> None:
         settings = Settings(
             granularity=granularity,
@@ -121,6 +134,9 @@ class ScreeningPruningCallback(TrainingHooks):
             schedule=resolve_schedule(schedule),
             start_epoch=start_epoch,
             end_epoch=end_epoch,
+            start_step=start_step,
+            end_step=end_step,
+            prune_every=prune_every,
             scope=scope,
             criterion=criterion,
             min_channels=min_channels,
@@ -149,13 +165,11 @@ class ScreeningPruningCallback(TrainingHooks):
 
         Raises:
             NotImplementedError: an unsupported strategy or callback.
-            ValueError: end_epoch after the end of the training, or none given for a training without an end.
+            ValueError: a window that ends after the training, or none given for a training without an end.
         """
         if stage == "fit":
             check_strategy(trainer)
-            fast = bool(getattr(trainer, "fast_dev_run", False))  # one epoch that goes through everything
-            last = None if fast else trainer.max_epochs
-            self._budget.window = resolve_window(self.start_epoch, self.end_epoch, last, fast)
+            self._budget.window = clock.find_window(self.settings, trainer, loaded=False) or self._budget.window
         if self._loading is None:
             self._loading_copies = resize_held_copies(trainer, pl_module)
             self._loading = resize_on_load(pl_module)
@@ -171,8 +185,7 @@ class ScreeningPruningCallback(TrainingHooks):
         state = self._restored or self._present_state(pl_module)
         self._restored = {}
         self._remove_hooks()
-        phase = Phase.FINE_TUNING if state.get("tuning") else Phase.ANNEALING
-        self._progress = Progress(phase, state.get("epoch"))
+        self._progress = Progress.restored(state)
         known = state.get("pruner", {})
         copies = Copies(trainer, pl_module, known.get("copies", {}))
         self._pruner = pruner = Pruner(pl_module, self.settings, known, Origin(trainer), copies)
@@ -185,15 +198,29 @@ class ScreeningPruningCallback(TrainingHooks):
         # Resumed within an epoch, or between its last batch and its end.
         granularity = pruner.granularity
         self._collection.load_state(
-            trainer, state.get("collections", []), state.get("stride"), granularity.collector, granularity.gradients
+            trainer, state.get("collections", []), state.get("stride"), pruner.collectors, granularity.gradients
         )
-        if self.rewind_weights and phase is Phase.ANNEALING:
+        if self.rewind_weights and not self.fine_tuning:
             pruner.origin.remember_weights(pl_module, state.get("origin"))
         if self._budget.falls_short:
             log.warning(
                 "the network was made smaller in an earlier fit, so no more is pruned in this one; to prune more, "
                 "train with a new ScreeningPruningCallback"
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the window, now that the number of batches is known.
+
+        Raises:
+            ValueError: a window that ends after the training, or none given for a training of unknown length.
+        """
+        window = clock.find_window(self.settings, trainer, loaded=True)
+        assert window is not None
+        if window.unit != self._progress.unit:
+            self._progress.unit, self._progress.round_end = window.unit, None  # new, or resumed under other settings
+        self._budget.window = window
+        if self._budget.asks_for_more(window.end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            clock.warn_without_fine_tuning(window, clock.find_length(trainer, loaded=True))
 
     def _present_state(self, pl_module: LightningModule) -> dict[str, Any]:
         """The state that another fit of the same model goes on from; empty for a new one."""
@@ -208,28 +235,21 @@ class ScreeningPruningCallback(TrainingHooks):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Physically remove dead units and channels (not in on_train_end, where checkpoints are still being saved)."""
-        open_epoch = self._progress.open_epoch
-        if open_epoch is not None and open_epoch < trainer.current_epoch:
-            self._end_epoch(trainer, open_epoch)  # resumed when nothing but this was left to do
+        window = self._budget.window
+        if self._round_is_over(trainer):
+            self._end_round(trainer)  # resumed when nothing but this was left to do
         self._remove_hooks()
         if trainer.num_training_batches == 0 and not self.history:
             raise ValueError("the training dataloader is empty, so nothing was trained or pruned; check the data set")
-        pruner, end = self._fit_pruner, self._budget.window[1]
+        pruner = self._fit_pruner
         pruner.reattach()
         pruner.masks.apply()  # averages may have been put into the place of the weights
-        if self._budget.asks_for_more(end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            log.warning(
-                "training ended with epoch %d, before everything was pruned (end_epoch=%d): %.1f %% of the candidates "
-                "are, %.1f %% were asked for; train longer, set end_epoch earlier, or make EarlyStopping more patient",
-                trainer.current_epoch - 1,
-                end,
-                100 * pruner.pruned_fraction,
-                100 * self.amount,
-            )
-        if pruner.recorder.inputs is None:
+        if self._budget.asks_for_more(window.end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            clock.warn_before_the_end(window, clock.position(trainer, window), pruner.pruned_fraction, self.amount)
+        if not pruner.recorder.is_ready:
             pruner.not_removed = (
-                f"{pruner.recorder.describe()} was not called in training, so its inputs are not known; call the "
-                "module that holds the pruned layers as a whole, self.net(x)"
+                f"{pruner.recorder.describe()} was not called in training, nor a module inside it that holds pruned "
+                "layers, so its inputs are not known; call the module that holds them as a whole, self.net(x)"
             )
             if self.slim:
                 log.warning("nothing was physically removed: %s", pruner.not_removed)
@@ -254,11 +274,6 @@ class ScreeningPruningCallback(TrainingHooks):
         """Leave no hook behind after an error."""
         self.teardown(trainer, pl_module, "fit")
 
-    def _remove_hooks(self) -> None:
-        self._collection.end()
-        if self._pruner is not None:
-            self._pruner.unwatch()
-
     # ---- results and state
 
     @property
@@ -281,8 +296,16 @@ class ScreeningPruningCallback(TrainingHooks):
 
     @property
     def window(self) -> tuple[int, int]:
-        """First epoch of the annealing window and first epoch after it, as resolved for the last fit."""
-        return self._budget.window
+        """First epoch of the annealing window and first epoch after it, as resolved for the last fit.
+
+        Of a window in steps (`window_unit`), the optimizer steps before it and those at its end.
+        """
+        return self._budget.window.start, self._budget.window.end
+
+    @property
+    def window_unit(self) -> Unit:
+        """What the window counts: "epoch" or "step"."""
+        return self._budget.window.unit
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -301,9 +324,9 @@ class ScreeningPruningCallback(TrainingHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""
-        progress, pruner = self._progress, self._pruner
-        state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], "tuning": self.fine_tuning}
-        state |= {"target": self._budget.target, "epoch": progress.open_epoch, "stride": self._collection.found_stride}
+        pruner, stride = self._pruner, self._collection.found_stride
+        state: dict[str, Any] = {"history": [dict(entry) for entry in self.history], **self._progress.state_dict()}
+        state |= {"target": self._budget.target, "stride": stride}
         if pruner is not None:
             state |= {"origin": pruner.origin.weights} if pruner.origin.weights else {}
             state |= {"pruner": pruner.state_dict()}

@@ -27,6 +27,11 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
+def is_within(name: str, outer: str) -> bool:
+    """Whether a module lies in another one, or is it, by their names."""
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
 def select(
     names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> dict[str, str]:

@@ -155,7 +155,7 @@ def parts(world: World) -> None:
                 x = layer(x)
             return self.anchor.sum() * 0
 
-    world.model = InParts(residual_net())
+    world.model = InParts(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10)))
     world.before = world.state()
     world.fit()
 
@@ -290,7 +290,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
     ("end_epoch after the end", using(end_epoch=9), ValueError, "end_epoch=9", "lower end_epoch or train longer"),
     (
         "training without an end",
-        lambda world: world.fit({"max_epochs": -1, "max_steps": 8}, end_epoch=None),
+        lambda world: world.fit({"max_epochs": -1}, end_epoch=None),
         ValueError,
         "max_epochs",
         "end_epoch= .*must be given",

@@ -546,11 +546,6 @@ def test_nothing_to_prune_lists_why():
         trainer([WeightPruning(amount=0.5)]).fit(model, loader())
 
 
-def test_training_without_an_end_needs_end_epoch():
-    with pytest.raises(ValueError, match="end_epoch="):
-        trainer([WeightPruning(amount=0.5)], max_epochs=-1, max_steps=8).fit(Classifier(mlp()), loader())
-
-
 def test_unsupported_strategies_are_refused_by_name():
     class OtherStrategy(pl.strategies.SingleDeviceStrategy):
         pass

@@ -35,6 +35,7 @@ RECIPES = {
     "gradients": {"criterion": "taylor"},
     "at-start": {"criterion": "taylor", "end_epoch": 0},
     "rewinding": {"rewind_weights": True},
+    "accumulation": {"end_epoch": None, "end_step": 3, "prune_every": 1},  # slims within an epoch of two steps
 }
 TRAINER = {"accumulation": {"accumulate_grad_batches": 3}, "clipping": {"gradient_clip_val": 0.1}}
 NETS = {"channel": residual_net, "weight": ConvNet}

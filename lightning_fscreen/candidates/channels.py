@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
-from lightning_fscreen.modules import join, select
+from lightning_fscreen.modules import is_within, join, select
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
@@ -157,6 +157,16 @@ def inverse(activation: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     return centre.squeeze(1).to(values)
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """What one network has shown: its layers that can be pruned, and why others cannot."""
+
+    network: nn.Module
+    captured: Capture
+    layers: list[PrunableChannels]
+    excluded: dict[str, str]
+
+
 @register_granularity("channel")
 class Channels(Granularity[PrunableChannels]):
     """Channels of batch norms.
@@ -174,8 +184,6 @@ class Channels(Granularity[PrunableChannels]):
     noun = "channels"
     slims_in_fit = True
     options = ("bias", "feature")
-    _captured: Capture | None = None
-    _name = ""
 
     def __init__(
         self,
@@ -185,23 +193,54 @@ class Channels(Granularity[PrunableChannels]):
         bias: Bias = "zero",
         feature: Feature = "activation",
     ) -> None:
-        self._layers, self.not_pruned = find_channels(model, include, exclude)
+        self._found, self._fixed = find_channels(model, include, exclude)
+        self._learned: dict[str, _Learned] = {}
         self._bias, self._feature = bias, feature
+        self._combine()
 
-    def learn(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> None:
-        """Capture the network: which batch norms are coupled, which cannot be pruned.
+    def _combine(self) -> None:
+        """The candidates found, as the networks have shown them."""
+        shown = {layer.name: layer for learned in self._learned.values() for layer in learned.layers}
+        excluded = {name: why for learned in self._learned.values() for name, why in learned.excluded.items()}
+        self._layers = [shown.get(layer.name, layer) for layer in self._found if layer.name not in excluded]
+        self.not_pruned = self._fixed | excluded
+
+    def keep_only(self, names: Collection[str], reasons: Mapping[str, str] | None = None) -> None:
+        """Forget the candidates of all other layers; `reasons` says why."""
+        self._found = [layer for layer in self._found if layer.name in names]
+        self._fixed |= reasons or {}
+        self._combine()
+
+    def learn(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = ""
+    ) -> Collection[str]:
+        """Capture a network: which batch norms are coupled, which cannot be pruned.
 
         Raises:
             CaptureError: the network cannot be captured.
             ValueError: none of the batch norms can be pruned; lists the reasons.
         """
-        self._captured = captured = capture_training(network, args, kwargs)
+        captured = capture_training(network, args, kwargs)
         gates = {join(name, gate.name): gate for gate in gates_of(network, captured)}
         activations = {join(name, layer): found for layer, found in activations_of(captured).items()}
-        self._layers, excluded = refine(self._layers, gates, activations)
-        self.not_pruned |= excluded
+        inside = [layer for layer in self._found if is_within(layer.name, name)]
+        unused = {join(name, tensor) for tensor in captured.unused()}
+        left_out = {layer.name for layer in inside if join(layer.name, "weight") in unused}
+        inside = [layer for layer in inside if layer.name not in left_out]
+        layers, excluded = refine(inside, gates, activations)
+        first = 1 + max((int(layer.units.max()) for layer in self._layers if layer not in inside), default=STAYS)
+        for index, layer in enumerate(layers):  # numbers of units are the networks' own
+            layers[index] = replace(layer, units=torch.where(layer.units == STAYS, STAYS, layer.units + first))
+        self._learned[name] = _Learned(network, captured, layers, excluded)
+        self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
         require_candidates(self._layers, where, "batch norms", self.not_pruned)
+        return left_out
+
+    def forget(self, name: str) -> None:
+        """Forget what was learned from the network of that name."""
+        self._learned.pop(name, None)
+        self._combine()
 
     def slim(
         self,
@@ -212,9 +251,9 @@ class Channels(Granularity[PrunableChannels]):
         copies: Sequence[Copy] = (),
     ) -> SlimmingPlan:
         """Remove the channels that are not kept, and all that only they need."""
-        assert self._captured is not None
+        (captured,) = (learned.captured for learned in self._learned.values() if learned.network is network)
         bias: Literal["zero", "fold"] = "zero" if self._bias == "zero" else "fold"
-        return slim_captured(network, self._captured, kept, args, kwargs, bias, copies)
+        return slim_captured(network, captured, kept, args, kwargs, bias, copies)
 
     def companions(self) -> dict[str, nn.Parameter]:
         """The shifts β, where the output of pruned channels is to be zero."""
@@ -224,9 +263,13 @@ class Channels(Granularity[PrunableChannels]):
         """Coupled channels."""
         return {layer.name: layer.units.to(layer.scale.device) for layer in self._layers}
 
-    def collector(self, num_classes: int) -> ActivationCollector:
+    def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
         """Sums over the batch norms' activations."""
-        return ActivationCollector([layer.probe(self._feature) for layer in self._layers], num_classes)
+        layers = [layer for layer in self._layers if is_within(layer.name, network)]
+        if network in self._learned:
+            used = {layer.name for layer in self._learned[network].layers}
+            layers = [layer for layer in layers if layer.name in used]
+        return ActivationCollector([layer.probe(self._feature) for layer in layers], num_classes)
 
     def _parameters_of(self, layer: PrunableChannels) -> list[nn.Parameter]:
         return [layer.scale, layer.shift]

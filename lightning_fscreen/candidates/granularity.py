@@ -25,6 +25,11 @@ class Named(Protocol):
         """Its name in the model."""
         ...
 
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        ...
+
 
 Layer = TypeVar("Layer", bound=Named)
 Kind = TypeVar("Kind", bound="type[Granularity[Any]]")
@@ -103,33 +108,48 @@ class Granularity(ABC, Generic[Layer]):
         """Layers with candidates, by their names in the model."""
         return [layer.name for layer in self._layers]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """These layers."""
+        return [layer.module for layer in self._layers]
+
+    def keep_only(self, names: Collection[str], reasons: Mapping[str, str] | None = None) -> None:
+        """Forget the candidates of all other layers; `reasons` says why."""
+        self._layers = [layer for layer in self._layers if layer.name in names]
+        self.not_pruned |= reasons or {}
+
     def leave_out(self, reasons: Mapping[str, str]) -> None:
         """Leave layers alone, and say why.
 
         Raises:
             ValueError: nothing is left to prune; lists the reasons.
         """
-        self._layers = [layer for layer in self._layers if layer.name not in reasons]
-        self.not_pruned |= reasons
-        require_candidates(self._layers, "the model", "layers", self.not_pruned)
-
-    def keep_only(self, names: Collection[str]) -> None:
-        """Forget the candidates of all other layers."""
-        self._layers = [layer for layer in self._layers if layer.name in names]
+        if reasons:
+            self.keep_only([name for name in self.names if name not in reasons], reasons)
+            require_candidates(self._layers, "the model", "layers", self.not_pruned)
 
     def fresh(self) -> dict[str, str]:
         """Layers that had better be left alone in a fit that begins now, and why."""
         return {}
 
-    def learn(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> None:
-        """Learn from the network and its inputs which of the candidates can be pruned, and which together.
+    def learn(
+        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = ""
+    ) -> Collection[str]:
+        """Learn from a network and its inputs which of its candidates can be pruned, and which together.
 
         Args:
-            network: the module that the training step calls.
+            network: a module that the training step calls as a whole; there may be several.
             args: inputs of its forward.
             kwargs: keyword inputs of its forward.
             name: its name in the model.
+
+        Returns:
+            The layers inside it that it does not use, so that nothing was learned of them.
         """
+        return ()
+
+    def forget(self, name: str) -> None:
+        """Forget what was learned from the network of that name."""
         return
 
     @abstractmethod
@@ -144,7 +164,7 @@ class Granularity(ABC, Generic[Layer]):
         """Make the network smaller, in place; its eval-mode outputs stay the same.
 
         Args:
-            network: the network that `learn` got.
+            network: a network that `learn` got.
             args: inputs of its forward.
             kwargs: keyword inputs of its forward.
             kept: layer, by its name in the network → mask of its candidates, True where kept.
@@ -184,8 +204,8 @@ class Granularity(ABC, Generic[Layer]):
         return None
 
     @abstractmethod
-    def collector(self, num_classes: int) -> ActivationCollector:
-        """Sums over the activations that belong to the candidates."""
+    def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
+        """Sums over the activations that belong to the candidates inside the network of that name."""
 
     def gradients(self) -> GradientSums:
         """Sums over the gradients of the candidates."""

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
-from lightning_fscreen.modules import select, why_fixed
+from lightning_fscreen.modules import is_within, select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
@@ -120,10 +120,11 @@ class Weights(Granularity[PrunableWeight]):
         """Remove units without incoming or without outgoing weights; it sees in the weights which are pruned."""
         return remove_dead_units(network, args, kwargs, copies)
 
-    def collector(self, num_classes: int) -> ActivationCollector:
+    def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
         """Sums over the layers' inputs."""
-        probes = [Probe(layer.name, layer.module) for layer in self._layers]
-        return ActivationCollector(probes, num_classes, self.names if self._connections == "exact" else ())
+        probes = [Probe(layer.name, layer.module) for layer in self._layers if is_within(layer.name, network)]
+        exact = [probe.name for probe in probes] if self._connections == "exact" else ()
+        return ActivationCollector(probes, num_classes, exact)
 
     def _parameters_of(self, layer: PrunableWeight) -> list[nn.Parameter]:
         return [layer.weight]

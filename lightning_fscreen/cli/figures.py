@@ -53,6 +53,7 @@ def schedule_figure(
     start_epoch: float,
     end_epoch: float,
     amount: float,
+    unit: str = "epoch",
 ) -> Figure:
     """Draw the annealing function with the sparsity really applied on it (the paper's Fig. 1).
 
@@ -67,6 +68,7 @@ def schedule_figure(
         start_epoch: where the window starts.
         end_epoch: where it ends.
         amount: the fraction pruned in the end.
+        unit: what is counted, if it is no epochs.
     """
     figure = new_figure(7.0, 4.4)
     axes = figure.subplots()
@@ -87,16 +89,16 @@ def schedule_figure(
             color=RED,
             markeredgecolor="white",
             markeredgewidth=0.6 if size > 4 else 0,
-            label="pruned at the end of an epoch",
+            label="pruned at the end of an epoch" if unit == "epoch" else "pruned",
             zorder=3,
         )
 
     axes.set_xlim(0, 1.015 * last)
     axes.set_ylim(-3, 103)
-    axes.set_xlabel("epochs trained")
+    axes.set_xlabel(f"{unit}s trained")
     axes.set_ylabel("pruned (% of the candidates)")
     integer_ticks(axes, "x")
-    axes.set_title(f"Annealing from epoch {start_epoch:g} to {end_epoch:g}")
+    axes.set_title(f"Annealing from {unit} {start_epoch:g} to {end_epoch:g}")
     finish(axes)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure

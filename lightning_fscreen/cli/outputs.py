@@ -87,21 +87,22 @@ def write_figures(
 ) -> list[Path]:
     """Write the pictures of a run: schedule, connections of the first layer, weights, layers."""
     start, end = pruning.window
-    history = pruning.history
-    epochs = [int(entry["epoch"]) + 1 for entry in history]  # epochs trained
-    last = max([end, *epochs])
+    history, in_steps = pruning.history, pruning.window_unit == "step"
+    positions = [int(entry["step"] if in_steps else entry["epoch"] + 1) for entry in history]  # steps or epochs trained
+    last = max([end, *positions])
     points = [last * index / _CURVE_POINTS for index in range(_CURVE_POINTS + 1)]
     curve = [pruning.amount * scheduled_fraction(pruning.schedule, point, start, end) for point in points]
     report = pruning.report()
     figures = {
         "schedule": schedule_figure(
-            epochs,
+            positions,
             [entry["scheduled"] for entry in history],
             [entry["applied"] for entry in history],
             curve=(points, curve),
             start_epoch=start,
             end_epoch=end,
             amount=pruning.amount,
+            unit=pruning.window_unit,
         ),
         "layers": layers_figure(
             [layer.name for layer in report.layers],

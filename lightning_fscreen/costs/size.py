@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,14 @@ class Size:
     nonzero: int
     macs: int | None
     layers: Mapping[str, LayerSize] = field(default_factory=dict, repr=False, compare=False)
+
+
+def add_sizes(sizes: Sequence[Size]) -> Size:
+    """Size of several networks together; operations are known if all of theirs are."""
+    macs = [size.macs for size in sizes if size.macs is not None]
+    total = sum(macs) if len(macs) == len(sizes) else None
+    layers = {name: layer for size in sizes for name, layer in size.layers.items()}
+    return Size(sum(size.params for size in sizes), sum(size.nonzero for size in sizes), total, layers)
 
 
 def measure_size(

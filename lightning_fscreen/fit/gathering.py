@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fscreen.fit.clock import batches_per_round
 from lightning_fscreen.fit.distributed import merge_processes
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.statistics.labels import class_labels, find_num_classes
-from lightning_fscreen.statistics.sampling import collection_stride
+from lightning_fscreen.statistics.sampling import collection_stride, instances_needed
+
+MakeCollector = Callable[[int], ActivationCollector]
+
+log = logging.getLogger(__name__)
 
 
 class Collection:
@@ -28,7 +35,7 @@ class Collection:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._num_classes = settings.num_classes
-        self._collector: ActivationCollector | None = None
+        self._collectors: dict[str, ActivationCollector] = {}  # one for every network
         self._gradients: GradientSums | None = None
         self._batch: tuple[Any, int] | None = None  # of the running step, and its index
         self.found_stride: int | None = None  # for collect_every="auto", the same in every process
@@ -46,8 +53,15 @@ class Collection:
         """Whether the number of classes and the stride are known."""
         return self._num_classes is not None and self.stride is not None
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, window: Window) -> None:
         """Find the number of classes and, for `collect_every="auto"`, the stride.
+
+        Args:
+            trainer: the trainer.
+            pl_module: the module that it trains.
+            batch: the batch that begins.
+            batch_idx: its index in the epoch.
+            window: where the training is pruned.
 
         Raises:
             ValueError: the number of classes cannot be found; no labels in the batch.
@@ -60,25 +74,41 @@ class Collection:
         if self.stride is None:
             with _naming_batch(batch_idx, trainer):
                 instances = len(self._labels(batch)) * trainer.world_size
-            batches = trainer.num_training_batches * self._settings.collect_epochs
+            batches = batches_per_round(trainer, window) * self._settings.collect_epochs
             stride = collection_stride(batches, instances, self._num_classes)
             self.found_stride = trainer.strategy.broadcast(stride) if trainer.world_size > 1 else stride
+            if window.unit == "step" and batches * instances < instances_needed(self._num_classes):
+                log.warning(
+                    "%d instances are gathered before each pruning (prune_every=%d), but the tests need %d to find "
+                    "small effects with %d classes, and rank the others by magnitude alone; raise prune_every",
+                    batches * instances,
+                    window.every,
+                    instances_needed(self._num_classes),
+                    self._num_classes,
+                )
 
     def begin(self, batch: Any, batch_idx: int) -> None:
         """The activations that are gathered from now on are those of this batch."""
         self._batch = batch, batch_idx
 
-    def open(self, make_collector: Callable[[int], ActivationCollector]) -> None:
-        """Gather activations from now on."""
-        if self._collector is None:
-            assert self._num_classes is not None
-            self._collector = make_collector(self._num_classes)
-        self._collector.attach()
+    def open(self, makers: Mapping[str, MakeCollector]) -> None:
+        """Gather activations from now on.
+
+        Args:
+            makers: how the sums of every network are made, by its name.
+        """
+        assert self._num_classes is not None
+        for name in self._collectors.keys() - makers.keys():  # it has turned out to be none
+            self._collectors.pop(name).remove()
+        for name, make in makers.items():
+            if name not in self._collectors:
+                self._collectors[name] = make(self._num_classes)
+            self._collectors[name].attach()
 
     def close(self) -> None:
         """Gather nothing until the next `open`."""
-        if self._collector is not None:
-            self._collector.remove()  # even a hook that does nothing costs every forward pass some microseconds
+        for collector in self._collectors.values():
+            collector.remove()  # even a hook that does nothing costs every forward pass some microseconds
 
     def add(self, trainer: Trainer) -> None:
         """Add the activations of the batch to the sums.
@@ -86,10 +116,12 @@ class Collection:
         Raises:
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
-        if self._collector is not None and self._batch is not None:
+        if self._collectors and self._batch is not None:
             batch, batch_idx = self._batch
             with _naming_batch(batch_idx, trainer):
-                self._collector.update(self._labels(batch))
+                labels = self._labels(batch)
+                for collector in self._collectors.values():
+                    collector.update(labels)
         self._batch = None
 
     def add_gradients(self, make_sums: Callable[[], GradientSums], optimizer: Optimizer) -> None:
@@ -112,32 +144,35 @@ class Collection:
         Raises:
             ValueError: NaN or inf activations, a layer that never ran, fewer than two classes.
         """
-        return {} if self._collector is None else self._collector.statistics(merge_processes(trainer))
+        merge = merge_processes(trainer)
+        parts = [collector.statistics(merge) for collector in self._collectors.values()]
+        return {name: found for part in parts for name, found in part.items()}
 
     def reset(self) -> None:
         """Start the sums afresh."""
         self._gradients = None
-        if self._collector is not None:
-            self._collector.reset()
+        for collector in self._collectors.values():
+            collector.reset()
 
     def end(self) -> None:
         """Remove the hooks, and forget the sums."""
         self._gradients = self._batch = None
-        if self._collector is not None:
-            self._collector.remove()
-            self._collector = None
+        self.close()
+        self._collectors.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, as tensors and primitives; empty if there are none."""
-        parts = {"activations": self._collector, "gradients": self._gradients}
-        return {name: sums.state_dict() for name, sums in parts.items() if sums is not None}
+        state: dict[str, Any] = {} if self._gradients is None else {"gradients": self._gradients.state_dict()}
+        if self._collectors:
+            state["activations"] = {name: sums.state_dict() for name, sums in self._collectors.items()}
+        return state
 
     def load_state(
         self,
         trainer: Trainer,
         states: Sequence[Mapping[str, Any]],
         stride: int | None,
-        make_collector: Callable[[int], ActivationCollector],
+        makers: Mapping[str, MakeCollector],
         make_sums: Callable[[], GradientSums],
     ) -> None:
         """Continue from the `state_dict` of every process and the stride; additional processes begin with nothing."""
@@ -146,15 +181,22 @@ class Collection:
             return
         own = states[trainer.global_rank] if trainer.global_rank < len(states) else {}
         if "activations" in states[0]:
-            self._num_classes = states[0]["activations"]["num_classes"]
-            self.open(make_collector)
+            first, mine = (
+                {} if s is None else _by_network(s, makers) for s in (states[0]["activations"], own.get("activations"))
+            )
+            self._num_classes = next(iter(first.values()))["num_classes"]
+            self.open(makers)
             self.close()
-            assert self._collector is not None
-            if own:
-                self._collector.load_state_dict(own["activations"])
+            for name in mine.keys() & self._collectors.keys():
+                self._collectors[name].load_state_dict(mine[name])
         if "gradients" in states[0]:
             self._gradients = make_sums()
             self._gradients.load_state_dict(states[0]["gradients"])  # the same in every process
+
+
+def _by_network(state: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """Sums by network; those of earlier versions belong to the only one."""
+    return dict.fromkeys(list(names)[:1], state) if "num_classes" in state else state
 
 
 @contextlib.contextmanager

@@ -1,27 +1,30 @@
-"""The Trainer's hooks for epochs and training steps. The decisions are those of `phases`; no mathematics here."""
+"""The Trainer's hooks for rounds (epochs, or so many steps) and training steps. The decisions are those of `phases`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fscreen.fit.clock import position
 from lightning_fscreen.fit.distributed import decide_once
 from lightning_fscreen.fit.gathering import Collection
-from lightning_fscreen.fit.phases import IDLE, Progress, gathers, holds, next_phase, plan_step
+from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.fit.phases import IDLE, Progress, gathers, holds, next_phase, plan_step, searches
 from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.report import metrics_of
 from lightning_fscreen.fit.settings import HasSettings, Settings
 from lightning_fscreen.fit.surgery import forget_scores
 from lightning_fscreen.ranking.budget import Budget
 from lightning_fscreen.ranking.budgeted import check_floors
+from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.optimizers import check_state
 
@@ -29,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingHooks(HasSettings, Callback):
-    """The part of `ScreeningPruningCallback` that acts in epochs and training steps.
+    """The part of `ScreeningPruningCallback` that acts in rounds and training steps.
 
     Args:
         settings: the callback's arguments.
@@ -39,8 +42,9 @@ class TrainingHooks(HasSettings, Callback):
         super().__init__()
         self.settings = settings
         self.history: list[dict[str, float]] = []
-        """Per epoch ended: epoch, scheduled and applied pruned fraction."""
-        self._budget = Budget(self.amount, self.schedule, (self.start_epoch, self.end_epoch or self.start_epoch + 1))
+        """Per round ended: epoch, optimizer steps completed, scheduled and applied pruned fraction."""
+        start = self.start_step or self.start_epoch
+        self._budget = Budget(self.amount, self.schedule, Window(start, start + 1))  # until the training is known
         self._collection = Collection(self.settings)
         self._progress = Progress()
         self._pruner: Pruner | None = None
@@ -65,24 +69,33 @@ class TrainingHooks(HasSettings, Callback):
     # ---- the training step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
+        """Begin a round, unless one of several epochs is running."""
         self._fit_pruner.copies.refresh()  # other callbacks have made theirs by now
-        self._begin_epoch(trainer)
+        self._begin_round(trainer)
 
-    def _begin_epoch(self, trainer: Trainer) -> None:
-        # Resumed from a checkpoint between the last batch of an epoch and its end, a training begins with the first
-        # batch of the next one: Lightning calls neither hook.
-        progress, epoch = self._progress, trainer.current_epoch
-        if progress.open_epoch is not None and progress.open_epoch < epoch:
-            self._end_epoch(trainer, progress.open_epoch)
-        progress.open_epoch = epoch
-        if not gathers(self.settings, self._budget, epoch):
+    def _begin_round(self, trainer: Trainer) -> None:
+        """Start the sums afresh; when the whole amount is pruned, begin to fine-tune the smaller network."""
+        # Not when the last round ends: checkpoints and scores of the larger network are still to come. Resumed from a
+        # checkpoint between the last batch of an epoch and its end, Lightning begins with the next epoch's first batch.
+        progress, now = self._progress, position(trainer, self._budget.window)
+        if self._round_is_over(trainer):
+            self._end_round(trainer)
+        if progress.round_end is not None:
+            return
+        progress.round_end, progress.batches = self._budget.window.round_end(now), 0
+        if not gathers(self.settings, self._budget, progress.round_end):
             self._collection.end()
         # Resumed with inputs that no checkpoint can hold, the pruner is ready after one more batch.
-        phase = next_phase(progress.phase, self._budget, epoch, self._fit_pruner.is_ready)
+        phase = next_phase(progress.phase, self._budget, now, self._fit_pruner.is_ready)
         if phase is not progress.phase:
             progress.phase = phase
             self._begin_fine_tuning(trainer)
+
+    def _round_is_over(self, trainer: Trainer) -> bool:
+        progress, window = self._progress, self._budget.window
+        if progress.round_end is None or progress.unit != window.unit:
+            return False
+        return progress.round_end <= position(trainer, window)
 
     def _begin_fine_tuning(self, trainer: Trainer) -> None:
         pruner = self._fit_pruner
@@ -95,16 +108,19 @@ class TrainingHooks(HasSettings, Callback):
             pruner.origin.rewind_rates(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Open the hooks for the forward pass, in epochs that end with pruning."""
-        epoch = trainer.current_epoch
-        if self._progress.open_epoch != epoch:
-            self._begin_epoch(trainer)
-        pruner, collection = self._fit_pruner, self._collection
-        known = pruner.recorder.inputs is not None
-        step = plan_step(self.settings, self._budget, epoch, batch_idx, known, collection.stride)
+        """Open the hooks for the forward pass, in rounds that end with pruning."""
+        self._begin_round(trainer)
+        pruner, collection, progress = self._fit_pruner, self._collection, self._progress
+        window, round_end = self._budget.window, progress.round_end
+        assert round_end is not None
+        index = batch_idx if window.unit == "epoch" else progress.batches
+        progress.batches += 1
+        recorder = pruner.recorder
+        known = recorder.is_complete or (recorder.is_ready and not searches(self._budget, round_end, not self.history))
+        step = plan_step(self.settings, self._budget, round_end, index, known, collection.stride)
         if step.gather and not collection.is_prepared:
-            collection.prepare(trainer, pl_module, batch, batch_idx)
-            step = plan_step(self.settings, self._budget, epoch, batch_idx, known, collection.stride)
+            collection.prepare(trainer, pl_module, batch, batch_idx, window)
+            step = plan_step(self.settings, self._budget, round_end, index, known, collection.stride)
         self._progress.step = step
         if step.observes:
             pruner.eagerly.start()
@@ -113,20 +129,27 @@ class TrainingHooks(HasSettings, Callback):
         if step.gather:
             collection.begin(batch, batch_idx)
             if pruner.is_ready:
-                collection.open(pruner.granularity.collector)
+                collection.open(pruner.collectors)
 
-    def _on_network_call(self, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A module that may be the network is about to run: learn from its inputs, and gather its activations."""
+    def _on_network_call(self, network: Network) -> None:
+        """A network is about to run for the first time: learn from its inputs, and gather its activations."""
         pruner = self._fit_pruner
-        if pruner.learn(name, network, args, kwargs):
+        if pruner.learn(network):
             self._set_total()
             if self._progress.step.gather:
-                self._collection.open(pruner.granularity.collector)
+                self._collection.open(pruner.collectors)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remove the forward hooks: the backward pass may run layers again (activation checkpointing)."""
         if self._progress.step.observes:
             self._close()
+            self._fit_pruner.recorder.stop()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for networks again: modules that step by themselves may call others before their next backward pass."""
+        if self._progress.step.record:
+            self._fit_pruner.recorder.start(self._on_network_call)
+            self._fit_pruner.eagerly.start()
 
     def _close(self) -> None:
         self._collection.close()
@@ -143,34 +166,34 @@ class TrainingHooks(HasSettings, Callback):
         if step.prunes_now:
             self._close()
             self._add(trainer)
-            self._prune(trainer, trainer.current_epoch)
+            self._prune(trainer)
             self._pruner.masks.mask_gradients()
             self._progress.step = IDLE
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Add the batch's activations to the sums.
+        """Add the batch's activations to the sums; end a round in steps.
 
         Raises:
-            ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
+            ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch. As for
+                `on_train_epoch_end`.
         """
         if self._progress.step.observes:
             self._close()
             self._add(trainer)
+        if self._progress.unit == "step" and self._round_is_over(trainer):
+            self._end_round(trainer)
+            self._log(pl_module)
 
     def _add(self, trainer: Trainer) -> None:
         pruner = self._fit_pruner
         pruner.recorder.stop()
-        if not pruner.is_ready:
-            raise ValueError(
-                f"{pruner.recorder.describe()} was not called in training_step, so it is not known how its layers are "
-                "connected; call the module that holds them as a whole, self.net(x)"
-            )
+        pruner.require_networks()
         if self._progress.step.gather:
             self._collection.add(trainer)
 
-    # ---- the end of an epoch
+    # ---- the end of a round
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune to the schedule's budget for this epoch, and log the remaining size.
@@ -179,38 +202,53 @@ class TrainingHooks(HasSettings, Callback):
             ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that
                 the floors make impossible; nothing is pruned then.
         """
-        self._end_epoch(trainer, trainer.current_epoch)
+        if self._progress.unit == "epoch":
+            self._end_round(trainer)
+        self._log(pl_module)
+
+    def _log(self, pl_module: LightningModule) -> None:
         pl_module.log("fscreen/sparsity", self._fit_pruner.pruned_fraction, prog_bar=True)
         pl_module.log_dict(metrics_of(self._fit_pruner.report(), type(self._fit_pruner.granularity)))
 
-    def _end_epoch(self, trainer: Trainer, epoch: int) -> None:
-        pruner = self._fit_pruner
+    def _end_round(self, trainer: Trainer) -> None:
+        pruner, round_end = self._fit_pruner, self._progress.round_end
+        assert round_end is not None
         pruner.masks.apply()  # somebody may have changed gradients after us
-        if self._budget.asks_for_more(epoch):
-            self._prune(trainer, epoch)
-        self._progress.open_epoch = None
-        scheduled = self._budget.fraction(epoch)
-        self.history.append({"epoch": epoch, "scheduled": scheduled, "applied": pruner.pruned_fraction})
+        if self._budget.asks_for_more(round_end):
+            self._prune(trainer)
+        self._progress.round_end = None
+        epoch = round_end - 1 if self._budget.window.unit == "epoch" else trainer.current_epoch
+        entry = {"epoch": epoch, "step": trainer.global_step, "scheduled": self._budget.fraction(round_end)}
+        self.history.append(entry | {"applied": pruner.pruned_fraction})
 
-    def _prune(self, trainer: Trainer, epoch: int) -> None:
-        pruner, settings = self._fit_pruner, self.settings
+    def _prune(self, trainer: Trainer) -> None:
+        pruner, settings, round_end = self._fit_pruner, self.settings, self._progress.round_end
+        assert round_end is not None
+        if pruner.settle():
+            self._set_total()
         if self.slim and pruner.granularity.slims_in_fit:
             check_state(trainer.optimizers, pruner.parameters)
         statistics, gradients = self._collection.statistics(trainer), self._collection.gradients()
+        ended = self._budget.window.name(round_end)
         if not statistics and settings.resolved_criterion.needs_statistics(self.screening_weight):
-            raise ValueError(f"epoch {epoch} had no training batch, so there is nothing to rank by")
+            raise ValueError(f"{ended} had no training batch, so there is nothing to rank by")
         if not gradients and settings.needs_gradients:
-            raise ValueError(f"epoch {epoch} had no optimizer step, so there are no gradients to rank by")
+            raise ValueError(f"{ended} had no optimizer step, so there are no gradients to rank by")
         decision = pruner.decide(statistics, gradients)
-        seed = torch.initial_seed() % 2**63 + epoch
-        fraction = self._budget.fraction(epoch)
+        seed = torch.initial_seed() % 2**63 + round_end - 1
+        fraction = self._budget.fraction(round_end)
         kept = decide_once(trainer, lambda: decision.new_masks(fraction, seed))
-        hold = holds(settings, self._budget, epoch)
+        hold = holds(settings, self._budget, round_end)
         decision.carry_out(kept, trainer.optimizers, hold)
         if hold:
             pruner.lead_copies()
-            self._budget.met(epoch)
+            self._budget.met(round_end)
         self._collection.reset()
+
+    def _remove_hooks(self) -> None:
+        self._collection.end()
+        if self._pruner is not None:
+            self._pruner.unwatch()
 
     # ---- slimming
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fscreen.candidates.granularity import Granularity
-from lightning_fscreen.costs.size import measure_size
+from lightning_fscreen.candidates.granularity import Granularity, require_candidates
+from lightning_fscreen.costs.size import add_sizes
 from lightning_fscreen.fit.compiled import Eagerly
 from lightning_fscreen.fit.copies import Copies
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.fit.distributed import broadcast_buffers
+from lightning_fscreen.fit.gathering import MakeCollector
 from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.origin import Origin
-from lightning_fscreen.fit.recorder import InputRecorder, networks_around
+from lightning_fscreen.fit.recorder import Recorder
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
-from lightning_fscreen.fit.surgery import slim_in_fit
+from lightning_fscreen.fit.surgery import slim_in_fit, slim_networks
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
 from lightning_fscreen.slimming.state import carry
@@ -45,7 +48,7 @@ class Pruner:
     Attributes:
         granularity: the candidates.
         masks: their masks.
-        recorder: the network and its inputs.
+        recorder: the networks and their inputs.
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
         plan: the plan of this pruner's own slimming; None before.
@@ -61,22 +64,25 @@ class Pruner:
         self._model, self._settings, self._state = model, settings, state
         self.origin, self.copies = origin, copies
         self.eagerly = Eagerly(model)
-        self.plan = _plan(state.get("plan", ""))
-        self._applied_plan = _plan(state.get("since", "")) or SlimmingPlan()  # all slimmings, other callbacks' included
+        self.plan = SlimmingPlan.from_json(state["plan"]) if state.get("plan") else None
+        # All slimmings, those of other callbacks included.
+        self._applied_plan = SlimmingPlan.from_json(state["since"]) if state.get("since") else SlimmingPlan()
         self.not_removed: str | None = state.get("not_removed")
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
+        self._refused: CaptureError | None = None  # the innermost one
         self.granularity = self._found()
-        networks = networks_around(model, self.granularity.names)
-        self.recorder = InputRecorder(networks, outermost=self.granularity.slims_in_fit)
-        sizes = state["sizes"] if self.plan is not None else None
-        self._record = Record(*networks[-1], sizes, state.get("evidence", {}))
-        if state.get("inputs") is not None:
-            name = state["network"]
-            self.recorder.restore(name, model.get_submodule(name), state["inputs"], state["dtype"])
-            if self.granularity.slims_in_fit:
-                self._learn()
+        self.recorder = Recorder(model, self.granularity.names, innermost=not self.granularity.slims_in_fit)
+        self._record = Record(state.get("sizes"), state.get("evidence", {}))
+        self.recorder.restore(state)
+        if self.plan is not None or state.get("settled"):
+            self.granularity.keep_only(state.get("kept", {}), state.get("not_pruned", {}))
+            self.recorder.closed = bool(self.recorder.networks)
+        for network in self.recorder.networks.values():
+            if network.inputs is not None:
+                self._learn(network)
         self.masks = self._restored_masks()
+        self.measure()
 
     def _found(self) -> Granularity[Any]:
         granularity = self._settings.find_candidates(self._model)
@@ -84,63 +90,98 @@ class Pruner:
         # In a fit that goes on, layers no longer look as they did when it began.
         self._fresh = self._state.get("fresh", {}) if "kept" in self._state else granularity.fresh()
         granularity.leave_out(self._fresh)
-        for name, reason in granularity.not_pruned.items():
-            log.info("layer %r is not pruned: %s", name, reason)
+        _log_reasons(granularity.not_pruned)
         return granularity
 
     @property
     def is_ready(self) -> bool:
         """Whether all is known that has to be before candidates are pruned and removed."""
-        return not self.granularity.slims_in_fit or self.recorder.inputs is not None
+        return not self.granularity.slims_in_fit or self.recorder.is_ready
 
-    def learn(self, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Record the inputs of a module that is about to run, and learn from them if it is the network.
+    @property
+    def collectors(self) -> dict[str, MakeCollector]:
+        """How the sums of activations are made, by network; one for all where networks need not be known."""
+        if not self.granularity.slims_in_fit:
+            return {"": self.granularity.collector}
+        networks = [n for n in self.recorder.networks.values() if any(map(n.holds, self.granularity.names))]
+        return {network.name: partial(self.granularity.collector, network=network.name) for network in networks}
+
+    def learn(self, network: Network) -> bool:
+        """Learn from a network that has just been found and is about to run.
 
         Returns:
-            Whether the candidates have become known by that.
+            Whether the candidates have changed by that.
 
         Raises:
-            CaptureError: neither this module nor one inside can be captured.
+            CaptureError: it cannot be captured, and holds no other module that may be a network.
             ValueError: nothing to prune.
         """
-        if not self.recorder.record(name, network, args, kwargs) or not self.granularity.slims_in_fit:
-            return False
         before = self.granularity.names
         try:
-            with self.recorder.examining():
-                self._learn()
+            self._learn(network)
         except CaptureError as error:
-            if not self.recorder.reject():
+            if not self.recorder.has_inside(network.name):
                 raise
-            log.info("%s; trying the next module inside", error)
+            self._refused = error
+            self.recorder.reject(network.name, str(error))
+            level = logging.WARNING if network.name else logging.INFO
+            log.log(level, "the modules inside %s are tried, each by itself: %s", network.describe(), error)
             return False
+        self.measure()
         if self.granularity.names != before:
             self._replace_masks(self._restored_masks())
-        return True
+        return self.granularity.slims_in_fit
 
-    def _learn(self) -> None:
+    def _learn(self, network: Network) -> None:
+        if not self.granularity.slims_in_fit or self.plan is not None:
+            return
         known = set(self.granularity.not_pruned)
-        if self.plan is None:
-            self._learn_candidates()
-        for name, reason in self.granularity.not_pruned.items():
-            if name not in known:
-                log.info("layer %r is not pruned: %s", name, reason)
-        self.measure()
+        for name in self.recorder.left_out:  # it may have been a network until this one was called
+            self.granularity.forget(name)
+        with network.examining(self._model):
+            args, kwargs = network.inputs_on_device()
+            network.unused = self.granularity.learn(network.module, args, kwargs, network.name)
+        _log_reasons(self.granularity.not_pruned, known)
 
-    def _learn_candidates(self) -> None:
-        args, kwargs = self.recorder.inputs_on_device()
-        self.granularity.learn(self.recorder.network, args, kwargs, self.recorder.name)
+    def require_networks(self) -> None:
+        """Check, after a step that looked for networks, that there is one with something to prune.
+
+        Raises:
+            CaptureError: there would be, but it cannot be captured.
+            ValueError: no module that holds candidates was called as a whole.
+        """
+        unreached = self.recorder.unreached
+        if self._refused is not None and all(name in unreached for name in self.granularity.names):
+            raise self._refused
+        if not self.is_ready:
+            self.recorder.complain()
+
+    def settle(self) -> bool:
+        """Look for no more networks, and leave out what none of them holds; returns whether that changed anything."""
+        if self.recorder.closed:
+            return False
+        self.recorder.closed = True
+        unreached = self.recorder.unreached
+        if not self.granularity.slims_in_fit:  # weights can be pruned wherever they are trained
+            unreached = {name: why for name, why in unreached.items() if self.recorder.is_untrained(name)}
+        for name in self.recorder.left_out:
+            self.granularity.forget(name)
+        left = [name for name in self.granularity.names if name not in unreached]
+        if left == list(self.masks.kept):
+            return False
+        require_candidates(left, type(self._model).__name__, "layers", self.granularity.not_pruned | unreached)
+        known = set(self.granularity.not_pruned)
+        self.granularity.keep_only(left, unreached)
+        _log_reasons(self.granularity.not_pruned, known)
+        self._replace_masks(self._make_masks())
+        return True
 
     def _restored_masks(self) -> Masks:
         """Those of the state, if it has masks of the same candidates; else fresh ones."""
-        restored = self._state.get("kept", {})
-        if self.plan is not None:
-            self.granularity.keep_only(restored)
-            self.granularity.not_pruned |= self._state.get("not_pruned", {})
-        names = self.granularity.names
+        restored, names = self._state.get("kept", {}), self.granularity.names
         if restored.keys() == set(names):
             return self._make_masks(restored, self._state.get("held", True))
-        if restored and self.recorder.inputs is not None:
+        if restored and self.recorder.is_ready:
             raise ValueError(
                 f"the checkpoint has masks for {sorted(restored)}, but the candidates of "
                 f"{type(self._model).__name__} are {sorted(names)}; resume with the same model and the same "
@@ -183,7 +224,7 @@ class Pruner:
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
         """Keep pruned values at zero, from now on and in the state of these optimizers."""
-        self._optimizers = list(optimizers)
+        self._optimizers = self.recorder.optimizers = list(optimizers)
         self.masks.watch(optimizers)
 
     def unwatch(self) -> None:
@@ -194,12 +235,10 @@ class Pruner:
         self._optimizers = []
 
     def measure(self) -> None:
-        """Measure the network on the inputs that it got."""
-        recorder = self.recorder
-        inputs = recorder.inputs_on_device()
-        self._record.after = measure_size(recorder.network, inputs, recorder.instances, recorder.name)
-        if self.plan is None:
-            self._record.before = self._record.after
+        """Measure the networks on the inputs that they got."""
+        networks = self.recorder.networks.values() or [self.recorder.parent_network]
+        size = add_sizes([network.measure(self._model) for network in networks])
+        self._record.note_size(size, pruned=bool(self.pruned or self._applied_plan))
 
     def reattach(self) -> None:
         """Attach the plan again where a strategy has replaced batch norms."""
@@ -228,16 +267,16 @@ class Pruner:
         self.copies.refresh()
         names, present = self.parameters, self.masks.present
         affected = [(names[p], layer) for layer, own in self.granularity.affected().items() for p in own]
-        self.copies.take_pruned(self.recorder.name, {name: ~present[layer] for name, layer in affected})
+        self.copies.take_pruned("", {name: ~present[layer] for name, layer in affected})
 
     def slim(self, trainer: Trainer) -> SlimmingPlan | None:
-        """Make the network smaller, and its copies; returns the plan, or None if it cannot be done exactly."""
+        """Make the networks smaller, and their copies; returns the plan, or None if it cannot be done exactly."""
         self.lead_copies()
         for module in self.copies.outside:
             broadcast_buffers(trainer, module)
         try:
             in_fit = self.granularity.slims_in_fit
-            plan = slim_in_fit(trainer, self._model, self._slim_network) if in_fit else self._slim_network()
+            plan = slim_in_fit(trainer, self._model, self._slim_networks) if in_fit else self._slim_networks()
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
@@ -251,26 +290,23 @@ class Pruner:
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan
 
-    def _slim_network(self) -> SlimmingPlan:
-        recorder = self.recorder
-        prefix = f"{recorder.name}." if recorder.name else ""
-        kept = {name.removeprefix(prefix): mask for name, mask in self.masks.present.items()}
-        args, kwargs = recorder.inputs_on_device()
-        copies = self.copies.following(recorder.name)
-        return self.copies.plans(recorder.name, self.granularity.slim(recorder.network, args, kwargs, kept, copies))
+    def _slim_networks(self) -> SlimmingPlan:
+        plan, self.not_removed = slim_networks(
+            self._model, self.granularity, self.recorder.networks.values(), self.masks.present, self.copies
+        )
+        return plan
 
     def follow(self, plan: SlimmingPlan) -> None:
         """Go on with a model that this pruner or another one has made smaller."""
         self._applied_plan = self._applied_plan.then(plan)
         not_pruned = self.granularity.not_pruned
         self.granularity = self._settings.find_candidates(self._model)
-        self.granularity.keep_only(self.masks.kept)
-        self.granularity.not_pruned = not_pruned
-        if self.plan is None and self.recorder.inputs is not None:
-            self._learn_candidates()
+        self.granularity.keep_only(self.masks.kept, not_pruned)
+        for network in self.recorder.networks.values():
+            if network.inputs is not None:
+                self._learn(network)
         self._replace_masks(self._make_masks(self.masks.kept, self.masks.held))
-        if self.recorder.inputs is not None:
-            self.measure()
+        self.measure()
 
     # ---- results and state
 
@@ -289,7 +325,7 @@ class Pruner:
 
     def present_state(self, model: LightningModule) -> dict[str, Any]:
         """As `state_dict`, for another fit; empty for another model, or if another size was loaded into this one."""
-        if all(module is not self.recorder.network for module in model.modules()):
+        if not set(self.granularity.modules).issubset(model.modules()):
             return {}
         parameters = dict(model.named_parameters())
 
@@ -312,13 +348,14 @@ class Pruner:
             "not_pruned": dict(self.granularity.not_pruned),
             "fresh": dict(self._fresh),
             "not_removed": self.not_removed,
-            "network": self.recorder.name,
-            "inputs": self.recorder.plain_inputs(),
-            "dtype": self.recorder.dtype,
-            "copies": self.copies.samples,
+            "settled": self.recorder.closed,
+            "networks": [network.state_dict() for network in self.recorder.networks.values()],
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
+            "copies": dict(self.copies.samples),
         }
 
 
-def _plan(text: str) -> SlimmingPlan | None:
-    return SlimmingPlan.from_json(text) if text else None
+def _log_reasons(not_pruned: Mapping[str, str], known: Collection[str] = ()) -> None:
+    for name, reason in not_pruned.items():
+        if name not in known:
+            log.info("layer %r is not pruned: %s", name, reason)

@@ -1,23 +1,20 @@
-"""The network inside a LightningModule: the smallest module that holds all pruned layers, and the inputs it gets."""
+"""Finds the networks inside a LightningModule: the modules that its training step calls as a whole."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_fscreen.modules import uncompiled
+from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.modules import is_within, named_tensors, uncompiled
 from lightning_fscreen.statistics.collector import examined
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-OnCall = Callable[[str, nn.Module, tuple[Any, ...], Mapping[str, Any]], Any]
-_INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
+OnCall = Callable[[Network], Any]
 
 
 def common_parent(model: nn.Module, names: Sequence[str]) -> str:
@@ -36,122 +33,202 @@ def common_parent(model: nn.Module, names: Sequence[str]) -> str:
     return name
 
 
-def enclosing(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """A submodule and the modules around it, the outermost (`model` itself) first; without those of torch.compile."""
-    parts = name.split(".") if name else []
-    names = [".".join(parts[:length]) for length in range(len(parts) + 1)]
-    modules = [(outer, model.get_submodule(outer)) for outer in names]
-    return [(outer, module) for outer, module in modules if uncompiled(module) is module]
+class Recorder:
+    """Finds the networks of a model: the outermost modules with candidates that are called, each as a whole.
 
-
-def networks_around(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Names and submodules that may be the network with these layers, from the outermost to the innermost."""
-    name = common_parent(model, names)
-    around = enclosing(model, name)
-    return around[:-1] if name in names and len(around) > 1 else around  # one layer is no network
-
-
-class InputRecorder:
-    """Remembers the first inputs that a network gets in training, cut to a few instances.
+    A module that holds another one that is also called by itself is no network: what it passes to that one is seen from
+    outside, so the modules that it calls are tried instead. So are those of a module that the caller rejects.
 
     Args:
-        networks: names and modules that may be the network, from the outermost to the innermost.
-        outermost: whether the network is the outermost one that is called, and not rejected; else the innermost one.
+        model: the model.
+        names: its layers with candidates.
+        innermost: of nested modules with the same candidates, prefer the inner one.
+
+    Attributes:
+        networks: those found, by name, in the order of their first calls.
+        left_out: modules that are no networks, and why.
+        closed: no more networks are looked for.
+        optimizers: of the training; modules none of whose parameters they have are no networks.
     """
 
-    def __init__(self, networks: Sequence[tuple[str, nn.Module]], outermost: bool = False) -> None:
-        self._networks = list(networks)
-        self._outermost = outermost
-        self.name, self.network = self._networks[-1]
-        self.inputs: Inputs | None = None
-        self.dtype = torch.float32  # of the parameters when they were recorded
-        self.instances = _INSTANCES
+    def __init__(self, model: nn.Module, names: Sequence[str], innermost: bool = False) -> None:
+        self._model, self._names, self._innermost = model, list(names), innermost
+        self.optimizers: Sequence[Optimizer] = ()
+        self.networks: dict[str, Network] = {}
+        self.left_out: dict[str, str] = {}
+        self.closed = False
+        self._complete = False
+        self._untrained: set[str] = set()
+        self._divided: set[str] = set()  # left out because of modules inside, which says nothing of the others there
+        self._running: list[str] = []
         self._handles: list[RemovableHandle] = []
 
-    def restore(self, name: str, network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
-        """The network, its inputs, and the dtype of its parameters then, are known from before."""
-        self.name, self.network, self.inputs, self.dtype = name, network, inputs, dtype
-        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-        self.instances = min(len(tensors[0]), _INSTANCES) if tensors else 1
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the networks of a state; in earlier versions there was one, and none before it was called."""
+        single = [{**state, "name": state["network"]}] if state.get("inputs") is not None else []
+        for known in state.get("networks", single):
+            name = known["name"]
+            self.networks[name] = Network(name, self._model.get_submodule(name), known["inputs"], known["dtype"])
 
-    def start(self, on_call: OnCall | None = None) -> None:
-        """Call `on_call`, which calls `record`, before any of these modules runs; by default `record` itself."""
-        if not self._handles:
-            self._handles = [
-                network.register_forward_pre_hook(
-                    functools.partial(_call, on_call or self.record, name), with_kwargs=True
-                )
-                for name, network in self._networks
-            ]
+    # ---- what is known
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether networks and their inputs are known."""
+        return bool(self.networks) and all(network.inputs is not None for network in self.networks.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more is to be found."""
+        if not self._complete:  # asked for in every step
+            self._complete = self.is_ready and (self.closed or not self.unreached)
+        return self._complete
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """Layers with candidates that no network holds, and why."""
+        reasons = {}
+        for name in self._names:
+            if not any(network.holds(name) for network in self.networks.values()):
+                reasons[name] = "no module that holds it is called as a whole in training_step"
+                if any(is_within(name, network) for network in self.networks):
+                    reasons[name] = "the training step does not use it"
+                for module, reason in self.left_out.items():
+                    if is_within(name, module) and module not in self._divided:
+                        reasons[name] = reason
+        return reasons
+
+    @property
+    def parent(self) -> str:
+        """Name of the smallest module that holds all candidates; one layer is no network."""
+        name = common_parent(self._model, self._names)
+        return name.rpartition(".")[0] if name in self._names else name
+
+    @property
+    def parent_network(self) -> Network:
+        """That module, which may be a network."""
+        return Network(self.parent, self._model.get_submodule(self.parent))
+
+    def describe(self) -> str:
+        """That module, in a message."""
+        return self.parent_network.describe()
+
+    def has_inside(self, name: str) -> bool:
+        """Whether a module holds others that may be networks."""
+        return any(inner != name and is_within(inner, name) for inner in self._holders())
+
+    def complain(self) -> NoReturn:
+        """Raise that there is no network.
+
+        Raises:
+            ValueError: names what was called, and a way out.
+        """
+        tried = "".join(f"; {reason}" for reason in self.left_out.values())
+        raise ValueError(
+            f"{self.describe()} was not called in training_step, nor a module inside it that holds layers to prune, so "
+            "it is not known how they are connected; call the module that holds them as a whole, self.net(x), or leave "
+            f"out those that are not called so by include={tried}"
+        )
+
+    def is_untrained(self, name: str) -> bool:
+        """Whether a module is known to be part of one without parameters in an optimizer."""
+        return any(is_within(name, outer) for outer in self._untrained)
+
+    # ---- watching
+
+    def start(self, on_call: OnCall = lambda network: None) -> None:
+        """From now on, call `on_call` before a network that has just been found runs."""
+        if self._handles:
+            return
+        for name, module in self._holders().items():
+            enter = functools.partial(self._enter, on_call, name)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(functools.partial(self._leave, name), always_call=True))
 
     def stop(self) -> None:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._running.clear()
 
-    def inputs_on_device(self) -> Inputs:
-        """The inputs, as the network would get them now: it may have been moved, or converted to another dtype."""
-        parameter = next(self.network.parameters())
+    def _holders(self) -> dict[str, nn.Module]:
+        """Modules around the candidates; without those of torch.compile."""
+        around = {
+            ".".join(parts[:length])
+            for name in self._names
+            for parts in [name.split(".")]
+            for length in range(len(parts))
+        }
+        modules = {name: self._model.get_submodule(name) for name in sorted(around)}
+        return {name: module for name, module in modules.items() if uncompiled(module) is module}
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(parameter if tensor.dtype == self.dtype else parameter.device)
-
-        args, kwargs = pytree.tree_map_only(Tensor, move, self.inputs)
-        return args, kwargs
-
-    def plain_inputs(self) -> Inputs | None:
-        """The inputs, if they are tensors and primitives in tuples, lists and dicts, so that a file may hold them."""
-        return self.inputs if _is_plain(self.inputs) else None
-
-    def describe(self) -> str:
-        """Name of the network in a message."""
-        return f"module {self.name!r}" if self.name else f"{type(self.network).__name__}.forward"
-
-    def record(self, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Record the inputs of a module that is about to run; returns whether it is the network from now on."""
-        deeper = not self._outermost and len(name) > len(self.name)
+    def _enter(
+        self, on_call: OnCall, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         # Lightning lets DistributedDataParallel call training_step through a replaced forward.
-        if (self.inputs is not None and not deeper) or "forward" in vars(network) or examined.get():
+        if name in self.left_out or "forward" in vars(module) or examined.get():
+            return
+        if self._innermost and self._running and self._holds_all(name, self._running[0]):
+            outer = self._running[0]
+            self.reject(outer, f"{name!r} inside it holds the same layers", divided=True)
+            self._running.clear()
+        if not self._running:
+            self._called(on_call, name, module, args, kwargs)
+        if name not in self.left_out:
+            self._running.append(name)
+
+    def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._running and self._running[-1] == name:
+            self._running.pop()
+
+    def _holds_all(self, inner: str, outer: str) -> bool:
+        return inner != outer and all(is_within(name, inner) for name in self._names if is_within(name, outer))
+
+    def _called(
+        self, on_call: OnCall, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        network = self.networks.get(name)
+        if network is None:
+            if self.closed or not self._is_separate(name, module):
+                return
+            network = Network(name, module)
+        elif network.inputs is not None:
+            return
+        network.record(args, kwargs)
+        self.networks[name] = network
+        on_call(network)
+
+    def _is_separate(self, name: str, module: nn.Module) -> bool:
+        """Whether a module that is called is a network; those that are none because of it are rejected."""
+        own = Network(name, module).describe()
+        trained = {p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if trained and trained.isdisjoint(module.parameters()):
+            self._untrained.add(name)
+            self.left_out[name] = f"none of the parameters of {own} is in an optimizer"
             return False
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-        batch_size = len(tensors[0]) if tensors else 0
-        self.instances = min(batch_size, _INSTANCES) or 1
+        tensors = set(named_tensors(module).values())
+        for other in list(self.networks.values()):
+            shared = tensors.intersection(named_tensors(other.module).values())
+            inside, around = is_within(name, other.name), is_within(other.name, name)
+            if shared and not around:
+                self.reject(
+                    other.name,
+                    f"{own} is part of {other.describe()}, and called by itself as well"
+                    if inside
+                    else f"{other.describe()} shares parameters with {own}",
+                    divided=inside,
+                )
+            if shared and not inside:
+                self._divided |= {name} if around else set()
+                self.left_out[name] = (
+                    f"{own} shares parameters with {other.describe()}, which is called by itself as well"
+                )
+        return name not in self.left_out
 
-        def cut(tensor: Tensor) -> Tensor:
-            first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
-            return first.detach().clone()
-
-        self.name, self.network, self.dtype = name, network, next(network.parameters()).dtype
-        self.inputs = pytree.tree_map_only(torch.Tensor, cut, (tuple(args), dict(kwargs)))
-        return True
-
-    def reject(self) -> bool:
-        """Wait for the next module inside to be called instead; returns False if there is none."""
-        if self.network is self._networks[-1][1]:
-            return False
-        self.inputs = None
-        return True
-
-    @contextlib.contextmanager
-    def examining(self) -> Iterator[None]:
-        """Within this context the network runs as it was written, and other callbacks do not take part."""
-        tensors = [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-        token = examined.set(True)
-        try:
-            with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
-                yield
-        finally:
-            examined.reset(token)
-
-
-def _call(on_call: OnCall, name: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    on_call(name, network, args, kwargs)  # without a result, which would replace the inputs
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (tuple, list):
-        return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    return value is None or type(value) in (Tensor, bool, int, float, str)
+    def reject(self, name: str, reason: str, divided: bool = False) -> None:
+        """Look for networks inside a module instead; `divided` if that is because of one of them."""
+        self._complete = False
+        self._divided |= {name} if divided else set()
+        self.networks.pop(name, None)
+        self.left_out[name] = reason

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity
-from lightning_fscreen.costs.size import LayerSize, Size, measure_size
+from lightning_fscreen.costs.size import LayerSize, Size
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.ranking.criteria import Explained
 from lightning_fscreen.tables import Cell, Row, Table, grouped, percent, readable
@@ -215,17 +213,22 @@ class Record:
     """Sizes of a network and evidence of its rankings, collected for the report while it is pruned.
 
     Args:
-        name, network: the network, and its name in the model.
-        sizes: its size at the start, if it has been slimmed since: `astuple` of a `Size`.
+        sizes: the size at the start, of a state: `astuple` of a `Size`; None at the beginning.
         evidence: that of earlier rankings, by layer.
     """
 
-    def __init__(
-        self, name: str, network: nn.Module, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        self.after = measure_size(network, None, 1, name)
-        self.before = self.after if sizes is None else _size_of(*sizes)
+    def __init__(self, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]) -> None:
+        self.before = self.after = Size(0, 0, None) if sizes is None else _size_of(*sizes)
         self.evidence = {name: dict(found) for name, found in evidence.items()}
+
+    def note_size(self, size: Size, pruned: bool) -> None:
+        """Note the present size; it is that of the start, too, until something is pruned."""
+        self.after = size
+        if not pruned:
+            self.before = size
+        elif self.before.macs is None:  # masks do not change them
+            layers = {name: replace(own, macs=size.layers[name].macs) for name, own in self.before.layers.items()}
+            self.before = replace(self.before, macs=size.macs, layers=layers)
 
     def note(self, explained: Mapping[str, Explained]) -> None:
         """Note why layers are ranked as they are, and log it where trust has changed."""

@@ -48,6 +48,9 @@ class Settings:
     rewind_lr: bool
     rewind_weights: bool
     soft: bool
+    start_step: int | None
+    end_step: int | None
+    prune_every: int | None
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -89,7 +92,14 @@ class Settings:
             if self.criterion == "activation":
                 raise ValueError(f'criterion="activation" needs feature="activation", got {given}')
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether the window is given in optimizer steps."""
+        return any(value is not None for value in (self.start_step, self.end_step, self.prune_every))
+
     def _check_window(self) -> None:
+        if self.in_steps:
+            self._check_steps()
         start, end = self.start_epoch, self.end_epoch
         _check_least("start_epoch", start, 0, "from the first epoch on")
         if end is not None and end <= start and not start == end == 0:
@@ -99,6 +109,28 @@ class Settings:
         if self.soft and end == 0:
             raise ValueError(
                 "soft=True needs epochs in which pruned weights can grow again; set end_epoch later than 0"
+            )
+
+    def _check_steps(self) -> None:
+        steps = {name: getattr(self, name) for name in ("start_step", "end_step", "prune_every")}
+        given = ", ".join(f"{name}={value}" for name, value in steps.items() if value is not None)
+        epochs = {"start_epoch": 0, "end_epoch": None, "collect_epochs": 1}
+        for name, default in epochs.items():
+            if getattr(self, name) != default:
+                way_out = (
+                    "statistics are gathered in the prune_every steps before each pruning"
+                    if name == "collect_epochs"
+                    else "give the window in one of both"
+                )
+                raise ValueError(f"{name}={getattr(self, name)} is in epochs, but {given} in steps; {way_out}")
+        start = self.start_step or 0
+        _check_least("start_step", start, 0, "from the first step on")
+        if self.prune_every is not None:
+            _check_least("prune_every", self.prune_every, 1, "after every step")
+        if self.end_step is not None and self.end_step <= start:
+            raise ValueError(
+                f"end_step must lie after start_step={start}, got {self.end_step}; to prune at initialisation, use "
+                "end_epoch=0"
             )
 
     def find_candidates(self, model: nn.Module) -> Granularity[Any]:
@@ -177,6 +209,9 @@ class HasSettings:
     rewind_lr = Setting[bool]()
     rewind_weights = Setting[bool]()
     soft = Setting[bool]()
+    start_step = Setting[int | None]()
+    end_step = Setting[int | None]()
+    prune_every = Setting[int | None]()
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
 
+from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.fit.copies import Copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, rewrap
+from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.modules import is_within
+from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.optimizers import check_state, follow_plan
-from lightning_fscreen.slimming.plan import SlimmingPlan
+
+log = logging.getLogger(__name__)
 
 
 def slim_in_fit(
@@ -40,6 +49,49 @@ def slim_in_fit(
     follow_plan(trainer.optimizers, pl_module, before, plan)
     rewrap(trainer)
     return plan
+
+
+def slim_networks(
+    model: LightningModule,
+    granularity: Granularity[Any],
+    networks: Iterable[Network],
+    kept: Mapping[str, Tensor],
+    copies: Copies,
+) -> tuple[SlimmingPlan, str | None]:
+    """Make every network of a module smaller by itself; those where that is not exact stay as they are.
+
+    Args:
+        model: the module.
+        granularity: its candidates.
+        networks: its networks, which share no parameters.
+        kept: layer → mask of its candidates.
+        copies: copies of the networks, which become smaller with them.
+
+    Returns:
+        The plan, with names as in the module, and why some networks stay; None if none does.
+
+    Raises:
+        CaptureError, VerificationError: none of them can be made smaller.
+    """
+    plan, errors = SlimmingPlan(), {}
+    for network in networks:
+        prefix = f"{network.name}." if network.name else ""
+        inside = {name.removeprefix(prefix): mask for name, mask in kept.items() if is_within(name, network.name)}
+        args, kwargs = network.inputs_on_device()
+        try:
+            with network.examining(model):
+                own = granularity.slim(network.module, args, kwargs, inside, copies.following(network.name))
+        except (CaptureError, VerificationError) as error:
+            errors[network.describe()] = error
+        else:
+            plan = plan.then(copies.plans(network.name, own))
+    if not errors:
+        return plan, None
+    if not plan:
+        raise next(iter(errors.values()))
+    reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    log.warning("not all networks became smaller, the masks of the others stay: %s", reasons)
+    return plan, reasons
 
 
 def forget_scores(trainer: Trainer) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_fscreen.ranking.schedule import Schedule, scheduled_fraction
+from lightning_fscreen.ranking.window import Window
 
 
 @dataclass
 class Budget:
-    """The pruned fraction that a schedule asks for, epoch by epoch.
+    """The pruned fraction that a schedule asks for, position by position (completed epochs, or steps).
 
     Attributes:
         amount: fraction of the candidates pruned in the end.
         schedule: progress ∈ [0, 1] → fraction of the amount.
-        window: first epoch of the annealing window, and first epoch after it.
+        window: where it is pruned.
         total: number of candidates.
         target: how many of them should be pruned by now. Units of several candidates may fall short of it by a few.
         closed: nothing more is pruned, because the network has been made smaller.
@@ -22,27 +23,27 @@ class Budget:
 
     amount: float
     schedule: Schedule
-    window: tuple[int, int]
+    window: Window
     total: int = 0
     target: int = 0
     closed: bool = False
 
-    def fraction(self, epoch: int) -> float:
-        """Fraction of the candidates pruned at the end of an epoch."""
-        return self.amount * scheduled_fraction(self.schedule, epoch + 1, *self.window)
+    def fraction(self, position: int) -> float:
+        """Fraction of the candidates that are pruned at a position."""
+        return self.amount * scheduled_fraction(self.schedule, position, self.window.start, self.window.end)
 
-    def asks_for_more(self, epoch: int) -> bool:
-        """Whether the end of an epoch is to prune more than is pruned now."""
-        return not self.closed and self._number(epoch) > self.target
+    def asks_for_more(self, position: int) -> bool:
+        """Whether more is to be pruned at a position than is pruned now."""
+        return not self.closed and self._number(position) > self.target
 
-    def met(self, epoch: int) -> None:
-        """The number for the end of an epoch has been pruned."""
-        self.target = max(self.target, self._number(epoch))
+    def met(self, position: int) -> None:
+        """The number for a position has been pruned."""
+        self.target = max(self.target, self._number(position))
 
     @property
     def falls_short(self) -> bool:
         """Whether the budget was closed before the whole amount was pruned."""
-        return self.closed and self._number(self.window[1]) > self.target
+        return self.closed and self._number(self.window.end) > self.target
 
-    def _number(self, epoch: int) -> int:
-        return round(self.fraction(epoch) * self.total)
+    def _number(self, position: int) -> int:
+        return round(self.fraction(position) * self.total)

@@ -84,53 +84,18 @@ def resolve_schedule(schedule: ScheduleName | Schedule) -> Schedule:
     return schedule
 
 
-def scheduled_fraction(schedule: Schedule, completed_epochs: float, start_epoch: int, end_epoch: int) -> float:
-    """Fraction of the amount due after that many epochs, for a window of epochs start_epoch … end_epoch − 1.
+def scheduled_fraction(schedule: Schedule, position: float, start: int, end: int) -> float:
+    """Fraction of the amount due at a position in the training, for a window from position `start` to `end`.
 
     Raises:
         ValueError: the schedule returned something outside [0, 1].
     """
-    if completed_epochs >= end_epoch:
+    if position >= end:
         return 1.0
-    if completed_epochs <= start_epoch:
+    if position <= start:
         return 0.0
-    progress = (completed_epochs - start_epoch) / (end_epoch - start_epoch)
+    progress = (position - start) / (end - start)
     fraction = float(schedule(progress))
     if not -1e-9 <= fraction <= 1 + 1e-9:
         raise ValueError(f"schedule must return a fraction in [0, 1]; at progress {progress:.4g} it gave {fraction}")
     return min(max(fraction, 0.0), 1.0)
-
-
-# Without an end_epoch, the second half of the training fine-tunes the remaining network.
-_DEFAULT_WINDOW = 0.5
-
-
-def resolve_window(
-    start_epoch: int, end_epoch: int | None, max_epochs: int | None, single: bool = False
-) -> tuple[int, int]:
-    """First epoch of the annealing window, and first epoch after it.
-
-    Args:
-        start_epoch: first epoch.
-        end_epoch: first epoch after it; None for half of the training; 0 for no window, pruning before the training.
-        max_epochs: length of the training; None or negative for one without an end.
-        single: squeeze the window into one epoch.
-
-    Raises:
-        ValueError: a window that ends after the training, or none given for a training without an end.
-    """
-    if end_epoch == 0:
-        return 0, 0
-    if single:
-        return start_epoch, start_epoch + 1
-    if max_epochs is None or max_epochs < 0:
-        if end_epoch is None:
-            raise ValueError("this training has no max_epochs, so end_epoch= (when pruning is done) must be given")
-        return start_epoch, end_epoch
-    end = max(round(_DEFAULT_WINDOW * max_epochs), start_epoch + 1) if end_epoch is None else end_epoch
-    if end > max_epochs:
-        raise ValueError(
-            f"pruning would end with epoch {end} (end_epoch={end_epoch}, start_epoch={start_epoch}), but "
-            f"the training has max_epochs={max_epochs}; lower end_epoch or train longer"
-        )
-    return start_epoch, end

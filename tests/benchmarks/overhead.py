@@ -59,7 +59,7 @@ class Watch(Callback):
         Watch.steps = trainer.num_training_batches
         self.seconds.append(0.0)
         own = [c for c in trainer.callbacks if isinstance(c, ScreeningPruningCallback)]
-        self.gathering.append(any(gathers(c.settings, c._budget, trainer.current_epoch) for c in own))
+        self.gathering.append(any(gathers(c.settings, c._budget, trainer.current_epoch + 1) for c in own))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if time.perf_counter() - self._turn > SECONDS:

@@ -48,8 +48,12 @@ def test_schedule_shows_the_curve_and_what_was_applied(tmp_path: Path) -> None:
 
 
 def test_schedule_without_fine_tuning_shades_nothing() -> None:
-    figure = figures.schedule_figure([1, 2], [0.5, 0.9], [0.5, 0.9], curve=None, start_epoch=0, end_epoch=2, amount=0.9)
+    figure = figures.schedule_figure(
+        [1, 2], [0.5, 0.9], [0.5, 0.9], curve=None, start_epoch=0, end_epoch=2, amount=0.9, unit="step"
+    )
     assert "fine-tuning" not in legend(figure)
+    assert figure.axes[0].get_xlabel() == "steps trained"
+    assert figure.axes[0].get_title() == "Annealing from step 0 to 2"
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 300])

@@ -9,6 +9,7 @@ from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.fit.phases import IDLE, Phase, Step, gathers, holds, next_phase, plan_step
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.budget import Budget
+from lightning_fscreen.ranking.window import Window
 
 TOTAL = 100
 
@@ -16,11 +17,11 @@ TOTAL = 100
 def made(start: int = 0, end: int = 4, **arguments: Any) -> tuple[Settings, Budget]:
     given = {"amount": 0.5, "start_epoch": start, "end_epoch": end, **arguments}
     settings = ScreeningPruningCallback(**given).settings
-    return settings, Budget(settings.amount, settings.schedule, (start, end), TOTAL)
+    return settings, Budget(settings.amount, settings.schedule, Window(start, end), TOTAL)
 
 
 def plan(settings: Settings, budget: Budget, **changes: Any) -> Step:
-    given = {"epoch": 0, "batch_idx": 0, "inputs_known": True, "stride": 1}
+    given = {"round_end": 1, "batch": 0, "inputs_known": True, "stride": 1}
     return plan_step(settings, budget, **{**given, **changes})
 
 
@@ -59,22 +60,22 @@ def test_steps_gather_the_statistics_that_are_needed(
 def test_every_so_many_th_batch_is_gathered() -> None:
     settings, budget = made()
     for stride, batch in product((1, 3, 7), range(20)):
-        assert plan(settings, budget, batch_idx=batch, stride=stride).gather == (batch % stride == 0)
-        assert plan(settings, budget, batch_idx=batch, stride=None).gather
+        assert plan(settings, budget, batch=batch, stride=stride).gather == (batch % stride == 0)
+        assert plan(settings, budget, batch=batch, stride=None).gather
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_statistics_are_gathered_before_each_pruning_and_in_no_other_epoch(epochs: int) -> None:
     settings, budget = made(start=2, end=6, schedule="one_shot", collect_epochs=epochs)
-    assert [gathers(settings, budget, epoch) for epoch in range(9)] == [6 - epochs <= epoch for epoch in range(9)]
-    budget.met(5)
-    assert not any(gathers(settings, budget, epoch) for epoch in range(9))
+    assert [gathers(settings, budget, epoch + 1) for epoch in range(9)] == [6 - epochs <= epoch for epoch in range(9)]
+    budget.met(6)
+    assert not any(gathers(settings, budget, epoch + 1) for epoch in range(9))
 
 
 def test_the_first_step_prunes_without_a_window() -> None:
     settings, budget = made(end=0, criterion="taylor")
     assert plan(settings, budget) == Step(gather_gradients=True, prunes_now=True)
-    budget.met(0)
+    budget.met(1)
     assert plan(settings, budget) is IDLE
 
 
@@ -82,7 +83,7 @@ def test_nothing_is_pruned_after_slimming() -> None:
     settings, budget = made()
     assert not budget.falls_short
     budget.closed = True
-    assert plan(settings, budget) is IDLE and not budget.asks_for_more(3) and budget.falls_short
+    assert plan(settings, budget) is IDLE and not budget.asks_for_more(4) and budget.falls_short
     budget.target = TOTAL // 2
     assert not budget.falls_short
 
@@ -94,7 +95,7 @@ def test_fine_tuning_begins_once_when_everything_is_pruned_and_can_be_removed() 
         return [next_phase(Phase.ANNEALING, budget, epoch, ready=True) for epoch in range(5)]
 
     assert set(phases()) == {Phase.ANNEALING}  # an epoch at the window's end that still has to prune
-    budget.met(2)
+    budget.met(3)
     assert phases() == [Phase.ANNEALING] * 3 + [Phase.FINE_TUNING] * 2
     assert next_phase(Phase.ANNEALING, budget, 3, ready=False) is Phase.ANNEALING
     for epoch, ready in product(range(5), (True, False)):
@@ -103,6 +104,6 @@ def test_fine_tuning_begins_once_when_everything_is_pruned_and_can_be_removed() 
 
 def test_soft_pruning_holds_at_the_end_of_the_window() -> None:
     settings, budget = made(end=3, soft=True)
-    assert [holds(settings, budget, epoch) for epoch in range(5)] == [False, False, True, True, True]
+    assert [holds(settings, budget, epoch + 1) for epoch in range(5)] == [False, False, True, True, True]
     settings, budget = made(end=3)
-    assert all(holds(settings, budget, epoch) for epoch in range(5))
+    assert all(holds(settings, budget, epoch + 1) for epoch in range(5))

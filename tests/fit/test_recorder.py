@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.fit.recorder import InputRecorder, common_parent
+from lightning_fscreen.fit.networks import Network, examining
+from lightning_fscreen.fit.recorder import Recorder, common_parent
 
 
 class Lit(nn.Module):
@@ -69,79 +72,154 @@ class Anything(nn.Module):
         return 0
 
 
-def recorder(network: nn.Module | None = None) -> InputRecorder:
-    made = InputRecorder([("net", network if network is not None else Anything())])
-    made.start()
-    return made
+def recorded(*args: Any, **kwargs: Any) -> Network:
+    network = Network("net", Anything())
+    network.record(args, kwargs)
+    return network
 
 
-def test_the_first_inputs_are_remembered_cut_and_copied() -> None:
-    made = recorder()
+def test_inputs_are_remembered_cut_and_copied() -> None:
     x, mask, scalar, table = torch.randn(7, 3), torch.ones(7, dtype=torch.bool), torch.tensor(2.0), torch.randn(4, 4)
-    made.network(x, {"mask": mask, "table": table}, flag=True, scale=scalar, more=[x])
-    made.network(torch.zeros(9, 3))
-    assert made.inputs is not None
-    args, kwargs = made.inputs
+    network = recorded(x, {"mask": mask, "table": table}, flag=True, scale=scalar, more=[x * 2])
+    assert network.inputs is not None
+    args, kwargs = network.inputs
     assert torch.equal(args[0], x[:2]) and torch.equal(args[1]["mask"], mask[:2])
     assert torch.equal(args[1]["table"], table)
-    assert kwargs["flag"] is True and torch.equal(kwargs["scale"], scalar) and torch.equal(kwargs["more"][0], x[:2])
-    assert made.instances == 2
+    assert kwargs["flag"] is True and torch.equal(kwargs["scale"], scalar) and torch.equal(kwargs["more"][0], 2 * x[:2])
+    assert network.instances == 2
     before = args[0].clone()
     x.zero_()
-    assert torch.equal(args[0], before) and not args[0].requires_grad
+    assert torch.equal(args[0], before)
 
 
 def test_keyword_inputs_alone() -> None:
-    made = recorder()
-    made.network(batch={"x": torch.randn(5, 3)})
-    assert made.inputs is not None and made.inputs[0] == ()
-    assert made.inputs[1]["batch"]["x"].shape == (2, 3)
+    network = recorded(batch={"x": torch.randn(5, 3, requires_grad=True) * 2})
+    assert network.inputs is not None and network.inputs[0] == ()
+    assert network.inputs[1]["batch"]["x"].shape == (2, 3) and network.inputs[1]["batch"]["x"].grad_fn is None
 
 
 @pytest.mark.parametrize(("size", "instances"), [(1, 1), (2, 2), (5, 2)])
 def test_instances_are_counted(size: int, instances: int) -> None:
-    made = recorder()
-    made.network(torch.randn(size, 3))
-    assert made.instances == instances
-    assert made.inputs is not None and made.inputs[0][0].shape == (instances, 3)
-
-
-def test_gradients_are_not_kept() -> None:
-    made = recorder()
-    x = torch.randn(3, 3, requires_grad=True)
-    made.network(x * 2)
-    assert made.inputs is not None and made.inputs[0][0].grad_fn is None
+    network = recorded(torch.randn(size, 3))
+    assert network.instances == instances
+    assert network.inputs is not None and network.inputs[0][0].shape == (instances, 3)
 
 
 def test_inputs_without_tensors() -> None:
-    made = recorder()
-    made.network("text", 3)
-    assert made.inputs == (("text", 3), {}) and made.instances == 1
-
-
-def test_watching_starts_once_and_stops() -> None:
-    network = Anything()
-    made = recorder(network)
-    made.start()
-    assert len(network._forward_pre_hooks) == 1
-    made.stop()
-    made.stop()
-    assert len(network._forward_pre_hooks) == 0
-    network(torch.randn(2, 3))
-    assert made.inputs is None
-    made.start()
-    network(torch.randn(2, 3))
-    assert made.inputs is not None
+    network = recorded("text", 3)
+    assert network.inputs == (("text", 3), {}) and network.instances == 1
+    assert network.state_dict()["inputs"] == (("text", 3), {}) and recorded({1: 2}).state_dict()["inputs"] is None
 
 
 def test_inputs_follow_the_network_to_its_device() -> None:
-    made = recorder()
-    made.network(torch.randn(2, 3), flag=1, index=torch.tensor([1, 2]))
-    made.network.to("meta")
-    args, kwargs = made.inputs_on_device()
+    network = recorded(torch.randn(2, 3), flag=1, index=torch.tensor([1, 2]))
+    network.module.to("meta")
+    args, kwargs = network.inputs_on_device()
     assert args[0].device.type == kwargs["index"].device.type == "meta" and kwargs["flag"] == 1
 
 
+class Model(nn.Module):
+    """Layers named `norm` are those to prune."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Pair(), nn.ModuleDict({"c": Pair(), "d": Pair()})
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b["c"](self.a(x))  # type: ignore[no-any-return]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2))
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.inner(x))  # type: ignore[no-any-return]
+
+
+NORMS = ["a.norm", "b.c.norm", "b.d.norm", "norm"]
+
+
+@pytest.mark.parametrize(
+    ("calls", "found", "unreached"),
+    [
+        ([""], {""}, []),
+        (["a", "b.c", "a"], {"a", "b.c"}, ["b.d.norm", "norm"]),
+        (["", "b.c", ""], {"a", "b.c"}, ["b.d.norm", "norm"]),
+        (["b.c", ""], {"a", "b.c"}, ["b.d.norm", "norm"]),
+        (["a", "norm"], {"a"}, ["b.c.norm", "b.d.norm", "norm"]),
+    ],
+    ids=["whole", "parts", "whole-and-part", "part-and-whole", "single-layer"],
+)
+def test_networks_are_the_outermost_modules_that_are_called(
+    calls: list[str], found: set[str], unreached: list[str]
+) -> None:
+    model = Model()
+    recorder, seen = Recorder(model, NORMS), []
+    recorder.start(lambda network: seen.append(network.name))
+    for name in calls:
+        model.get_submodule(name)(torch.randn(4, 2))
+    assert set(recorder.networks) == found <= set(seen) and list(recorder.unreached) == unreached
+    recorder.stop()
+    recorder.stop()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_shared_parameters_make_one_network_of_neither() -> None:
+    model = Model()
+    model.b["c"].inner[0].weight = model.a.inner[0].weight
+    recorder = Recorder(model, NORMS)
+    recorder.start()
+    for name in ("a", "b.c"):
+        model.get_submodule(name)(torch.randn(4, 2))
+    assert not recorder.networks and not recorder.is_ready
+    assert recorder.unreached["a.norm"] == "module 'a' shares parameters with module 'b.c'"
+
+
+def test_a_network_that_is_rejected_gives_way_to_those_inside() -> None:
+    model = Model()
+    recorder = Recorder(model, NORMS)
+    recorder.start(lambda network: recorder.reject("", "it cannot be captured") if not network.name else None)
+    model(torch.randn(4, 2))
+    assert list(recorder.networks) == ["a", "b.c"] and recorder.unreached["norm"] == "it cannot be captured"
+
+
+def test_the_innermost_of_equals() -> None:
+    outer = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    for innermost, name in ((True, "0.0"), (False, "")):
+        recorder = Recorder(outer, ["0.0.0", "0.0.1"], innermost)
+        recorder.start()
+        outer(torch.randn(3, 2))
+        assert list(recorder.networks) == [name] and recorder.is_complete
+        recorder.stop()
+
+
+def test_what_is_not_trained_is_no_network() -> None:
+    model = Model()
+    recorder = Recorder(model, NORMS)
+    recorder.optimizers = [torch.optim.SGD(model.a.parameters(), 0.1)]
+    recorder.start()
+    model.b["c"](torch.randn(4, 2))
+    model.a(torch.randn(4, 2))
+    assert list(recorder.networks) == ["a"] and recorder.is_untrained("b.c.norm") and not recorder.is_untrained("norm")
+    assert recorder.unreached["b.c.norm"] == "none of the parameters of module 'b.c' is in an optimizer"
+
+
 def test_description() -> None:
-    assert InputRecorder([("net.body", Lit())]).describe() == "module 'net.body'"
-    assert InputRecorder([("", Lit())]).describe() == "Lit.forward"
+    assert Recorder(Lit(), ["net.0", "net.1.0"]).describe() == "module 'net'"
+    assert Recorder(Lit(), ["net.0", "fc"]).describe() == Recorder(Lit(), ["fc"]).describe() == "Lit.forward"
+
+
+def test_examined_networks_do_not_log() -> None:
+    class Logs(pl.LightningModule):
+        def forward(self, x: Tensor) -> Tensor:
+            self.log_dict({"x": x.sum()})
+            return x
+
+    model = nn.Sequential(Logs())
+    with examining(model, torch.randn(2)):
+        model(torch.randn(2))
+    assert "log" not in vars(model[0])

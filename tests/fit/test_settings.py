@@ -37,6 +37,9 @@ GIVEN = {
     "rewind_lr": True,
     "rewind_weights": False,
     "soft": True,
+    "start_step": None,
+    "end_step": None,
+    "prune_every": None,
 }
 
 

@@ -1,0 +1,124 @@
+"""One network inside a LightningModule: a module that the training step calls as a whole, and the inputs it gets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_fscreen.costs.size import Size, measure_size
+from lightning_fscreen.modules import is_within
+from lightning_fscreen.statistics.collector import examined
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
+
+
+@dataclass(eq=False)
+class Network:
+    """A module that the training step calls as a whole.
+
+    Attributes:
+        name: its name in the model.
+        module: the module.
+        inputs: the first ones that it got, cut to a few instances; None if they are not known yet.
+        dtype: of its parameters then.
+        unused: layers with candidates inside it that its call does not use.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Inputs | None = None
+    dtype: torch.dtype = torch.float32
+    unused: Collection[str] = ()
+
+    def holds(self, layer: str) -> bool:
+        """Whether a layer is a part of it."""
+        return is_within(layer, self.name) and layer not in self.unused
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember inputs."""
+        batch_size = _batch_size((args, kwargs))
+
+        def cut(tensor: Tensor) -> Tensor:
+            first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
+            return first.detach().clone()
+
+        self.dtype = next(self.module.parameters()).dtype
+        self.inputs = pytree.tree_map_only(Tensor, cut, (tuple(args), dict(kwargs)))
+
+    @property
+    def instances(self) -> int:
+        """Number of instances in the inputs."""
+        return min(_batch_size(self.inputs), _INSTANCES) or 1
+
+    def inputs_on_device(self) -> Inputs:
+        """The inputs, as the network would get them now: it may have been moved, or converted to another dtype."""
+        parameter = next(self.module.parameters())
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(parameter if tensor.dtype == self.dtype else parameter.device)
+
+        args, kwargs = pytree.tree_map_only(Tensor, move, self.inputs)
+        return args, kwargs
+
+    def examining(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within this context it runs to be looked at; see `examining`."""
+        return examining(model, self.inputs)
+
+    def measure(self, model: nn.Module) -> Size:
+        """Its size; without operations if its inputs are not known."""
+        with self.examining(model):
+            return measure_size(self.module, None if self.inputs is None else self.inputs_on_device(), self.instances)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name and inputs; these only if they are tensors and primitives in tuples, lists and dicts, as files need."""
+        return {"name": self.name, "inputs": self.inputs if _is_plain(self.inputs) else None, "dtype": self.dtype}
+
+    def describe(self) -> str:
+        """Its name in a message."""
+        return f"module {self.name!r}" if self.name else f"{type(self.module).__name__}.forward"
+
+
+@contextlib.contextmanager
+def examining(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Within this context a model's networks run to be looked at: as they were written, without logging.
+
+    Args:
+        model: the model; `log` of Lightning modules in it does nothing.
+        inputs: of the network, for their device.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    token = examined.set(True)
+    modules = [vars(module) for module in model.modules() if isinstance(module, LightningModule)]
+    own = [attributes.get("log") for attributes in modules]
+    for attributes in modules:
+        attributes["log"] = lambda *args, **kwargs: None  # before the method; log_dict calls it, too
+    try:
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+            yield
+    finally:
+        for attributes, log in zip(modules, own, strict=True):
+            attributes["log"] = log
+            if log is None:
+                del attributes["log"]
+        examined.reset(token)
+
+
+def _batch_size(inputs: Any) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    return len(tensors[0]) if tensors else 0
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (Tensor, bool, int, float, str)

@@ -1,0 +1,190 @@
+"""Modules whose training step calls several networks, each as a whole; every one of them becomes smaller, exactly."""
+
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_fscreen import ScreeningPruningCallback
+from tests.conftest import digits, loader, trainer
+
+WIDTH = 12
+
+
+def block(inputs, outputs):
+    return [nn.Linear(inputs, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, outputs)]
+
+
+class Parts(pl.LightningModule):
+    """A backbone and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), *block(64, 8), nn.BatchNorm1d(8))
+        self.head = nn.Sequential(*block(8, 10))
+
+    def outputs(self, x):
+        return self.head(self.backbone(x))
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.outputs(x), y)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(*batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Variational(Parts):
+    """The decoder runs inside forward, and by itself on noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Flatten(), *block(64, 4)), nn.Sequential(*block(4, 64))
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+    def outputs(self, x):
+        return self(x)
+
+    def loss(self, x, y):
+        noise = torch.ones(len(x), 4, dtype=x.dtype)
+        return F.mse_loss(self(x), x.flatten(1)) + self.head(noise).square().mean() / 10
+
+
+class Adversarial(Parts):
+    """Generator inside forward, discriminator by itself, each with an optimizer and its turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = nn.Sequential(*block(4, 64))
+        self.head = nn.Sequential(nn.Flatten(), *block(64, 1))
+
+    def forward(self, noise):
+        return self.backbone(noise)
+
+    def outputs(self, x):
+        return self.head(self(x.flatten(1)[:, 20:24]))
+
+    def training_step(self, batch, batch_idx):
+        images, _ = batch
+        if batch_idx % 2:
+            optimizer, loss = self.optimizers()[1], F.softplus(-self.head(images)).mean()
+            self.manual_backward(loss)
+            self.manual_backward(F.softplus(self.outputs(images)).mean())
+        else:
+            optimizer = self.optimizers()[0]
+            self.manual_backward(F.mse_loss(self(images.flatten(1)[:, 20:24]), images.flatten(1)))
+        optimizer.step()
+        self.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.backbone, self.head)]
+
+
+class Distilled(Parts):
+    """A teacher that nobody trains, without being told so."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Flatten(), *block(64, 10))
+
+    def loss(self, x, y):
+        with torch.no_grad():
+            soft = self.teacher(x).softmax(1)
+        return F.cross_entropy(self.outputs(x), soft) + super().loss(x, y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.backbone.parameters(), *self.head.parameters()], lr=0.05)
+
+
+def fit(model, slim=True, **arguments):
+    torch.manual_seed(0)
+    made = model()
+    callback = ScreeningPruningCallback(**{"amount": 0.5, "end_epoch": 2, "slim": slim, **arguments})
+    trainer([callback], max_epochs=4, precision="64-true").fit(made, loader(32))
+    return made, callback
+
+
+@pytest.mark.parametrize("model", [Parts, Variational, Adversarial, Distilled])
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_every_network_becomes_smaller_and_trains_on_as_if_it_were_masked(model, granularity):
+    arguments = {"granularity": granularity, "amount": 0.5 if granularity == "channel" else 0.9}
+    if model is Adversarial:
+        arguments["criterion"] = "magnitude"
+    slim, callback = fit(model, **arguments)
+    masked, _ = fit(model, slim=False, **arguments)
+    x = digits()[0].double()
+    torch.testing.assert_close(slim.eval().outputs(x), masked.eval().outputs(x), rtol=1e-8, atol=1e-8)
+    report = callback.report()
+    assert report.pruned_fraction == pytest.approx(arguments["amount"], abs=0.03) and report.not_removed is None
+    if granularity == "channel":
+        assert {name.split(".")[0] for name, count in callback.plan.removed.items() if count} == {"backbone", "head"}
+    if model is Distilled:
+        assert {name for name in report.not_pruned if name.startswith("teacher")}
+        assert "none of the parameters of module 'teacher' is in an optimizer" in report.not_pruned.values()
+        assert all(bool((p != 0).all()) for p in slim.teacher[1].parameters())
+
+
+def test_what_several_networks_pass_to_each_other_keeps_its_size():
+    _, callback = fit(Parts)
+    assert callback.report().not_pruned == {"backbone.5": "it is an output of the network"}
+
+
+def test_layers_that_no_network_holds_are_listed_when_pruning_begins():
+    class Loose(Parts):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.norm = nn.Sequential(*block(8, 8)), nn.BatchNorm1d(8)
+
+        def outputs(self, x):
+            return self.head(self.norm(self.backbone(x)))
+
+    _, callback = fit(Loose, num_classes=10)
+    reasons = callback.report().not_pruned
+    assert reasons.keys() == {"backbone.5", "unused.1", "norm"}
+    assert "no module that holds it is called as a whole" in reasons["unused.1"] == reasons["norm"]
+
+
+def test_networks_of_different_sizes_share_one_ranking():
+    _, callback = fit(Parts, criterion="magnitude", schedule="one_shot", min_channels=0)
+    assert {layer.name for layer in callback.report().layers} == {"backbone.2", "head.1"}
+    assert callback.report().kept == WIDTH
+
+
+class Logging(Parts):
+    def forward(self, x):
+        outputs = self.head(self.backbone(x))
+        self.log("largest", outputs.max())
+        self.log_dict({"smallest": outputs.min()}, on_step=True)
+        return outputs
+
+    def outputs(self, x):
+        return self(x)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_forward_may_log(granularity, caplog):
+    torch.manual_seed(0)
+    model, callback = Logging(), ScreeningPruningCallback(granularity, amount=0.5, end_epoch=1)
+    run = trainer([callback], max_epochs=2)
+    with caplog.at_level(logging.WARNING):
+        run.fit(model, loader())
+    assert (
+        callback.plan is not None and "log" not in vars(model) and {"largest", "smallest"} <= set(run.callback_metrics)
+    )
+    assert "cannot be captured" not in caplog.text
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_the_size_before_is_that_of_the_dense_network(granularity):
+    torch.manual_seed(0)
+    dense = sum(int((p != 0).sum()) for p in Parts().parameters())
+    _, callback = fit(Parts, granularity=granularity)
+    assert callback.report().before.nonzero == dense > callback.report().after.nonzero
