@@ -46,7 +46,7 @@ class Pruner:
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
         plan: the plan of this pruner's own slimming; None before.
-        not_removed: why nothing could be removed physically; None if nothing stood in the way.
+        not_removed: what could not be removed physically, and why; None if everything went.
 
     Raises:
         ValueError: nothing to prune, patterns that match nothing.
@@ -61,7 +61,9 @@ class Pruner:
         self.not_removed: str | None = state.get("not_removed")
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
+        self._never_ran: dict[str, str] = dict(state.get("never_ran", {}))
         self.granularity = self._found()
+        self._leave_out()
         networks = networks_around(model, self.granularity.names)
         self.recorder = InputRecorder(networks, outermost=self.granularity.slims_in_fit)
         sizes = state["sizes"] if self.plan is not None else None
@@ -197,6 +199,35 @@ class Pruner:
 
     # ---- pruning
 
+    def leave_out_unseen(self, found: Mapping[str, Any], reason: str) -> bool:
+        """Leave layers alone of which nothing was seen in the epoch; returns whether there were any.
+
+        Args:
+            found: what was seen, by layer.
+            reason: why nothing may have been seen of the others.
+
+        Raises:
+            ValueError: such a layer is named by `include`, or some of its candidates are pruned already.
+        """
+        unseen = [name for name in self.granularity.names if name not in found]
+        if not unseen:
+            return False
+        pruned = [name for name in unseen if not bool(self.masks.kept[name].all())]
+        if self._settings.include is not None or pruned:
+            raise ValueError(
+                f"layers {pruned or unseen} cannot be ranked: {reason}; leave them out with exclude={pruned or unseen}"
+            )
+        log.warning("layers %s are not pruned: %s", unseen, reason)
+        self._never_ran |= dict.fromkeys(unseen, reason)
+        left = {name: mask for name, mask in self.masks.kept.items() if name not in unseen}
+        self._leave_out()
+        self._replace_masks(self._make_masks(left, self.masks.held))
+        return True
+
+    def _leave_out(self) -> None:
+        self.granularity.keep_only([name for name in self.granularity.names if name not in self._never_ran])
+        self.granularity.not_pruned |= self._never_ran
+
     def decide(
         self, statistics: Mapping[str, FeatureStatistics], gradients: Mapping[str, GradientStatistics]
     ) -> Decision:
@@ -222,6 +253,7 @@ class Pruner:
             log.warning("nothing was physically removed, the masks stay: %s", error)
             return None
         self.plan = plan
+        self.not_removed = self.granularity.still_there(plan)
         carry_plan(self._model)
         self.follow(plan)
         self.eagerly.recompile()
@@ -284,6 +316,7 @@ class Pruner:
             "sizes": list(astuple(self._record.before)),
             "not_pruned": dict(self.granularity.not_pruned),
             "not_removed": self.not_removed,
+            "never_ran": dict(self._never_ran),
             "network": self.recorder.name,
             "inputs": self.recorder.plain_inputs(),
             "dtype": self.recorder.dtype,

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors, own_tensors
+from lightning_fscreen.slimming.attributes import Attributes, attributes_from_json, attributes_to_json, followed
 
 _FORMAT = 1
 _PLAN = "_fscreen_plan"
@@ -35,6 +36,8 @@ class SlimmingPlan:
         selects: batch norm → indices of the channels of its input that it reads.
         pinned: operators that kept their channels, and why; a record, not needed to apply the plan.
         removed: units or channels removed, by layer; likewise.
+        kept_for: batch norms that keep channels which are switched off, how many, and why; likewise.
+        attributes: module → {attribute: (size before, size after)}: numbers in forward that count channels.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -44,6 +47,8 @@ class SlimmingPlan:
     selects: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
+    kept_for: dict[str, str] = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
@@ -59,6 +64,8 @@ class SlimmingPlan:
             {join(prefix, name): indices for name, indices in self.selects.items()},
             dict(self.pinned),
             {join(prefix, name): count for name, count in self.removed.items()},
+            {join(prefix, name): reason for name, reason in self.kept_for.items()},
+            {join(prefix, name): values for name, values in self.attributes.items()},
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:
@@ -81,6 +88,8 @@ class SlimmingPlan:
             {**self.selects, **second.selects},
             {**self.pinned, **second.pinned},
             {**self.removed, **removed},
+            {**self.kept_for, **second.kept_for},
+            followed(self.attributes, second.attributes),
         )
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
@@ -114,6 +123,14 @@ class SlimmingPlan:
         for name in (*self.groups, *self.biases):
             if not isinstance(modules.get(name), nn.Linear | _ConvNd):
                 raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
+        for name, values in self.attributes.items():
+            for attribute, (before, _) in values.items():
+                found = getattr(modules.get(name), attribute, None)
+                if found != before:
+                    raise PlanError(
+                        f"the plan was made for {join(name, attribute)!r} equal to {before}, this model's is {found}; "
+                        "pass a fresh, full-size instance of the model that was slimmed"
+                    )
         for name in self.selects:
             self._check_select(name, modules.get(name), type(network).__name__, first)
         for name in self.biases:
@@ -129,7 +146,7 @@ class SlimmingPlan:
             raise PlanError(f"the plan selects channels for batch norm {name!r}, which {network} does not have")
         tensor = module.weight if module.weight is not None else module.running_mean
         shape = () if tensor is None else tuple(tensor.shape)
-        _check_indices(f"{name} (selected channels)", 0, self.selects[name], shape)
+        _check_indices(f"{name} (selected channels)", 0, self.selects[name], shape, repeated=True)
         planned = self.cuts.get(first.get(id(tensor), ""), {}).get(0)
         channels = len(planned) if planned is not None else shape[0]
         if len(self.selects[name]) != channels:
@@ -171,6 +188,8 @@ class SlimmingPlan:
                 "selects": self.selects,
                 "pinned": self.pinned,
                 "removed": self.removed,
+                "kept_for": self.kept_for,
+                "attributes": attributes_to_json(self.attributes),
             }
         )
 
@@ -196,6 +215,8 @@ class SlimmingPlan:
                 {str(name): tuple(map(_integer, indices)) for name, indices in data["selects"].items()},
                 {str(name): str(reason) for name, reason in data["pinned"].items()},
                 {str(name): _integer(count) for name, count in data["removed"].items()},
+                {str(name): str(reason) for name, reason in data.get("kept_for", {}).items()},  # not in older ones
+                attributes_from_json(data.get("attributes", {}), _integer),
             )
         except PlanError:
             raise
@@ -238,7 +259,8 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
     """The plan in parts, one for each module that holds tensors of it, in the module's own names."""
     owners = {name: name.rpartition(".")[0] for name in plan.cuts}
     parts = {}
-    for owner in dict.fromkeys([*owners.values(), *plan.groups, *plan.biases, *plan.selects, *plan.removed]):
+    others = (plan.groups, plan.biases, plan.selects, plan.removed, plan.kept_for, plan.attributes)
+    for owner in dict.fromkeys([*owners.values(), *(name for names in others for name in names)]):
         names = [name for name, holder in owners.items() if holder == owner]
         parts[owner] = SlimmingPlan(
             {name.rpartition(".")[2]: plan.shapes[name] for name in names},
@@ -247,6 +269,8 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             ("",) if owner in plan.biases else (),
             {"": plan.selects[owner]} if owner in plan.selects else {},
             removed={"": plan.removed[owner]} if owner in plan.removed else {},
+            kept_for={"": plan.kept_for[owner]} if owner in plan.kept_for else {},
+            attributes={"": plan.attributes[owner]} if owner in plan.attributes else {},
         )
     return parts
 
@@ -257,10 +281,10 @@ def _integer(value: Any) -> int:
     return value
 
 
-def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...], repeated: bool = False) -> None:
     if not 0 <= dim < len(shape):
         raise PlanError(f"the plan cuts dimension {dim} of {name!r}, which has shape {shape}")
-    if not kept or any(second <= first for first, second in pairwise(kept)):
+    if not kept or any(second < first or (second == first and not repeated) for first, second in pairwise(kept)):
         raise PlanError(f"the plan's indices for dimension {dim} of {name!r} are empty, repeated or not ascending")
     if kept[0] < 0 or kept[-1] >= shape[dim]:
         wrong = kept[0] if kept[0] < 0 else kept[-1]
