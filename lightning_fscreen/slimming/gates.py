@@ -15,7 +15,7 @@ from lightning_fscreen.modules import own_tensors, uncompiled, why_fixed
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
-from lightning_fscreen.slimming.readers import NormReader
+from lightning_fscreen.slimming.readers import GroupedReader, NormReader
 from lightning_fscreen.slimming.slots import SlotGraph
 
 STAYS = -1
@@ -158,6 +158,9 @@ def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
         itself = root[reader.inputs] == root[reader.outputs] if isinstance(reader, NormReader) else False
         for label in root[reader.inputs[~reader.known & ~torch.as_tensor(itself)]].unique().tolist():
             reasons.setdefault(label, f"{reader.layer!r} reads it mixed with channels that no gate can switch off")
+        if isinstance(reader, GroupedReader):
+            for label in root[reader.inputs[reader.known & ~reader.silent()]].unique().tolist():
+                reasons.setdefault(label, f"{reader.layer!r}, a grouped convolution, would still read a constant of it")
     return reasons
 
 
