@@ -134,8 +134,9 @@ class Weights(Granularity[PrunableWeight]):
         why = "no unit lost all of its incoming or all of its outgoing weights"
         if empty:
             others = ["layers behind them depend on them, or a layer keeps at least one"]
-            reasons = "; ".join(dict.fromkeys(plan.pinned.values() or others))
-            why = f"{empty} units without incoming weights stay ({reasons})"
+            reasons = list(dict.fromkeys(plan.pinned.values() or others))
+            more = f"; and {len(reasons) - 3} more, in plan.pinned" if len(reasons) > 3 else ""
+            why = f"{empty} units without incoming weights stay ({'; '.join(reasons[:3])}{more})"
         return (
             f"{why}: {share:.0%} of the weights are zeros in tensors that keep their size; prune channels "
             '(granularity="channel") for a smaller network'
