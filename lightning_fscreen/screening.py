@@ -91,7 +91,13 @@ def screen(
             collector.remove()
     if collector is None:
         raise ValueError("the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last")
-    return {name: statistics.f for name, statistics in collector.statistics().items()}
+    found = {name: statistics.f for name, statistics in collector.statistics().items()}
+    if missing := [probe.name for probe in probes if probe.name not in found]:
+        raise ValueError(
+            f"layers {missing} never ran on an instance with a label, so they have no F-statistic: forward uses their "
+            f"weights without calling them, or not at all; leave them out with exclude={missing}"
+        )
+    return found
 
 
 def _call_with_inputs(model: nn.Module, batch: Any, labels: Tensor) -> Any:

@@ -349,11 +349,11 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
         "Check the data for NaN",
     ),
     (
-        "a layer that never runs",
-        with_model(NeverRuns, granularity="weight", num_classes=10),
+        "an included layer that never runs",
+        with_model(NeverRuns, granularity="weight", num_classes=10, include=["net.body*", "net.spare"]),
         ValueError,
-        "'net.spare' never ran",
-        "exclude='net.spare'",
+        "'net.spare'.* cannot be ranked: it was not called",
+        r"exclude=\['net.spare'\]",
     ),
     (
         "no batch norm",

@@ -255,6 +255,10 @@ class Channels(Granularity[PrunableChannels]):
         bias: Literal["zero", "fold"] = "zero" if self._bias == "zero" else "fold"
         return slim_captured(network, captured, kept, args, kwargs, bias, copies)
 
+    def still_there(self, plan: SlimmingPlan) -> str | None:
+        """Batch norms with channels that are switched off but stay."""
+        return "".join(f"\n  {name}: {reason}" for name, reason in plan.kept_for.items()).strip() or None
+
     def companions(self) -> dict[str, nn.Parameter]:
         """The shifts β, where the output of pruned channels is to be zero."""
         return {layer.name: layer.shift for layer in self._layers} if self._bias == "zero" else {}

@@ -179,6 +179,14 @@ class Granularity(ABC, Generic[Layer]):
             Nothing has changed after an error.
         """
 
+    def still_there(self, plan: SlimmingPlan) -> str | None:
+        """What was pruned but stays physically after slimming, and why; None if everything went.
+
+        Args:
+            plan: that was applied, with names as in the model.
+        """
+        return None
+
     @abstractmethod
     def _parameters_of(self, layer: Layer) -> list[nn.Parameter]:
         """The parameter that is ranked, and others of the same shape whose gradients count with it."""

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
-from lightning_fscreen.modules import is_within, select, why_fixed
+from lightning_fscreen.modules import is_within, join, select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
@@ -70,8 +72,26 @@ def find_weights(
         else:
             owners[id(module.weight)] = name
             found.append(PrunableWeight(name, module))
+    excluded |= _other_weights(model, owners)
     require_candidates(found, type(model).__name__, "linear and convolution layers", excluded)
     return found, excluded
+
+
+def _other_weights(model: nn.Module, owners: Mapping[int, str]) -> dict[str, str]:
+    """Parameters of two and more dimensions that belong to other layers, and why they are left alone."""
+    reasons = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | _ConvNd | ParametrizationList):
+            continue
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, UninitializedParameter) or parameter.ndim < 2:
+                continue
+            kind = type(module).__name__
+            reason = f"a parameter of {kind}: only weights of linear and convolution layers are candidates"
+            if other := owners.get(id(parameter)):
+                reason = f"{kind} shares it with {other!r}, which is pruned"
+            reasons[join(name, attribute)] = reason
+    return reasons
 
 
 def _why_not(module: nn.Linear | _ConvNd, owners: dict[int, str]) -> str | None:
@@ -119,6 +139,25 @@ class Weights(Granularity[PrunableWeight]):
     ) -> SlimmingPlan:
         """Remove units without incoming or without outgoing weights; it sees in the weights which are pruned."""
         return remove_dead_units(network, args, kwargs, copies)
+
+    def still_there(self, plan: SlimmingPlan) -> str | None:
+        """Why nothing went, or which units without incoming weights stay."""
+        weights = [layer.weight.detach() for layer in self._layers]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        empty = sum(int((weight.flatten(1) == 0).all(1).sum()) for weight in weights)
+        if not zeros or (plan.removed and not empty):
+            return None
+        share = zeros / sum(weight.numel() for weight in weights)
+        why = "no unit lost all of its incoming or all of its outgoing weights"
+        if empty:
+            others = ["layers behind them depend on them, or a layer keeps at least one"]
+            reasons = list(dict.fromkeys(plan.pinned.values() or others))
+            more = f"; and {len(reasons) - 3} more, in plan.pinned" if len(reasons) > 3 else ""
+            why = f"{empty} units without incoming weights stay ({'; '.join(reasons[:3])}{more})"
+        return (
+            f"{why}: {share:.0%} of the weights are zeros in tensors that keep their size; prune channels "
+            '(granularity="channel") for a smaller network'
+        )
 
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
         """Sums over the layers' inputs."""

@@ -134,15 +134,15 @@ class Collection:
         """Of the steps gathered, by layer; empty if there were none. DDP has averaged them already.
 
         Raises:
-            ValueError: a layer without gradients.
+            ValueError: no layer has any.
         """
         return {} if self._gradients is None else self._gradients.statistics()
 
     def statistics(self, trainer: Trainer) -> Mapping[str, FeatureStatistics]:
-        """Of all processes, by layer; empty if nothing was gathered.
+        """Of all processes, by layer that ran; empty if nothing was gathered.
 
         Raises:
-            ValueError: NaN or inf activations, a layer that never ran, fewer than two classes.
+            ValueError: NaN or inf activations, no layer that ran, fewer than two classes.
         """
         merge = merge_processes(trainer)
         parts = [collector.statistics(merge) for collector in self._collectors.values()]

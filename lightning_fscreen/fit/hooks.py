@@ -30,6 +30,12 @@ from lightning_fscreen.slimming.optimizers import check_state
 
 log = logging.getLogger(__name__)
 
+_NOT_CALLED = (
+    "it was not called in the epoch whose activations rank the candidates: forward uses its weight without calling it "
+    "(F.linear(x, layer.weight), attention), or does not use it at all"
+)
+_NO_GRADIENT = "it had no gradient in the epoch whose gradients rank the candidates: the loss does not depend on it"
+
 
 class TrainingHooks(HasSettings, Callback):
     """The part of `ScreeningPruningCallback` that acts in rounds and training steps.
@@ -199,8 +205,8 @@ class TrainingHooks(HasSettings, Callback):
         """Prune to the schedule's budget for this epoch, and log the remaining size.
 
         Raises:
-            ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, a budget that
-                the floors make impossible; nothing is pruned then.
+            ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran although
+                `include` names it, a budget that the floors make impossible; nothing is pruned then.
         """
         if self._progress.unit == "epoch":
             self._end_round(trainer)
@@ -234,6 +240,9 @@ class TrainingHooks(HasSettings, Callback):
             raise ValueError(f"{ended} had no training batch, so there is nothing to rank by")
         if not gradients and settings.needs_gradients:
             raise ValueError(f"{ended} had no optimizer step, so there are no gradients to rank by")
+        seen = (statistics, _NOT_CALLED), (gradients, _NO_GRADIENT)
+        if any([pruner.leave_out_unseen(found, reason) for found, reason in seen if found]):
+            self._set_total()
         decision = pruner.decide(statistics, gradients)
         seed = torch.initial_seed() % 2**63 + round_end - 1
         fraction = self._budget.fraction(round_end)

@@ -85,6 +85,12 @@ class Masks:
         return {name: mask | grown[name] if name in grown else mask for name, mask in self._kept.items()}
 
     @property
+    def num_dead(self) -> dict[str, int]:
+        """Number of kept candidates, by layer, that slimming took along: they led nowhere, or came from nowhere."""
+        left = {name: self._plan.cut(self._names[name], self._kept[name]) for name in self._parameters}
+        return {name: count - int(left[name].sum()) if name in left else 0 for name, count in self._num_kept.items()}
+
+    @property
     def num_kept(self) -> dict[str, int]:
         """Layer → number of candidates that are kept."""
         return self._num_kept if self.held else {name: int(mask.sum()) for name, mask in self.kept.items()}

@@ -52,7 +52,7 @@ class Pruner:
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
         plan: the plan of this pruner's own slimming; None before.
-        not_removed: why nothing could be removed physically; None if nothing stood in the way.
+        not_removed: what could not be removed physically, and why; None if everything went.
 
     Raises:
         ValueError: nothing to prune, patterns that match nothing.
@@ -71,6 +71,7 @@ class Pruner:
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
         self._refused: CaptureError | None = None  # the innermost one
+        self._never_ran: dict[str, str] = dict(state.get("never_ran", {}))
         self.granularity = self._found()
         self.recorder = Recorder(model, self.granularity.names, innermost=not self.granularity.slims_in_fit)
         self._record = Record(state.get("sizes"), state.get("evidence", {}))
@@ -90,6 +91,7 @@ class Pruner:
         # In a fit that goes on, layers no longer look as they did when it began.
         self._fresh = self._state.get("fresh", {}) if "kept" in self._state else granularity.fresh()
         granularity.leave_out(self._fresh)
+        granularity.leave_out(self._never_ran)
         _log_reasons(granularity.not_pruned)
         return granularity
 
@@ -246,6 +248,31 @@ class Pruner:
 
     # ---- pruning
 
+    def leave_out_unseen(self, found: Mapping[str, Any], reason: str) -> bool:
+        """Leave layers alone of which nothing was seen in the epoch; returns whether there were any.
+
+        Args:
+            found: what was seen, by layer.
+            reason: why nothing may have been seen of the others.
+
+        Raises:
+            ValueError: such a layer is named by `include`, or some of its candidates are pruned already.
+        """
+        unseen = [name for name in self.granularity.names if name not in found]
+        if not unseen:
+            return False
+        pruned = [name for name in unseen if not bool(self.masks.kept[name].all())]
+        if self._settings.include is not None or pruned:
+            raise ValueError(
+                f"layers {pruned or unseen} cannot be ranked: {reason}; leave them out with exclude={pruned or unseen}"
+            )
+        log.warning("layers %s are not pruned: %s", unseen, reason)
+        self._never_ran |= dict.fromkeys(unseen, reason)
+        left = {name: mask for name, mask in self.masks.kept.items() if name not in unseen}
+        self.granularity.leave_out(self._never_ran)
+        self._replace_masks(self._make_masks(left, self.masks.held))
+        return True
+
     def decide(
         self, statistics: Mapping[str, FeatureStatistics], gradients: Mapping[str, GradientStatistics]
     ) -> Decision:
@@ -282,6 +309,7 @@ class Pruner:
             log.warning("nothing was physically removed, the masks stay: %s", error)
             return None
         self.plan = plan
+        self.not_removed = "\n".join(filter(None, (self.not_removed, self.granularity.still_there(plan)))) or None
         for module in (self._model, *self.copies.outside):
             carry(module)
         self.copies.average_exactly()
@@ -348,6 +376,7 @@ class Pruner:
             "not_pruned": dict(self.granularity.not_pruned),
             "fresh": dict(self._fresh),
             "not_removed": self.not_removed,
+            "never_ran": dict(self._never_ran),
             "settled": self.recorder.closed,
             "networks": [network.state_dict() for network in self.recorder.networks.values()],
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},

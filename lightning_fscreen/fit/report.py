@@ -31,12 +31,15 @@ class LayerReport:
         evidence: the evidence of the last ranking; for `criterion="screening"` the counts of `Evidence`: features, how
             many of them which test spoke for, how many were shrunk, and why none was where magnitude ranked alone.
             None if the criterion does not say.
+        dead: how many of those that remain did nothing and went when the network became smaller: connections into units
+            that nobody reads, or out of units that are always zero; channels that nobody reads.
     """
 
     name: str
     total: int
     kept: int
     evidence: Mapping[str, Any] | None = None
+    dead: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class PruningReport:
         before, after: size of the network at the start of the fit, and now.
         removed: hidden units and channels physically removed, by layer.
         not_pruned: layers that were left alone, and why.
-        not_removed: why nothing could be removed physically; None if nothing stood in the way.
+        not_removed: what was pruned but could not be removed physically, and why; None if everything went.
     """
 
     granularity: str
@@ -245,9 +248,9 @@ class Record:
             masks: the masks now.
             others: the other attributes of `PruningReport`.
         """
-        num_kept = masks.num_kept
+        num_kept, dead = masks.num_kept, masks.num_dead
         layers = tuple(
-            LayerReport(name, mask.numel(), num_kept[name], self.evidence.get(name))
+            LayerReport(name, mask.numel(), num_kept[name], self.evidence.get(name), dead[name])
             for name, mask in masks.kept.items()
         )
         return PruningReport(layers=layers, before=self.before, after=self.after, **others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.planning import Change, make_change
-from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.rewrite import Undo, install
+from lightning_fscreen.slimming.slots import Assumption
 from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import Verification, VerificationError
 
@@ -32,7 +33,8 @@ def remove_dead_slots(
 ) -> SlimmingPlan:
     """Plan the removal of all dead slots, carry it out in place, verify it, and remember the plan on the layers.
 
-    Sizes in forward are taken for computed; if verification refuses that, they are taken for written as numbers.
+    Sizes in forward are taken for computed; if verification refuses that, it is found out by trying which lines of the
+    source have them written as numbers.
 
     Args:
         network: the network.
@@ -51,29 +53,71 @@ def remove_dead_slots(
             other slots; network and copies are untouched then.
     """
 
-    def change(literal: bool) -> tuple[Change, bool]:
-        slots = find_slots(network, captured, off and off(), literal=literal)
-        return make_change(network, slots), bool(slots.assumed)
+    def change(literal: Collection[str] = (), attributes: bool = False) -> tuple[Change, Mapping[str, Assumption]]:
+        switched = off and off()
+        slots = find_slots(network, captured, switched, literal)
+        return make_change(network, slots, switched, attributes), slots.assumed
 
-    own, assumed = change(literal=False)
+    def carry_out(own: Change, literal: Collection[str] = (), attributes: bool = False) -> Undo:
+        for follower in followers:
+            follower.plan(lambda: change(literal, attributes)[0], own)
+        return _apply(network, own, verification, followers)
+
+    own, assumed = change()
     if not own.plan:
         return own.plan
     verification = Verification(network, args, kwargs, training=off is not None)
     followers = [_Follower(copy, network, args, kwargs, off is not None) for copy in copies]
     try:
-        for follower in followers:
-            follower.plan(change, own, literal=False)
-        _apply(network, own, verification, followers)
+        carry_out(own)
     except VerificationError as error:
         if not assumed:
             raise
-        log.warning("sizes seem to be written into forward, their channels stay: %s", error)
-        own, _ = change(literal=True)
-        if own.plan:
-            for follower in followers:
-                follower.plan(change, own, literal=True)
-            _apply(network, own, verification, followers)
+        log.info("sizes seem to be written into forward: %s", error)
+
+        def attempt(literal: Collection[str]) -> tuple[Change, Undo]:
+            own, _ = change(literal, attributes=True)
+            return own, carry_out(own, literal, attributes=True) if own.plan else _nothing
+
+        own = _take_literally(attempt, assumed)
+    attach(network, own.plan)
+    for follower in followers:
+        follower.copy.attach(own.plan)
     return own.plan
+
+
+def _nothing() -> None:
+    """Undo nothing."""
+
+
+def _take_literally(
+    attempt: Callable[[Collection[str]], tuple[Change, Undo]], assumed: Mapping[str, Assumption]
+) -> Change:
+    """Find the lines of the source that have sizes written as numbers, by trying; their channels stay.
+
+    Numbers that are attributes of their module are changed with the channels.
+    """
+
+    def literally(lines: Collection[str]) -> tuple[Change, Undo]:
+        return attempt({name for name, assumption in assumed.items() if assumption.line in lines})
+
+    lines: list[str] = []
+    try:
+        own, undo = literally(lines)
+    except VerificationError:
+        lines = list(dict.fromkeys(assumption.line for assumption in assumed.values()))
+        own, undo = literally(lines)
+    for line in list(lines) if len(lines) > 1 else []:
+        undo()
+        try:
+            own, undo = literally([other for other in lines if other != line])
+        except VerificationError:
+            own, undo = literally(lines)
+            continue
+        lines.remove(line)
+    for line in lines:
+        log.warning("sizes are written into forward as numbers, so channels stay there: %s", line)
+    return own
 
 
 class _Follower:
@@ -86,7 +130,7 @@ class _Follower:
         with copy.worn_by(network):
             self._verification = Verification(network, args, kwargs, training)
 
-    def plan(self, change: Callable[[bool], tuple[Change, bool]], own: Change, literal: bool) -> None:
+    def plan(self, change: Callable[[], Change], own: Change) -> None:
         """Find its new tensors.
 
         Raises:
@@ -94,7 +138,7 @@ class _Follower:
                 a layer that it shares with the network.
         """
         with self.copy.worn_by(self._network):
-            self.change, _ = change(literal)
+            self.change = change()
         if not self.change.plan.is_like(own.plan):
             raise VerificationError(
                 f"{self.copy.name} would lose other channels than the network that it is a copy of, because values "
@@ -116,17 +160,19 @@ class _Follower:
                 raise VerificationError(f"{self.copy.name}: {error}") from error
 
 
-def _apply(network: nn.Module, change: Change, verification: Verification, followers: Sequence[_Follower]) -> None:
-    undo = [install(network, change.plan, change.tensors)]
+def _apply(network: nn.Module, change: Change, verification: Verification, followers: Sequence[_Follower]) -> Undo:
+    steps = [install(network, change.plan, change.tensors)]
+
+    def undo() -> None:
+        for step in reversed(steps):
+            step()
+
     try:
         verification.check(change.tensors)
         for follower in followers:
-            undo.append(follower.copy.install(change.plan, follower.change.tensors))
+            steps.append(follower.copy.install(change.plan, follower.change.tensors))
             follower.check()
     except BaseException:
-        for step in reversed(undo):
-            step()
+        undo()
         raise
-    attach(network, change.plan)
-    for follower in followers:
-        follower.copy.attach(change.plan)
+    return undo

@@ -105,7 +105,7 @@ def join_parts(parts: Mapping[str, SlimmingPlan]) -> SlimmingPlan:
     def union(field: str) -> dict[str, object]:
         return {name: value for part in moved for name, value in getattr(part, field).items()}
 
-    fields = ("shapes", "cuts", "groups", "selects", "streams", "pinned", "removed")
+    fields = ("shapes", "cuts", "groups", "selects", "streams", "pinned", "removed", "kept_for", "attributes")
     return SlimmingPlan(
         biases=tuple(name for part in moved for name in part.biases),
         **{field: union(field) for field in fields},  # type: ignore[arg-type]
@@ -155,7 +155,18 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
     names: dict[str, list[str]] = {}
     for name in plan.cuts:
         names.setdefault(name.rpartition(".")[0], []).append(name)
-    owners = dict.fromkeys([*names, *plan.groups, *plan.biases, *plan.selects, *plan.streams, *plan.removed])
+    owners = dict.fromkeys(
+        [
+            *names,
+            *plan.groups,
+            *plan.biases,
+            *plan.selects,
+            *plan.streams,
+            *plan.removed,
+            *plan.kept_for,
+            *plan.attributes,
+        ]
+    )
     return {
         owner: SlimmingPlan(
             {name.rpartition(".")[2]: plan.shapes[name] for name in names.get(owner, ())},
@@ -165,6 +176,8 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             {"": plan.selects[owner]} if owner in plan.selects else {},
             removed={"": plan.removed[owner]} if owner in plan.removed else {},
             streams={"": plan.streams[owner]} if owner in plan.streams else {},
+            kept_for={"": plan.kept_for[owner]} if owner in plan.kept_for else {},
+            attributes={"": plan.attributes[owner]} if owner in plan.attributes else {},
         )
         for owner in owners
     }

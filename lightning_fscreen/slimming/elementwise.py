@@ -39,7 +39,7 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False) -> Value:
         raise Unsupported("it has more than one output")
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
-    labels = _unify_operands(walk, operands, shape)
+    labels = unify_operands(walk, operands, shape)
     known = torch.ones([1] * rank, dtype=torch.bool)
     for operand in operands:
         known = known & _with_rank(operand.known, rank)
@@ -58,6 +58,23 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False) -> Value:
             constant = torch.where(zero, 0.0, constant)
             known = known | zero
     return Value(shape, labels, constant, known)
+
+
+def copy(walk: Walk, node: Any) -> Value:
+    """What is copied into a tensor takes the place of its elements, and goes with them."""
+    target, source = (_operand(walk, item) for item in node.args[:2])
+    labels = unify_operands(walk, [target, source], target.shape)
+    rank = len(target.shape)
+    return Value(target.shape, labels, _with_rank(source.constant, rank), _with_rank(source.known, rank))
+
+
+def fill(walk: Walk, node: Any) -> Value:
+    """The same number everywhere."""
+    value = walk.value(node.args[0])
+    number = node.args[1] if len(node.args) > 1 else 0.0
+    if isinstance(number, fx.Node):
+        raise Unsupported("it fills in a number that is computed from values")
+    return Value(value.shape, value.labels, torch.full_like(value.constant, number), torch.ones_like(value.known))
 
 
 def cast(walk: Walk, node: Any) -> Value:
@@ -126,7 +143,7 @@ def _parameter(walk: Walk, name: str) -> Value:
     return value
 
 
-def _unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) -> Tensor:
+def unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) -> Tensor:
     """Elements that meet share their slot; an operand of size 1 along the others' slots only broadcasts."""
     ranked = [(_with_rank(v.labels, len(shape)), (1,) * (len(shape) - len(v.shape)) + v.shape) for v in operands]
     varying = [dim for dim in range(len(shape)) if any(labels.shape[dim] > 1 for labels, _ in ranked)]
@@ -149,6 +166,8 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys((*ACTIVATIONS, *_POINTWISE), pointwise),
     **dict.fromkeys(("mul", "mul_"), partial(pointwise, zero_absorbs=True)),
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
+    "copy_": copy,
+    **dict.fromkeys(("fill_", "zero_"), fill),
     "prelu": prelu,
     **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "feature_dropout_"), dropout),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), partial(dropout, keeps_zero=False)),

@@ -15,7 +15,8 @@ from lightning_fscreen.modules import own_tensors, uncompiled, why_fixed
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
-from lightning_fscreen.slimming.readers import NormReader
+from lightning_fscreen.slimming.planning import carriable
+from lightning_fscreen.slimming.readers import GroupedReader, NormReader
 from lightning_fscreen.slimming.slots import SlotGraph
 
 STAYS = -1
@@ -109,7 +110,7 @@ def gates_of(network: nn.Module, captured: Capture) -> list[Gate]:
     slots = find_slots(network, captured, off)
     _couple(slots)
     root = slots.components(pinned=False)
-    why_not = _why_not(slots, root)
+    why_not = _why_not(network, slots, root)
     units: dict[str, tuple[int, ...]] = {}
     for name, module in modules.items():
         units[name] = (STAYS,) * int(module.num_features)
@@ -147,7 +148,7 @@ def fixed_reasons(modules: Mapping[str, _BatchNorm]) -> dict[str, str]:
     return reasons
 
 
-def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
+def _why_not(network: nn.Module, slots: SlotGraph, root: Tensor) -> dict[int, str]:
     """Classes of slots that cannot go although all gates are off, and why."""
     reasons: dict[int, str] = {}
     for labels, reason in slots.pins:
@@ -158,6 +159,10 @@ def _why_not(slots: SlotGraph, root: Tensor) -> dict[int, str]:
         itself = root[reader.inputs] == root[reader.outputs] if isinstance(reader, NormReader) else False
         for label in root[reader.inputs[~reader.known & ~torch.as_tensor(itself)]].unique().tolist():
             reasons.setdefault(label, f"{reader.layer!r} reads it mixed with channels that no gate can switch off")
+    for reader, carried in zip(slots.readers, carriable(network, slots), strict=True):
+        lost = reader.known & ~(carried.silent() if isinstance(reader, GroupedReader) else carried.known)
+        for label in root[reader.inputs[lost]].unique().tolist():
+            reasons.setdefault(label, f"{reader.layer!r} would still read a constant of it that nothing else can carry")
     return reasons
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import named_tensors, own_tensors
+from lightning_fscreen.slimming.aliases import Aliases
 from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.slots import SlotGraph, Value
+from lightning_fscreen.slimming.slots import Assumption, SlotGraph, Value
 
 Handler = Callable[["Walk", Any], Any]
 """(walk, node) → the `Value` of the operator's output, or a list of them; raises `Unsupported` if it cannot tell."""
@@ -58,8 +59,8 @@ class Walk:
         captured: its graph.
         handlers: operator name → transfer function.
         off: batch norm → its channels that are switched off.
-        literal: take sizes in `view` and the like for numbers written into forward, which must stay; otherwise for
-            computed from the input's shape.
+        literal: operators (names of nodes: `view` and the like) whose sizes are numbers written into forward, which
+            must stay; others' are taken for computed from the input's shape.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class Walk:
         captured: Capture,
         handlers: Mapping[str, Handler],
         off: Mapping[str, Off] | None = None,
-        literal: bool = False,
+        literal: Collection[str] = (),
     ) -> None:
         self.slots = SlotGraph()
         self.modules = dict(network.named_modules())
         self.off = off
-        self.literal = literal
+        self._literal = literal
         self.values: dict[fx.Node, Any] = {}
+        self._aliases = Aliases(self.values)
         self.streams: dict[fx.Node, Tensor] = {}  # selects of ours → the channels of the stream that they select from
         self._graph = captured.graph
         self._handlers = handlers
@@ -150,6 +152,24 @@ class Walk:
             self.opaque.setdefault(self.names[node.name], reason)
         pytree.tree_map_only(Value, lambda value: self.slots.pin(value.labels, reason), self.values[node])
 
+    def is_computed(self, node: fx.Node, *values: Value) -> bool:
+        """Whether the sizes of a call are taken for computed from its input's shape.
+
+        Args:
+            node: the call.
+            values: what it takes and gives.
+        """
+        if node.name in self._literal:
+            return False
+        line = "\n".join((node.meta.get("stack_trace") or node.name).strip().splitlines()[-2:]).strip()
+        self.slots.assumed[node.name] = Assumption(line, module_of(node), values)
+        return True
+
+    def keep_all(self, node: fx.Node, labels: Tensor, reason: str) -> None:
+        """An operator whose sizes count these slots: they have to stay."""
+        self.slots.pin(labels, reason)
+        self.slots.pinned[node.name] = reason
+
     def _call(self, node: Any) -> Any:
         try:
             if node.target is operator.getitem:
@@ -167,7 +187,9 @@ class Walk:
         except GuardOnDataDependentSymNode:  # raised by torch where a size is only known when forward runs
             result = self._pinned(node, Unsupported("a size depends on values"))
         for source in written(node):  # whoever reads the argument later sees the result
-            self.values[source] = result if isinstance(result, Value) else Value.pinned(self.values[source].shape)
+            shape = tuple(source.meta["val"].shape)
+            self._aliases.write(source, result if isinstance(result, Value) else Value.pinned(shape))
+        self._aliases.note(node)
         return result
 
     def _item(self, node: Any) -> Any:
@@ -178,7 +200,9 @@ class Walk:
 
     def _pinned(self, node: Any, unsupported: Unsupported) -> Any:
         """Pin the inputs of an operator, and its output."""
-        reason = f"operator {node.target}: {unsupported}"
+        name = operator_name(node) or getattr(node.target, "__name__", str(node.target))
+        module = module_of(node)
+        reason = f"operation {name!r}{f' in module {module!r}' if module else ''}: {unsupported}"
         for source in node.all_input_nodes:
             self.pin(source, reason)
         self.slots.pinned[node.name] = reason
@@ -190,6 +214,12 @@ class Walk:
 def operator_name(node: Any) -> str:
     """`relu_` for the node of `aten.relu_.default`, `mine::gate` for `mine.gate.default`; "" if it is no operator."""
     return node.target.name().removeprefix("aten::").split(".")[0] if hasattr(node.target, "name") else ""
+
+
+def module_of(node: Any) -> str:
+    """Name of the module whose forward makes a call."""
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(modules[-1][0]) if modules else ""
 
 
 def arguments(node: Any) -> dict[str, Any]:

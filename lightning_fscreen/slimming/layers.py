@@ -180,9 +180,12 @@ def batch_norm(walk: Walk, node: Any) -> Value:
     else:
         walk.slots.streams[module] = stream
     walk.slots.gates[module] = outputs
-    walk.slots.readers.append(NormReader(layer=module, inputs=labels, outputs=outputs, constant=constant, known=known))
+    off = None if walk.off is None else walk.off.get(module)
+    silenced = torch.zeros_like(known) if off is None else off.pruned
+    walk.slots.readers.append(
+        NormReader(layer=module, inputs=labels, outputs=outputs, constant=constant, known=known, off=silenced)
+    )
     if walk.off is not None:
-        off = walk.off.get(module)
         if off is None:
             return by_channel(node, 1, outputs, torch.zeros_like(constant), torch.zeros_like(known))
         return by_channel(node, 1, outputs, torch.where(off.pruned, off.constant, 0.0), off.pruned)

@@ -86,7 +86,7 @@ def _keep_one_carrier(readers: Sequence[Reader], root: Tensor, live: Tensor) -> 
 
 
 def _keep_shapes(slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live: Tensor) -> Tensor:
-    """Living slots, one slot of every dimension, and the inputs of every batch norm's channels that are kept."""
+    """Living slots, one slot of every dimension, and the inputs that kept channels of batch norms normalise."""
     kept = live.clone()
     while True:
         before = int(kept.sum())
@@ -95,6 +95,6 @@ def _keep_shapes(slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live
                 kept[root[labels[0]]] = True
         for reader in readers:
             if isinstance(reader, NormReader):
-                kept[root[reader.inputs[kept[root[reader.outputs]]]]] = True
+                kept[root[reader.inputs[kept[root[reader.outputs]] & ~reader.off]]] = True
         if int(kept.sum()) == before:
             return kept

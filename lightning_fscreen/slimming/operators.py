@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from lightning_fscreen.slimming import elementwise, layers, pooling, shapes
+from lightning_fscreen.slimming import elementwise, layers, parts, pooling, shapes
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.interpreter import Handler, Off, Walk
 from lightning_fscreen.slimming.slots import SlotGraph
 
-HANDLERS: dict[str, Handler] = {**elementwise.HANDLERS, **shapes.HANDLERS, **pooling.HANDLERS, **layers.HANDLERS}
+HANDLERS: dict[str, Handler] = {
+    **elementwise.HANDLERS,
+    **shapes.HANDLERS,
+    **parts.HANDLERS,
+    **pooling.HANDLERS,
+    **layers.HANDLERS,
+}
 """Operator → handler; operators of torch by their own name, others as `namespace::name`."""
 
 
 def find_slots(
-    network: nn.Module, captured: Capture, off: Mapping[str, Off] | None = None, literal: bool = False
+    network: nn.Module, captured: Capture, off: Mapping[str, Off] | None = None, literal: Collection[str] = ()
 ) -> SlotGraph:
     """Walk over a captured network; see `Walk`."""
     return Walk(network, captured, HANDLERS, off, literal).run()

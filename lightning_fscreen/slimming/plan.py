@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors, own_tensors
+from lightning_fscreen.slimming.attributes import Attributes, attributes_from_json, attributes_to_json, followed
 from lightning_fscreen.slimming.summary import plan_table
 from lightning_fscreen.tables import Table
 
@@ -39,6 +41,8 @@ class SlimmingPlan:
         removed: units or channels removed, by layer; of batch norms, if they select. Likewise.
         streams: batch norm that selects → indices, in the full-size network, of the channels of its input that stay.
             What it selects follows from them and from its own cuts, so that neither can be wrong alone.
+        kept_for: batch norms that keep channels which are switched off, how many, and why; a record.
+        attributes: module → {attribute: (size before, size after)}: numbers in forward that count channels.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -49,6 +53,8 @@ class SlimmingPlan:
     pinned: dict[str, str] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
     streams: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kept_for: dict[str, str] = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> SlimmingPlan:
         """Itself: nobody changes a plan."""
@@ -74,7 +80,7 @@ class SlimmingPlan:
 
     def is_like(self, other: SlimmingPlan) -> bool:
         """Whether both do the same to a network."""
-        fields = ("shapes", "cuts", "groups", "biases", "selects")
+        fields = ("shapes", "cuts", "groups", "biases", "selects", "attributes")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 
     def under(self, prefix: str) -> SlimmingPlan:
@@ -88,6 +94,8 @@ class SlimmingPlan:
             dict(self.pinned),
             {join(prefix, name): count for name, count in self.removed.items()},
             {join(prefix, name): indices for name, indices in self.streams.items()},
+            {join(prefix, name): reason for name, reason in self.kept_for.items()},
+            {join(prefix, name): values for name, values in self.attributes.items()},
         )
 
     def within(self, prefix: str) -> SlimmingPlan:
@@ -108,6 +116,8 @@ class SlimmingPlan:
             dict(self.pinned),
             inner(self.removed),
             inner(self.streams),
+            inner(self.kept_for),
+            inner(self.attributes),
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:
@@ -131,6 +141,8 @@ class SlimmingPlan:
             {**self.pinned, **second.pinned},
             {**self.removed, **removed},
             {**self.streams, **self._streams_after(second)},
+            {**self.kept_for, **second.kept_for},
+            followed(self.attributes, second.attributes),
         )
 
     def _streams_after(self, second: SlimmingPlan) -> dict[str, tuple[int, ...]]:
@@ -188,6 +200,14 @@ class SlimmingPlan:
         for name in (*self.groups, *self.biases):
             if not isinstance(modules.get(name), nn.Linear | _ConvNd):
                 raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
+        for name, values in self.attributes.items():
+            for attribute, (before, _) in values.items():
+                found = getattr(modules.get(name), attribute, None)
+                if found != before:
+                    raise PlanError(
+                        f"the plan was made for {join(name, attribute)!r} equal to {before}, this model's is {found}; "
+                        "pass a fresh, full-size instance of the model that was slimmed"
+                    )
         for name in self.selects:
             self._check_select(name, modules.get(name), type(network).__name__, first)
         norms = [name for name in self.removed if isinstance(modules[name], _BatchNorm)]
@@ -207,21 +227,20 @@ class SlimmingPlan:
             raise PlanError(f"the plan selects channels for batch norm {name!r}, which {network} does not have")
         tensor = module.weight if module.weight is not None else module.running_mean
         shape = () if tensor is None else tuple(tensor.shape)
-        _check_indices(f"{name} (selected channels)", 0, self.selects[name], shape)
+        _check_indices(f"{name} (selected channels)", 0, self.selects[name], shape, repeated=True)
         planned = self.cuts.get(first.get(id(tensor), ""), {}).get(0)
         own = planned if planned is not None else tuple(range(shape[0]))
         if len(self.selects[name]) != len(own):
             raise PlanError(
                 f"the plan selects {len(self.selects[name])} channels for batch norm {name!r}, which has {len(own)}"
             )
-        if name not in self.removed:
+        if name not in self.removed and len(own) < shape[0]:
             raise PlanError(f"the plan selects channels for batch norm {name!r}, of which it removes none")
         if name in self.streams:  # older versions did not write it
             stream = self.streams[name]
             _check_indices(f"{name} (its input)", 0, stream, shape)
-            if any(index >= len(stream) for index in self.selects[name]) or own != tuple(
-                stream[index] for index in self.selects[name]
-            ):
+            # Of a channel whose input is gone (its scale is zero), the one before it.
+            if self.selects[name] != tuple(max(bisect_right(stream, channel) - 1, 0) for channel in own):
                 raise PlanError(f"the plan selects other channels for batch norm {name!r} than those that it keeps")
 
     def _check_groups(self, name: str, module: nn.Linear | _ConvNd, weight: str) -> None:
@@ -260,6 +279,8 @@ class SlimmingPlan:
                 "pinned": self.pinned,
                 "removed": self.removed,
                 "streams": self.streams,
+                "kept_for": self.kept_for,
+                "attributes": attributes_to_json(self.attributes),
             }
         )
 
@@ -286,6 +307,8 @@ class SlimmingPlan:
                 {str(name): str(reason) for name, reason in data["pinned"].items()},
                 {str(name): _integer(count) for name, count in data["removed"].items()},
                 {str(name): tuple(map(_integer, kept)) for name, kept in data.get("streams", {}).items()},
+                {str(name): str(reason) for name, reason in data.get("kept_for", {}).items()},  # not in older ones
+                attributes_from_json(data.get("attributes", {}), _integer),
             )
         except PlanError:
             raise
@@ -299,10 +322,10 @@ def _integer(value: Any) -> int:
     return value
 
 
-def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def _check_indices(name: str, dim: int, kept: tuple[int, ...], shape: tuple[int, ...], repeated: bool = False) -> None:
     if not 0 <= dim < len(shape):
         raise PlanError(f"the plan cuts dimension {dim} of {name!r}, which has shape {shape}")
-    if not kept or any(second <= first for first, second in pairwise(kept)):
+    if not kept or any(second < first or (second == first and not repeated) for first, second in pairwise(kept)):
         raise PlanError(f"the plan's indices for dimension {dim} of {name!r} are empty, repeated or not ascending")
     if kept[0] < 0 or kept[-1] >= shape[dim]:
         wrong = kept[0] if kept[0] < 0 else kept[-1]

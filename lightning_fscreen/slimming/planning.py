@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name
+from lightning_fscreen.slimming.attributes import proposed_attributes
+from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.leftovers import kept_for
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.readers import DenseReader, Reader
@@ -30,8 +33,17 @@ class Change:
     tensors: dict[str, Tensor] = field(repr=False)
 
 
-def make_change(network: nn.Module, slots: SlotGraph) -> Change:
-    """The plan that removes all dead slots; network and slots stay as they are."""
+def make_change(
+    network: nn.Module, slots: SlotGraph, off: Mapping[str, Off] | None = None, attributes: bool = False
+) -> Change:
+    """The plan that removes all dead slots; network and slots stay as they are.
+
+    Args:
+        network: the network.
+        slots: its slots.
+        off: batch norm → its channels that are switched off.
+        attributes: whether attributes of modules that seem to count channels change with them.
+    """
     tensors, modules = named_tensors(network), dict(network.named_modules())
     readers = carriable(network, slots)
     live, kept = live_slots(slots, readers)
@@ -48,6 +60,8 @@ def make_change(network: nn.Module, slots: SlotGraph) -> Change:
         pinned=dict(slots.pinned),
         removed=_removed(modules, slots, dense, selects, kept),
         streams=streams,
+        kept_for=kept_for(slots, readers, live, kept, off or {}),
+        attributes=proposed_attributes(network, slots.assumed.values(), kept) if attributes else {},
     )
     new = {name: plan.cut(name, tensor) for name, tensor in folds.items()}
     new |= {name: plan.cut(name, tensors[name].detach()) for name in cuts if name not in folds}
@@ -139,7 +153,7 @@ def _selects(
     selects, streams = {}, {}
     for name, stream in slots.streams.items():
         present = kept[stream.labels]
-        places = present.cumsum(0) - 1
+        places = (present.cumsum(0) - 1).clamp(min=0)  # where the own channel is gone, the last one before it
         indices = places[stream.indices[kept[slots.gates[name]]]].tolist()
         present_select = selected(modules[name])
         now = list(range(int(present.sum()))) if present_select is None else present_select.tolist()

@@ -44,14 +44,27 @@ def reduce(walk: Walk, node: Any, adds: bool = False) -> Value:
     dims = given.get("dim")
     dims = range(rank) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
     dims = [dim % rank for dim in dims] if rank else []
-    parts = [value.labels, *torch.broadcast_tensors(value.constant, value.known)]
-    if any(part.shape[dim] > 1 for part in parts for dim in dims):
+    if any(value.labels.shape[dim] > 1 for dim in dims):
         raise Unsupported("it mixes channels")
-    if adds:
-        parts[2] = parts[2] & (parts[1] == 0)
+    constant, known = torch.broadcast_tensors(value.constant, value.known)
+    branches = [dim for dim in dims if constant.shape[dim] > 1]  # of a stack; the others are positions
+    if branches:
+        constant = node.target(constant, branches, keepdim=True)
+        known = known.all(branches, keepdim=True)
+    elif adds:
+        known = known & (constant == 0)
+    parts = [value.labels, constant, known]
     if not given.get("keepdim"):
         parts = [part.squeeze(dims) for part in parts]
     return Value(tuple(node.meta["val"].shape), *parts)
+
+
+def softmax(walk: Walk, node: Any) -> Value:
+    """Over positions, or over the branches of a stack."""
+    value = walk.value(node.args[0])
+    if value.labels.shape[arguments(node)["dim"]] > 1:
+        raise Unsupported("it normalises over all channels")
+    return Value(value.shape, value.labels, torch.zeros_like(value.constant), torch.zeros_like(value.known))
 
 
 def _pools(names: str, averages: bool = False) -> dict[str, Handler]:
@@ -67,4 +80,5 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), partial(pool, rank=2)),
     **dict.fromkeys(("mean", "amax", "amin"), reduce),
     "sum": partial(reduce, adds=True),
+    **dict.fromkeys(("softmax", "log_softmax"), softmax),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -83,12 +82,18 @@ class GroupedReader(Reader):
 
 @dataclass(frozen=True, kw_only=True)
 class NormReader(Reader):
-    """A batch norm: every channel reads its own channel of the stream, and may leave it to others."""
+    """A batch norm: every channel reads its own channel of the stream, and may leave it to others.
+
+    Attributes:
+        off: (out,) bool, channels whose scale is zero: any channel of the stream will do for them.
+    """
+
+    off: Tensor
 
     def reads(self, rows: Tensor) -> Tensor:
         """The same channels."""
         return rows
 
     def spared(self) -> Tensor:
-        """None: every output channel needs an input channel."""
-        return torch.zeros_like(self.known)
+        """Those that are multiplied by zero; every other output channel needs its input channel."""
+        return self.off

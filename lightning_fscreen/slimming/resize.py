@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors
+from lightning_fscreen.slimming.attributes import set_attributes
 from lightning_fscreen.slimming.carried import attach_lost_plan, attach_plan, detach_plans, plan_of
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.rewrite import Undo, install, original_groups
@@ -46,11 +47,13 @@ def grow(network: nn.Module) -> Undo:
         module.groups = original_groups(module)  # type: ignore[assignment]
     for name in plan.selects:
         drop_select(network.get_submodule(name))
+    undo_attributes = set_attributes(network, plan.attributes, before=True)
     undo_install = install(network, SlimmingPlan(), new)
     detach_plans(network)
 
     def undo() -> None:
         undo_install()
+        undo_attributes()
         for layer, bias in biases.items():
             network.get_submodule(layer).bias = bias
         for layer, groups in now.items():

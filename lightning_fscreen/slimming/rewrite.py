@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_fscreen.modules import join, own_tensors, parameters_by_name, put_tensor
+from lightning_fscreen.slimming.attributes import set_attributes
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.select import put_select
 
@@ -57,6 +58,7 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
         undo.append(_restore(modules[name], "groups"))
         modules[name].__dict__.setdefault(_GROUPS, modules[name].groups)
         modules[name].groups = groups
+    undo.append(set_attributes(network, plan.attributes))
     for name, indices in plan.selects.items():
         device = next(tensor.device for tensor in (*modules[name].parameters(), *modules[name].buffers()))
         undo.append(put_select(modules[name], indices, device))

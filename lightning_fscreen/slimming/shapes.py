@@ -1,7 +1,9 @@
-"""Handlers of the operators that rearrange elements: reshaping, splitting, joining, padding."""
+"""Handlers of the operators that rearrange elements: reshaping, padding, and tensors made on the spot."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,11 +64,12 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
     fixed = [dim for dim in varying if first <= dim < first + len(sizes) and sizes[dim - first] != -1]
     if not fixed:
         return
-    if walk.literal:
-        _pin_literal(walk, node, result.labels, f"{operator_name(node)} has sizes {sizes} written into forward")
+    if not walk.is_computed(node, walk.value(node.args[0]), result):
+        walk.keep_all(node, result.labels, f"{operator_name(node)} has sizes {sizes} written into forward")
         return
-    walk.slots.assumed.append(node.name)
-    free = next((dim for dim in varying if dim not in fixed), varying[-1])
+    channels = _channel_dim(node)
+    last = channels if channels in varying else varying[-1]
+    free = next((dim for dim in varying if dim not in fixed), last)
     for dim in varying:
         if dim != free:
             row = result.labels.narrow(dim, 0, 1)
@@ -74,100 +77,26 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
             result.labels = row
 
 
-def _pin_literal(walk: Walk, node: Any, labels: Tensor, reason: str) -> None:
-    walk.slots.pin(labels, reason)
-    walk.slots.pinned[node.name] = reason
+def _channel_dim(node: Any) -> int | None:
+    """The dimension that a layer takes for the channels, where one reads this very shape."""
+    waiting, shape = [node], node.meta["val"].shape
+    for reached in waiting:
+        for user in reached.users:
+            if operator_name(user).startswith(("batch_norm", "conv")):
+                return 1
+            value = user.meta.get("val")
+            if isinstance(value, Tensor) and value.shape == shape and user not in waiting:
+                waiting.append(user)
+    return None
 
 
-def split(walk: Walk, node: Any) -> list[Value]:
-    """Parts of given sizes: equal parts lose the same channels, others none."""
-    value = walk.value(node.args[0])
-    dim, parts = _parts(node, value)
-    if value.labels.shape[dim] > 1:
-        _match_if_equal(walk, node, value, [part.labels for part in parts])
-    return [_compressed(part) for part in parts]
-
-
-def chunk(walk: Walk, node: Any) -> list[Value]:
-    """A given number of parts: equal parts lose the same channels, others none."""
-    value = walk.value(node.args[0])
-    dim, parts = _parts(node, value)
-    if value.labels.shape[dim] > 1:
-        if len({part.shape for part in parts}) > 1:
-            walk.slots.pin(value.labels, "chunk makes unequal parts of it")
-        else:
-            _match(walk, [part.labels for part in parts])
-    return [_compressed(part) for part in parts]
-
-
-def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
-    """The dimension that is divided, and the values of the parts, not yet compressed."""
-    dim = arguments(node)["dim"] % len(value.shape)
-    parts, start = [], 0
-    for output in node.meta["val"]:
-        size = output.shape[dim]
-        fields = (part if part.shape[dim] == 1 else part.narrow(dim, start, size) for part in value.fields())
-        parts.append(Value(tuple(output.shape), *fields))
-        start += size
-    return dim, parts
-
-
-def _match_if_equal(walk: Walk, node: Any, value: Value, labels: list[Tensor]) -> None:
-    """Sizes of parts: equal ones may be computed from the input's shape."""
-    if walk.literal or len({part.shape for part in labels}) > 1:
-        _pin_literal(walk, node, value.labels, f"{operator_name(node)} has sizes written into forward")
-    else:
-        walk.slots.assumed.append(node.name)
-        _match(walk, labels)
-
-
-def _match(walk: Walk, labels: list[Tensor]) -> None:
-    for part in labels[1:]:
-        walk.slots.unify(labels[0], part)
-
-
-def _compressed(value: Value) -> Value:
-    return Value(value.shape, *map(compress, value.fields()))
-
-
-def slice_(walk: Walk, node: Any) -> Value:
-    """A range of one dimension; two halves of the channels lose the same ones, with other ranges all stay."""
-    value = walk.value(node.args[0])
-    given = arguments(node)
-    dim, step = given["dim"] % len(value.shape), given["step"]
-    size = value.shape[dim]
-    start, stop, _ = slice(given["start"], given["end"], step).indices(size)
+def reshape_as(walk: Walk, node: Any) -> Value:
+    """As `move`; the channels of the result go with those of the tensor whose shape it takes."""
+    value, other = walk.value(node.args[0]), walk.value(node.args[1])
     shape = tuple(node.meta["val"].shape)
-    parts = [
-        part if part.shape[dim] == 1 else part[(slice(None),) * dim + (slice(start, stop, step),)]
-        for part in value.fields()
-    ]
-    if value.labels.shape[dim] > 1 and shape[dim] != size:
-        half = size % 2 == 0 and step == 1 and (start, stop) in ((0, size // 2), (size // 2, size))
-        whole = value.labels
-        _match_if_equal(walk, node, value, list(whole.chunk(2, dim)) if half else [whole.narrow(dim, 0, 1), whole])
-    return Value(shape, *map(compress, parts))
-
-
-def cat(walk: Walk, node: Any) -> Value:
-    """One after another."""
-    given = arguments(node)
-    shape = tuple(node.meta["val"].shape)
-    values = [walk.value(source) for source in given["tensors"]]
-    values = [value for value in values if value.shape != (0,)]
-    if not values:
-        return Value.pinned(shape)
-    rank = len(values[0].shape)
-    dim = given["dim"] % rank
-    joined = []
-    for parts in zip(*(value.fields() for value in values), strict=True):
-        shared = [max(part.shape[other] for part in parts) for other in range(rank)]
-        sized = [
-            part.expand([value.shape[dim] if other == dim else shared[other] for other in range(rank)])
-            for part, value in zip(parts, values, strict=True)
-        ]
-        joined.append(compress(torch.cat(sized, dim)))
-    return Value(shape, *joined)
+    result = Value(shape, *(compress(part.reshape(shape)) for part in value.parts()))
+    walk.slots.unify(result.labels, other.labels)
+    return result
 
 
 def expand_as(walk: Walk, node: Any) -> Value:
@@ -182,18 +111,28 @@ def pad(walk: Walk, node: Any) -> Value:
     """Positions are added at the border."""
     value = walk.value(node.args[0])
     given = arguments(node)
-    padded = range(len(value.shape) - len(given["pad"]) // 2, len(value.shape))
+    widths = given["pad"]  # from the last dimension on, two for each
+    padded = [len(value.shape) - 1 - index // 2 for index, width in enumerate(widths) if width]
     if any(value.labels.shape[dim] > 1 for dim in padded):
         raise Unsupported("it adds channels")
-    known = value.known
-    if given["mode"] == "constant":
-        known = known & (value.constant == (given["value"] or 0.0))
+    known, border = value.known, given["value"] or 0.0
+    # What is padded with -inf and pooled by the maximum is padded with nothing.
+    neutral = border == -math.inf and all("max_pool" in operator_name(user) for user in node.users)
+    if padded and given["mode"] == "constant" and not neutral:
+        known = known & (value.constant == border)
     return Value(tuple(node.meta["val"].shape), value.labels, value.constant, compress(known))
 
 
 def new(walk: Walk, node: Any) -> Value:
     """A tensor made on the spot; its sizes may depend on its position in the network, so it is not cut."""
     return Value.pinned(tuple(node.meta["val"].shape))
+
+
+def new_like(walk: Walk, node: Any, constant: float | None = None) -> Value:
+    """A tensor made on the spot in the shape of another one."""
+    value = walk.value(node.args[0])
+    filled = torch.full_like(value.constant, constant or 0.0)
+    return Value(value.shape, value.labels, filled, torch.full_like(value.known, constant is not None))
 
 
 def check(walk: Walk, node: Any) -> None:
@@ -204,7 +143,7 @@ _MOVES = """
     flatten unsqueeze unsqueeze_ permute transpose t numpy_T movedim swapaxes swapdims
 """.split()
 _NEW = """
-    empty zeros ones full rand randn arange scalar_tensor empty_like zeros_like ones_like rand_like randn_like
+    empty zeros ones full rand randn arange scalar_tensor
 """.split()
 
 HANDLERS: dict[str, Handler] = {
@@ -212,12 +151,12 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), resize),
     "unflatten": unflatten,
-    **dict.fromkeys(("split", "split_with_sizes"), split),
-    "chunk": chunk,
-    "slice": slice_,
-    "cat": cat,
+    **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand_as": expand_as,
     "pad": pad,
     **dict.fromkeys(_NEW, new),
+    **dict.fromkeys(("empty_like", "rand_like", "randn_like"), new_like),
+    "zeros_like": partial(new_like, constant=0.0),
+    "ones_like": partial(new_like, constant=1.0),
     **dict.fromkeys(("_assert_tensor_metadata", "_assert_scalar"), check),
 }

@@ -78,6 +78,21 @@ class Stream:
     indices: Tensor
 
 
+@dataclass(frozen=True)
+class Assumption:
+    """A call whose sizes were taken for computed from its input's shape, not written as numbers.
+
+    Attributes:
+        line: where it stands in the source.
+        module: the module whose forward it is in.
+        values: what it takes and gives.
+    """
+
+    line: str
+    module: str
+    values: tuple[Value, ...]
+
+
 @dataclass
 class SlotGraph:
     """Everything the walk finds out.
@@ -90,7 +105,7 @@ class SlotGraph:
         streams: batch norm → its input, where it is free to select channels of it.
         pinned: operators that could not be followed → reason.
         pins: slots that have to stay, and why.
-        assumed: operators whose sizes were taken for computed, not written as numbers.
+        assumed: operators whose sizes were taken for computed.
         trained: slots whose constant is a parameter, so that training changes it.
     """
 
@@ -101,7 +116,7 @@ class SlotGraph:
     streams: dict[str, Stream] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
-    assumed: list[str] = field(default_factory=list)
+    assumed: dict[str, Assumption] = field(default_factory=dict)
     trained: list[Tensor] = field(default_factory=list)
     _pairs: list[Tensor] = field(default_factory=list)
     _count: int = 1
@@ -117,7 +132,7 @@ class SlotGraph:
         first, second = torch.broadcast_tensors(first, second)
         pairs = torch.stack([first.flatten(), second.flatten()])
         stays = (pairs == PINNED).any(0)
-        self.pin(pairs[:, stays], "it meets a tensor that cannot be cut")
+        self.pin(pairs[:, stays], "it is added to, or multiplied by, a tensor whose channels all stay")
         self._pairs.append(pairs[:, ~stays].unique(dim=1))
 
     def pin(self, labels: Tensor, reason: str) -> None:

@@ -176,20 +176,25 @@ class ActivationCollector:
         Args:
             merge: merges the sums with those of other processes.
 
+        Returns:
+            Those of the layers that ran on instances with labels.
+
         Raises:
-            ValueError: NaN or inf activations (names the layer and the batch), a layer that never ran, labels outside
-                the classes, fewer than two classes.
+            ValueError: NaN or inf activations (names the layer and the batch), no layer that ran, labels outside the
+                classes, fewer than two classes.
         """
         self._flush()
         moments = merge(self._sums.moments)
+        self._check_finite(moments.class_sums.squares)
+        places = list(zip(self._probes, self._buffer.columns, strict=True))
+        ran = moments.counts.any(0)
+        if not bool(ran.any()):
+            raise ValueError(
+                f"none of the layers {[probe.name for probe in self._probes]} ran on an instance with a label, so "
+                f"there is no F-statistic; check the labels if all of them are {IGNORED}"
+            )
+        moments = type(moments)(*(sums[..., ran] for sums in moments))
         merged = moments.class_sums
-        self._check_finite(merged.squares)
-        for probe, columns in zip(self._probes, self._buffer.columns, strict=True):
-            if not bool(merged.counts[:, columns.start].any()):
-                raise ValueError(
-                    f"layer {probe.name!r} never ran on an instance with a label, so there is no F-statistic for it; "
-                    f"leave it out with exclude={probe.name!r}, or check the labels if all of them are {IGNORED}"
-                )
         counts = merged.counts.sum(0)
         offset = merged.sums.sum(0) / counts
         f, spread = f_statistic_compute(merged), spread_statistic(moments)
@@ -197,7 +202,11 @@ class ActivationCollector:
         mean_square = merged.squares / counts + 2 * merged.shift * offset + merged.shift**2
         variance = (merged.squares / counts - offset**2).clamp(min=0)
         statistics = {}
-        for index, (probe, columns) in enumerate(zip(self._probes, self._buffer.columns, strict=True)):
+        for index, (probe, place) in enumerate(places):
+            if not bool(ran[place.start]):
+                continue
+            start = int(ran[: place.start].sum())
+            columns = slice(start, start + place.stop - place.start)
             probe_f = f[columns]
             if index in self._exact:
                 connections = self._exact[index]

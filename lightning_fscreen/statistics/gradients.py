@@ -57,20 +57,20 @@ class GradientSums:
             self._steps[name] += 1
 
     def statistics(self) -> dict[str, GradientStatistics]:
-        """Means over the steps, by layer.
+        """Means over the steps, by layer: those that had gradients.
 
         Raises:
-            ValueError: a layer without gradients.
+            ValueError: no layer had any.
         """
-        for name, steps in self._steps.items():
-            if not steps:
-                raise ValueError(
-                    f"layer {name!r} had no gradient in any step, so it cannot be ranked by gradients; leave it out "
-                    f"with exclude={name!r}"
-                )
+        if self._steps and not any(self._steps.values()):
+            raise ValueError(
+                f"none of the layers {list(self._steps)} had a gradient in any step, so they cannot be ranked by "
+                "gradients; are they part of the loss?"
+            )
         return {
             name: GradientStatistics(self._gradient[name] / steps, self._taylor[name] / steps)
             for name, steps in self._steps.items()
+            if steps
         }
 
     def state_dict(self) -> dict[str, Any]:

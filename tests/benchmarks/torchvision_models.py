@@ -96,7 +96,13 @@ def train(network, x):
 
 
 def running(network, plan):
-    return [plan.cut(name, buffer) for name, buffer in network.named_buffers() if "running" in name]
+    """Running statistics, of channels that are not multiplied by zero."""
+    found = []
+    for name, buffer in network.named_buffers():
+        if "running" in name:
+            on = network.get_submodule(name.rpartition(".")[0]).weight != 0
+            found.append(plan.cut(name, torch.where(on, buffer, 0.0)))
+    return found
 
 
 def compare(network, keep, bias, x, other):

@@ -90,7 +90,7 @@ def replaced_by_old_weight_norm():
         (lambda: parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), "parametrization"),
         (lambda: prune.l1_unstructured(nn.Linear(2, 2), "weight", 1), "not a parameter"),
         (replaced_by_old_weight_norm, "not a parameter"),
-        (lambda: nn.MultiheadAttention(4, 2), "attention"),
+        (lambda: nn.MultiheadAttention(4, 2), "ttention"),
         (lazy, "lazy"),
     ],
 )
@@ -114,7 +114,19 @@ def test_the_linear_layers_around_attention_are_candidates():
     layer = nn.TransformerEncoderLayer(4, 2, 8)
     found, excluded = find_weights(layer)
     assert [candidate.name for candidate in found] == ["linear1", "linear2"]
-    assert list(excluded) == ["self_attn.out_proj"]
+    assert list(excluded) == ["self_attn.out_proj", "self_attn.in_proj_weight"]
+
+
+def test_weights_of_other_layers_are_listed():
+    net = nn.ModuleDict(
+        {"embed": nn.Embedding(4, 3), "rnn": nn.GRU(3, 3), "pair": nn.Bilinear(3, 3, 2), "fc": nn.Linear(3, 4)}
+    )
+    net.fc.weight = net.embed.weight
+    found, excluded = find_weights(net)
+    assert [candidate.name for candidate in found] == ["fc"]
+    assert list(excluded) == ["embed.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "pair.weight"]
+    assert excluded["embed.weight"] == "Embedding shares it with 'fc', which is pruned"
+    assert "GRU: only weights of linear and convolution layers" in excluded["rnn.weight_ih_l0"]
 
 
 def test_a_module_used_under_two_names_is_one_candidate():

@@ -37,8 +37,8 @@ def test_to_dict_is_json_with_the_keys_of_the_contract() -> None:
     assert {key: data["params"][key] for key in ("before", "after")} == {"before": 160, "after": 61}
     assert data["macs"] == {"before": 150, "after": 31}
     assert data["layers"] == [
-        {"name": "net.0", "total": 100, "kept": 20},
-        {"name": "net.2", "total": 50, "kept": 10},
+        {"name": "net.0", "total": 100, "kept": 20, "dead": 0},
+        {"name": "net.2", "total": 50, "kept": 10, "dead": 0},
     ]
     assert data["granularity"] == "weight" and data["removed"] == {"net.0": 3}
     assert data["not_pruned"] == {"net.3": "frozen"} and data["not_removed"] == "cannot be captured"

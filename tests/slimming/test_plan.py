@@ -194,7 +194,6 @@ def test_a_select_of_the_right_length_fits(name: str, tensor: str) -> None:
     [
         ((1, 6), "index 6"),
         ((-1, 3), "index -1"),
-        ((3, 3), "repeated"),
         ((3, 1), "ascending"),
         ((), "empty"),
         ((1, 2, 3), "3 channels for batch norm '[12]', which has 2"),

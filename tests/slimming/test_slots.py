@@ -70,7 +70,7 @@ def test_every_pin_keeps_its_reason() -> None:
     graph.unify(labels[1:2], torch.tensor([PINNED]))
     assert [(pinned.tolist(), reason) for pinned, reason in graph.pins] == [
         ([1, 3], "a reason"),
-        ([2], "it meets a tensor that cannot be cut"),
+        ([2], "it is added to, or multiplied by, a tensor whose channels all stay"),
     ]
     assert graph.components().tolist() == [PINNED] * 4
     assert graph.components(pinned=False).tolist() == [PINNED, 1, 2, 3]

@@ -1,0 +1,79 @@
+"""Channels that are switched off and stay nevertheless, and why, in words for the user."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
+from lightning_fscreen.slimming.slots import SlotGraph
+
+_SHAPE = "a layer keeps at least one channel"
+
+
+def kept_for(
+    slots: SlotGraph, readers: Sequence[Reader], live: Tensor, kept: Tensor, off: Mapping[str, Off]
+) -> dict[str, str]:
+    """Batch norm → how many of its channels that are switched off stay, and why.
+
+    Args:
+        slots: the slots.
+        readers: the readers, as for `live_slots`.
+        live: (number of slots,) bool, those that the function needs.
+        kept: likewise, with those that are kept for a tensor's shape.
+        off: batch norm → its channels that are switched off.
+    """
+    root = slots.components(pinned=False)
+    why = _reasons(slots, root, readers, live, off)
+    texts = {}
+    for name, channels in off.items():
+        labels = slots.gates.get(name)
+        if labels is None:
+            continue
+        staying = channels.pruned & kept[labels]
+        reasons = Counter(why.get(label, _SHAPE) for label in root[labels[staying]].tolist())
+        if reasons:
+            parts = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
+            texts[name] = f"{int(staying.sum())} of {int(channels.pruned.sum())} pruned channels stay: {parts}"
+    return texts
+
+
+def _reasons(
+    slots: SlotGraph, root: Tensor, readers: Sequence[Reader], live: Tensor, off: Mapping[str, Off]
+) -> dict[int, str]:
+    """Class of slots → why it lives."""
+    why: dict[int, str] = {}
+
+    def note(labels: Tensor, reason: str) -> None:
+        for label in root[labels].unique().tolist():
+            why.setdefault(label, reason)
+
+    for labels, reason in slots.pins:
+        note(labels, reason)
+    for name, labels in slots.gates.items():
+        note(labels[~off[name].pruned] if name in off else labels, f"it can only go together with channels of {name!r}")
+    for reader in readers:
+        read = reader.reads(live[reader.outputs])
+        if isinstance(reader, NormReader):
+            note(reader.inputs[read & ~reader.off], f"{reader.layer!r} normalises it")
+            continue
+        constant = reader.known & (reader.constant != 0)
+        note(
+            reader.inputs[read & ~reader.known],
+            f"{reader.layer!r} reads it multiplied by what depends on the input (squeeze-and-excitation), or after the "
+            "zero padding of a depthwise convolution, so that it is no constant there; bias='zero' removes it",
+        )
+        if isinstance(reader, DenseReader) and reader.padded:
+            note(
+                reader.inputs[read & constant & live[reader.inputs]],
+                f"one channel carries the constants of all that {reader.layer!r} has lost past its zero padding",
+            )
+        note(
+            reader.inputs[read & ~reader.spared() & torch.as_tensor(constant)],
+            f"{reader.layer!r} cannot take its constant",
+        )
+    return why

@@ -1,0 +1,162 @@
+"""Handlers of the operators that take tensors apart and join them: split, slice, select, concatenate, stack."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.slimming.elementwise import unify_operands
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, operator_name
+from lightning_fscreen.slimming.slots import Value, compress
+
+_MOST_PARTS = 4  # more equal parts than these are hardly ever cut out one by one
+
+
+def split(walk: Walk, node: Any) -> list[Value]:
+    """Parts of given sizes: equal parts lose the same channels, others none."""
+    value = walk.value(node.args[0])
+    dim, parts = _parts(node, value)
+    if value.labels.shape[dim] > 1:
+        _match_if_equal(walk, node, value, parts)
+    return [_compressed(part) for part in parts]
+
+
+def chunk(walk: Walk, node: Any) -> list[Value]:
+    """A given number of parts: equal parts lose the same channels, others none."""
+    value = walk.value(node.args[0])
+    dim, parts = _parts(node, value)
+    if value.labels.shape[dim] > 1:
+        if len({part.shape for part in parts}) > 1:
+            walk.slots.pin(value.labels, "chunk makes unequal parts of it")
+        else:
+            _match(walk, [part.labels for part in parts])
+    return [_compressed(part) for part in parts]
+
+
+def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
+    """The dimension that is divided, and the values of the parts, not yet compressed."""
+    dim = arguments(node)["dim"] % len(value.shape)
+    parts, start = [], 0
+    for output in node.meta["val"]:
+        size = output.shape[dim]
+        fields = (part if part.shape[dim] == 1 else part.narrow(dim, start, size) for part in value.fields())
+        parts.append(Value(tuple(output.shape), *fields))
+        start += size
+    return dim, parts
+
+
+def _match_if_equal(walk: Walk, node: Any, value: Value, parts: list[Value]) -> None:
+    """Sizes of parts: equal ones may be computed from the input's shape."""
+    if len({part.shape for part in parts}) == 1 and walk.is_computed(node, value, parts[0]):
+        _match(walk, [part.labels for part in parts])
+    else:
+        walk.keep_all(node, value.labels, f"{operator_name(node)} has sizes written into forward")
+
+
+def _match(walk: Walk, labels: list[Tensor]) -> None:
+    for part in labels[1:]:
+        walk.slots.unify(labels[0], part)
+
+
+def _compressed(value: Value) -> Value:
+    return Value(value.shape, *map(compress, value.fields()))
+
+
+def slice_(walk: Walk, node: Any) -> Value:
+    """A range of one dimension.
+
+    Halves, thirds and quarters of the channels lose the same ones, since their bounds may be computed from the input's
+    shape. Other bounds are taken for numbers: what they count stays, and only channels behind them can go.
+    """
+    value = walk.value(node.args[0])
+    given = arguments(node)
+    dim, step = given["dim"] % len(value.shape), given["step"]
+    size = value.shape[dim]
+    start, stop, _ = slice(given["start"], given["end"], step).indices(size)
+    parts = [
+        part if part.shape[dim] == 1 else part[(slice(None),) * dim + (slice(start, stop, step),)]
+        for part in value.fields()
+    ]
+    result = Value(tuple(node.meta["val"].shape), *map(compress, parts))
+    bounds = [bound for bound in (start, stop) if 0 < bound < size]
+    if value.labels.shape[dim] > 1 and (bounds or step > 1):
+        width = math.gcd(size, *bounds)
+        reason = f"{operator_name(node)} has sizes written into forward"
+        if step > 1 or not walk.is_computed(node, value, result):
+            walk.keep_all(node, value.labels, reason)
+        elif size // width <= _MOST_PARTS:
+            _match(walk, list(value.labels.split(width, dim)))
+        else:
+            walk.keep_all(node, value.labels.narrow(dim, 0, max(bounds)), reason)
+    return result
+
+
+def select(walk: Walk, node: Any) -> Value:
+    """One position, or one part of a stack."""
+    value = walk.value(node.args[0])
+    given = arguments(node)
+    dim = given["dim"] % len(value.shape)
+    if value.labels.shape[dim] > 1:
+        raise Unsupported("it takes a channel by its number")
+    return _at(value, dim, given["index"])
+
+
+def unbind(walk: Walk, node: Any) -> list[Value]:
+    """All positions, or all parts of a stack."""
+    value = walk.value(node.args[0])
+    dim = arguments(node)["dim"] % len(value.shape)
+    if value.labels.shape[dim] > 1:
+        raise Unsupported("it takes all channels apart")
+    return [_at(value, dim, index) for index in range(value.shape[dim])]
+
+
+def _at(value: Value, dim: int, index: int) -> Value:
+    fields = (part.select(dim, index if part.shape[dim] > 1 else 0) for part in value.fields())
+    return Value(value.shape[:dim] + value.shape[dim + 1 :], *map(compress, fields))
+
+
+def cat(walk: Walk, node: Any) -> Value:
+    """One after another."""
+    given = arguments(node)
+    shape = tuple(node.meta["val"].shape)
+    values = [walk.value(source) for source in given["tensors"]]
+    values = [value for value in values if value.shape != (0,)]
+    if not values:
+        return Value.pinned(shape)
+    rank = len(values[0].shape)
+    dim = given["dim"] % rank
+    joined = []
+    for parts in zip(*(value.fields() for value in values), strict=True):
+        shared = [max(part.shape[other] for part in parts) for other in range(rank)]
+        sized = [
+            part.expand([value.shape[dim] if other == dim else shared[other] for other in range(rank)])
+            for part, value in zip(parts, values, strict=True)
+        ]
+        joined.append(compress(torch.cat(sized, dim)))
+    return Value(shape, *joined)
+
+
+def stack(walk: Walk, node: Any) -> Value:
+    """Parts of one shape along a new dimension: they lose the same channels."""
+    given = arguments(node)
+    values = [walk.value(source) for source in given["tensors"]]
+    shape = tuple(node.meta["val"].shape)
+    dim = given["dim"] % len(shape)
+    labels = unify_operands(walk, values, values[0].shape)
+    constants = torch.broadcast_tensors(*(value.constant for value in values))
+    known = torch.broadcast_tensors(*(value.known for value in values))
+    return Value(shape, labels.unsqueeze(dim), compress(torch.stack(constants, dim)), compress(torch.stack(known, dim)))
+
+
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(("split", "split_with_sizes"), split),
+    "chunk": chunk,
+    "slice": slice_,
+    "select": select,
+    "unbind": unbind,
+    "cat": cat,
+    "stack": stack,
+}
