@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +20,17 @@ from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, attach_plan
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
 
-_KEY, _DIGEST = "fscreen_plan", "fscreen_sha256"
+_KEY = "fscreen"
+"""The only key of the metadata, since safetensors writes several in an order of chance: JSON of plan and checksum."""
+_OLD_KEYS = "fscreen_plan", "fscreen_sha256"  # of earlier versions
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write weights, buffers and the slimming plan of a model to one safetensors file.
 
-    The file is written beside and renamed: an interrupted save leaves the previous file as it was.
+    The file is written beside and renamed: an interrupted save leaves the previous file as it was. Equal models give
+    equal files, byte for byte.
 
     Args:
         model: a model that was slimmed, or that holds submodules that were; one that was not is saved as it is.
@@ -55,7 +59,7 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
         plan = plan_of(model).to_json()
         try:
-            save_file(tensors, partial, metadata={_KEY: plan, _DIGEST: digest(plan, tensors)})
+            save_file(tensors, partial, metadata={_KEY: json.dumps({"plan": plan, "sha256": digest(plan, tensors)})})
         except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
             raise OSError(f"cannot write {str(path)!r}: {error}") from error
 
@@ -96,14 +100,13 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
             saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise PlanError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
-    if _KEY not in metadata:
-        raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
-    if metadata.get(_DIGEST) != digest(metadata[_KEY], saved):
+    text, checksum = _plan_and_checksum(metadata, path)
+    if checksum != digest(text, saved):
         raise PlanError(
             f"{str(path)!r} is damaged: its contents do not have the checksum that it was written "
             "with; copy it again from where it came, or save the model again"
         )
-    plan = SlimmingPlan.from_json(metadata[_KEY])
+    plan = SlimmingPlan.from_json(text)
     network = uncompiled(model)
     plan.check(network)
     expected = {name: planned_shape(plan, name, tensor) for name, tensor in _persistent(network).items()}
@@ -122,6 +125,18 @@ def load_slimmed(model: Model, path: str | os.PathLike[str]) -> Model:
     install(network, plan, saved)
     attach_plan(network, plan)
     return model
+
+
+def _plan_and_checksum(metadata: Mapping[str, str], path: Path) -> tuple[str, str | None]:
+    if _KEY in metadata:
+        try:
+            both = json.loads(metadata[_KEY])
+            return str(both["plan"]), str(both["sha256"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PlanError(f"{str(path)!r} is damaged: its slimming plan cannot be read: {error}") from error
+    if _OLD_KEYS[0] in metadata:
+        return metadata[_OLD_KEYS[0]], metadata.get(_OLD_KEYS[1])
+    raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
 
 
 def digest(plan: str, tensors: Mapping[str, Tensor]) -> str:

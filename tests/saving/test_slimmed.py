@@ -405,8 +405,22 @@ def test_the_file_holds_shared_tensors_once_and_the_plan_as_text(tmp_path: Path)
     assert "net.a.weight" in tensors and "net.b.weight" not in tensors
     assert "net.point.bias" in tensors
     with checkpoint.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        plan = SlimmingPlan.from_json(file.metadata()["fscreen_plan"])
+        plan = SlimmingPlan.from_json(json.loads(file.metadata()["fscreen"])["plan"])
     assert plan == plan_of(model)
+
+
+def test_equal_models_give_equal_files(tmp_path: Path) -> None:
+    """The order of several keys of metadata would be one of chance."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in files:
+        save_slimmed(slimmed(), path)
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_files_of_the_version_before_load(tmp_path: Path) -> None:
+    model, path = slimmed(), tmp_path / "model.safetensors"
+    save_slimmed(model, path)
+    assert same_bits(model, load_slimmed(Model(), damaged(path)))  # rewritten with two keys, and nothing else changed
 
 
 def test_copies_of_a_slimmed_model_are_saved_with_their_plan(tmp_path: Path) -> None:
