@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.cli.errors import in_one_line
 from lightning_fscreen.cli.filling import fit_to_data, has_open_values, leave_out_unknown
 from lightning_fscreen.cli.outputs import (
     latency_report,
@@ -52,7 +53,12 @@ def main() -> None:
     """Entry point of the command `fscreen`."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for modules of the user's own: model._target_=my_module.MyModule
-    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(run)()
+    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(_command)()
+
+
+def _command(config: DictConfig) -> float | None:
+    with in_one_line():
+        return run(config)
 
 
 def run(config: DictConfig) -> float | None:
