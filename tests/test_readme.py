@@ -21,7 +21,8 @@ from tests.conftest import ONNX, loader, trainer
 
 ROOT, PACKAGE = Path(__file__).parents[1], Path(lightning_fscreen.__file__).parent
 README, EVIDENCE, MAP = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md", PACKAGE / "README.md"
-ALL = {str(path.relative_to(ROOT)): path.read_text() for path in (README, EVIDENCE, MAP, ROOT / "CONTRIBUTING.md")}
+OTHERS = ROOT / "CONTRIBUTING.md", ROOT / "conf" / "README.md"
+ALL = {str(path.relative_to(ROOT)): path.read_text() for path in (README, EVIDENCE, MAP, *OTHERS)}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -22,7 +22,6 @@ from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.cli.figures import connections_figure, save_figures, schedule_figure, weights_figure
 from lightning_fscreen.cli.layer_figures import channels_figure, layers_figure
 from lightning_fscreen.costs.latency import measure_latency
-from lightning_fscreen.data import ImageDataModule
 from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.ranking.schedule import scheduled_fraction
 from lightning_fscreen.saving.files import replacing
@@ -37,7 +36,7 @@ def run_report(
     network: nn.Module,
     pruning: ScreeningPruningCallback | None,
     metrics: Mapping[str, Tensor],
-    data: ImageDataModule,
+    data: LightningDataModule,
 ) -> dict[str, Any]:
     """Contents of report.json, as primitives; without pruning, the sizes of the dense network."""
     size = sum(parameter.numel() for parameter in network.parameters())
@@ -50,7 +49,7 @@ def run_report(
         "amount": pruning.amount if pruning else 0.0,
         **{name.replace("/", "_"): round(float(metrics[name]), 7) for name in _REPORTED if name in metrics},
         "epochs": config.trainer.max_epochs,
-        "train_size": len(data.train_dataloader().dataset),  # type: ignore[arg-type]
+        "train_size": _size(data.train_dataloader()),
         "params": {"before": size, "after": size},
         "layers": [],
     }
@@ -62,7 +61,13 @@ def run_report(
     }
 
 
-def latency_report(dense: nn.Module, network: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def _size(loader: Any) -> int | None:
+    """Instances of a loader's data set; None where nobody knows, as of a stream or of several loaders."""
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def latency_report(dense: nn.Module, network: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:
     """Milliseconds of a forward pass before and after, by batch size."""
     before = measure_latency(dense.to(next(network.parameters())), image_shape)
     after = measure_latency(network, image_shape)
@@ -83,9 +88,16 @@ def write_figures(
     folder: Path,
     pruning: ScreeningPruningCallback,
     network: nn.Module,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int] | None,
 ) -> list[Path]:
-    """Write the pictures of a run: schedule, connections of the first layer, weights, layers."""
+    """Write the pictures of a run: schedule, connections of the first layer, weights, layers.
+
+    Args:
+        folder: where.
+        pruning: the callback, after the fit.
+        network: the network that it pruned.
+        image_shape: (channels, height, width) of the inputs, if they are images.
+    """
     start, end = pruning.window
     history, in_steps = pruning.history, pruning.window_unit == "step"
     positions = [int(entry["step"] if in_steps else entry["epoch"] + 1) for entry in history]  # steps or epochs trained
@@ -121,7 +133,7 @@ def write_figures(
             [layer.kept for layer in report.layers],
         )
     elif first.ndim == 2:
-        figures["connections"] = connections_figure(first, image_shape if prod(image_shape) == first.shape[1] else None)
+        figures["connections"] = connections_figure(first, image_shape)
     return save_figures(figures, folder)
 
 

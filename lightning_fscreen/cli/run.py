@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -12,11 +15,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer, seed_everything
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.cli.errors import in_one_line
+from lightning_fscreen.cli.filling import fit_to_data, has_open_values, leave_out_unknown
 from lightning_fscreen.cli.outputs import (
     latency_report,
     print_config,
@@ -25,13 +33,15 @@ from lightning_fscreen.cli.outputs import (
     write_figures,
     write_outputs,
 )
-from lightning_fscreen.data import ImageDataModule
-from lightning_fscreen.models.classifier import ImageClassifier
+from lightning_fscreen.cli.resuming import EpochSeed, KeepMetrics, WholeCheckpoints
 from lightning_fscreen.saving.files import replacing
 from lightning_fscreen.saving.onnx import export_onnx
 
-# Advice that means nothing here: data in memory need no workers, and the run folder holds the configuration already.
+# Advice that means nothing here: data in memory need no workers, the run folder holds the configuration already, and
+# ckpt_path=last is for the first time, too.
 _NOISE = (
+    "Checkpoint directory .* exists and is not empty",
+    ".*there is no last checkpoint available",
     "The .*dataloader.* does not have many workers",
     "Experiment logs directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",
@@ -41,7 +51,14 @@ _NOISE = (
 
 def main() -> None:
     """Entry point of the command `fscreen`."""
-    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(run)()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for modules of the user's own: model._target_=my_module.MyModule
+    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(_command)()
+
+
+def _command(config: DictConfig) -> float | None:
+    with in_one_line():
+        return run(config)
 
 
 def run(config: DictConfig) -> float | None:
@@ -63,11 +80,13 @@ def _run(config: DictConfig) -> float | None:
     check_writable(folder)
     seed_everything(config.seed, workers=True, verbose=False)
 
-    data: ImageDataModule = instantiate(config.data, _convert_="all")
+    leave_out_unknown(config)
+    data: LightningDataModule = instantiate(config.data, _convert_="all")
     first = getattr(rank_zero_only, "rank", 0) == 0  # children of a DDP run start again from here
-    if first:
-        data.prepare_data()
-    data.setup("fit")
+    if has_open_values(config):  # otherwise the Trainer does it
+        if first:
+            data.prepare_data()
+        data.setup("fit")
     fit_to_data(config, data)
     config.paths.output_dir = str(folder)  # the folder itself, where ${hydra:…} cannot be resolved any more
     if first:
@@ -76,30 +95,46 @@ def _run(config: DictConfig) -> float | None:
         if config.extras.print_config:
             print_config(config)
 
-    model: ImageClassifier = instantiate(config.model, _convert_="all")
+    model: LightningModule = instantiate(config.model, _convert_="all")
+    network = network_of(model)
     callbacks, loggers = _instantiate_all(config.callbacks), _instantiate_all(config.logger)
-    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
+    kept = KeepMetrics(folder)
+    trainer: Trainer = instantiate(
+        config.trainer, callbacks=[EpochSeed(config.seed), kept, *callbacks], logger=loggers, _convert_="all"
+    )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
     pruning = next((callback for callback in callbacks if isinstance(callback, ScreeningPruningCallback)), None)
 
-    trainer.fit(model, data, ckpt_path=config.ckpt_path, weights_only=True)
-    metrics = dict(trainer.callback_metrics)
-    trainer.test(model, data, verbose=False)
-    metrics |= trainer.callback_metrics
+    dense = copy.deepcopy(network) if config.extras.latency and pruning is not None and first else None
+
+    trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+    metrics: dict[str, Any] = kept.latest | trainer.callback_metrics
+    if is_overridden("test_step", model) and is_overridden("test_dataloader", data):
+        trainer.test(model, datamodule=data, verbose=False)
+        metrics |= trainer.callback_metrics
     value = _optimized(config.optimized_metric, metrics)
 
     if trainer.is_global_zero:
-        report = run_report(config, _experiment(), model.net, pruning, metrics, data)
-        if config.extras.latency and pruning is not None:
-            report["latency_ms"] = latency_report(instantiate(config.model.net), model.net, data.image_shape)
+        shape = getattr(data, "image_shape", None)
+        report = run_report(config, _experiment(), network, pruning, metrics, data)
+        if dense is not None and shape is not None:
+            report["latency_ms"] = latency_report(dense, network, shape)
         report["seconds"] = round(time.perf_counter() - start, 3)
-        write_outputs(folder, report, model.net)
+        write_outputs(folder, report, network)
         if config.extras.figures and pruning is not None:
-            write_figures(folder / "figures", pruning, model.net, data.image_shape)
+            write_figures(folder / "figures", pruning, network, shape)
         if config.extras.export_onnx:
-            export_onnx(model.net, (torch.zeros(2, *data.image_shape, device=model.device),), folder / "model.onnx")
+            export_onnx(network, (torch.zeros(2, *_known(shape, data), device=model.device),), folder / "model.onnx")
         if config.extras.print_report:
             print_report(report, pruning.report() if pruning else None, folder)
     return value
+
+
+def network_of(model: LightningModule) -> nn.Module:
+    """What is reported and saved: the module's `net`, if it has one, else the module itself."""
+    net = getattr(model, "net", None)
+    return net if isinstance(net, nn.Module) else model
 
 
 class RunFolderCheck(Callback):
@@ -138,23 +173,6 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def fit_to_data(config: DictConfig, data: ImageDataModule) -> None:
-    """Fill in the values that the model's configuration leaves open (null) and the data determines."""
-    channels = data.image_shape[0]
-    known = {
-        "num_classes": data.num_classes,
-        "in_features": int(torch.tensor(data.image_shape).prod()),
-        "in_channels": channels,
-    }
-    nodes: list[Any] = [config.model, config.model.get("net")]
-    nodes += [node for node in (config.callbacks or {}).values() if "num_classes" in node]
-    with open_dict(config):
-        for node in nodes:
-            for key, value in known.items():
-                if node is not None and key in node and node[key] is None:
-                    node[key] = value
-
-
 def _instantiate_all(entries: DictConfig | None) -> list[Any]:
     """Objects of a group of named entries; what an experiment adds to an entry that is not there is left out."""
     return [instantiate(entry, _convert_="all") for entry in (entries or {}).values() if "_target_" in entry]
@@ -163,6 +181,15 @@ def _instantiate_all(entries: DictConfig | None) -> list[Any]:
 def _experiment() -> str | None:
     choice = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
     return None if choice in (None, "none") else str(choice)
+
+
+def _known(shape: tuple[int, ...] | None, data: LightningDataModule) -> tuple[int, ...]:
+    if shape is None:
+        raise ValueError(
+            f"extras.export_onnx=true needs the shape of an input: give {type(data).__name__} the attribute "
+            "image_shape, (channels, height, width)"
+        )
+    return shape
 
 
 def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:

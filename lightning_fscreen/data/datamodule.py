@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lightning_fscreen.data.augment import random_crop, random_horizontal_flip
 from lightning_fscreen.data.images import Batch, ImageSet, TensorImages, identity
@@ -127,10 +128,24 @@ class ImageDataModule(LightningDataModule):
             self._test = self.load_test()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return shuffled batches of the training part."""
+        """Return shuffled batches of the training part.
+
+        In a Trainer, after ``seed_everything``, their order is a function of (seed, epoch), so that a resumed training
+        sees what the uninterrupted one would have; otherwise torch's global random numbers decide.
+        """
         self.setup("fit")
         assert self._train is not None
-        return self._loader(self._train, self.batch_size, shuffle=True)
+        trainer, seed = self.trainer, os.environ.get("PL_GLOBAL_SEED")
+        if trainer is None or seed is None:
+            return self._loader(self._train, self.batch_size, shuffle=True)
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            self._train, trainer.world_size, trainer.global_rank, seed=int(seed)
+        )
+        # Lightning sets the epoch, too, but only after workers have asked for the first indices.
+        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        # A generator of its own: making an iterator draws a number, more often in a training that is not resumed.
+        own = torch.Generator().manual_seed(int(seed))
+        return self._loader(self._train, self.batch_size, sampler=sampler, generator=own)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return batches of the validation part in order, or no loader at all if there is none."""
@@ -190,11 +205,11 @@ class ImageDataModule(LightningDataModule):
         self._scale = (1 / (255 * self.std)).view(-1, 1, 1)
         self._shift = (-self.mean / self.std).view(-1, 1, 1)
 
-    def _loader(self, images: Dataset[Batch], batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
+    def _loader(self, images: Dataset[Batch], batch_size: int, **order: Any) -> DataLoader[Batch]:
         return DataLoader(
             images,
             batch_size=batch_size,
-            shuffle=shuffle,
+            **order,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,

@@ -124,37 +124,6 @@ print(wrong / total)
     assert float(done.stdout) == pytest.approx(json.loads((folder / "report.json").read_text())["test_error"], abs=1e-6)
 
 
-def test_resumes_from_a_checkpoint(tmp_path):
-    common = ["trainer.max_epochs=8", "extras.figures=false", "callbacks.model_checkpoint.save_top_k=-1"]
-    fscreen(tmp_path, *common, "hydra.run.dir=run")
-    fscreen(tmp_path, *common, "hydra.run.dir=again", "ckpt_path=run/checkpoints/epoch_002.ckpt")
-    whole, again = (list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("run", "again"))
-
-    def sparsity(rows):
-        return {int(row["epoch"]): float(row["fscreen/sparsity"]) for row in rows if row["fscreen/sparsity"]}
-
-    assert list(sparsity(again)) == [3, 4, 5, 6, 7]
-    assert sparsity(again).items() <= sparsity(whole).items()
-    report = json.loads((tmp_path / "again" / "report.json").read_text())
-    assert abs(report["candidates"]["kept"] - 0.05 * report["candidates"]["total"]) <= 1
-
-
-def test_resumes_after_slimming(tmp_path):
-    common = ["experiment=digits_channel", *QUIET]
-    for epochs, checkpoint, folder in ((3, "null", "run"), (4, f"{tmp_path}/run/checkpoints/last.ckpt", "again")):
-        run(
-            composed(
-                *common,
-                f"trainer.max_epochs={epochs}",
-                f"ckpt_path={checkpoint}",
-                f"paths.output_dir={tmp_path / folder}",
-            )
-        )
-    first, second = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("run", "again"))
-    assert first["params"] == second["params"] and first["candidates"] == second["candidates"]
-    load_slimmed(models.resnet20(in_channels=1), tmp_path / "again" / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("overrides", "check"),
     [
