@@ -138,7 +138,7 @@ class Masks:
         self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
 
     def _full_size(self, name: str, present: Tensor, full: Tensor | None = None) -> Tensor:
-        """A mask at full size: these values where the parameter is left, elsewhere those of `full`, by default `kept`."""
+        """A mask at full size: these values where the parameter is left; elsewhere those of `full`, or `kept`."""
         full = self._kept[name] if full is None else full
         if full.shape == present.shape:
             return present
