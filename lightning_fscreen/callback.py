@@ -236,6 +236,7 @@ class ScreeningPruningCallback(TrainingHooks):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Physically remove dead units and channels (not in on_train_end, where checkpoints are still being saved)."""
         window = self._budget.window
+        self._fit_pruner.follow_device()
         if self._round_is_over(trainer):
             self._end_round(trainer)  # resumed when nothing but this was left to do
         self._remove_hooks()
@@ -254,7 +255,15 @@ class ScreeningPruningCallback(TrainingHooks):
             if self.slim:
                 log.warning("nothing was physically removed: %s", pruner.not_removed)
             return
-        pruner.measure()
+        try:
+            pruner.measure()
+        except Exception as error:  # whatever forward raises: the training is done, and must not be lost
+            pruner.not_removed = (
+                f"forward of {pruner.recorder.describe()} fails on the CPU, where Lightning moves a model when its fit "
+                f"ends: {type(error).__name__}: {error}"
+            )
+            log.warning("nothing was physically removed, the masks stay: %s", pruner.not_removed)
+            return
         # Without an epoch of fine-tuning, even a granularity that slims in the fit has not done so.
         if not pruner.granularity.slims_in_fit or pruner.pruned:
             self._slim(trainer)

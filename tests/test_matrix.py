@@ -225,6 +225,20 @@ def test_a_second_fit_after_a_change_of_dtype(granularity):
     assert callback.report().kept == first.kept
 
 
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_a_callback_for_weights_goes_on_when_another_one_has_slimmed(channels_first):
+    channels = ScreeningPruningCallback("channel", amount=0.5, end_epoch=2)
+    weights = ScreeningPruningCallback("weight", amount=0.97, end_epoch=3)
+    model = plain(residual_net())
+    trainer([channels, weights] if channels_first else [weights, channels]).fit(model, loader(batch_size=48))
+    report = weights.report()
+    assert abs(report.kept - round(0.03 * report.total)) <= 1 and not report.not_removed
+    assert channels.report().kept <= channels.report().total / 2  # weights have taken some more along
+    assert channels.plan and sum(p.numel() for p in model.parameters()) < sum(
+        p.numel() for p in residual_net().parameters()
+    )
+
+
 def test_repeated_saving_changes_nothing(tmp_path):
     class Saves(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -229,14 +229,16 @@ class Granularity(ABC, Generic[Layer]):
         inputs = {}
         for layer in self._layers:
             name = layer.name
+            weight = self._parameters_of(layer)[0].detach()
+            device = weight.device  # when a fit ends, Lightning moves the model to the CPU, but not the statistics
             known: dict[str, Any] = {}
             if found := statistics.get(name):
                 features = ("f", "spread", "mean_square", "variance")
-                known = {key: self._per_candidate(layer, getattr(found, key)) for key in features}
+                known = {key: self._per_candidate(layer, getattr(found, key).to(device)) for key in features}
                 known |= {"degrees": found.degrees, "learned": found.learned}
             if steps := gradients.get(name):
-                known |= {"gradient": steps.gradient, "taylor": steps.taylor}
-            inputs[name] = ScoringInputs(self._parameters_of(layer)[0].detach(), kept[name], **known)
+                known |= {"gradient": steps.gradient.to(device), "taylor": steps.taylor.to(device)}
+            inputs[name] = ScoringInputs(weight, kept[name], **known)
         return inputs
 
     def after_pruning(self, pruned: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> None:

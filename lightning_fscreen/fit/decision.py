@@ -101,6 +101,5 @@ class Decision:
         total, left = (sum(mask.numel() for mask in masks) for masks in (kept, present))
         if left == total:
             return fraction
-        pruned = sum(int((~mask).sum()) for mask in kept) if self._masks.held else 0
-        gone = pruned - sum(int((~mask).sum()) for mask in present)  # pruned, and physically removed
+        gone = total - left  # physically
         return min(max((fraction * total - gone) / left, 0.0), 1.0)

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from lightning_fscreen.statistics.collector import Merge
 from lightning_fscreen.statistics.moments import Sums, merge_sums
@@ -51,6 +52,8 @@ def gather(trainer: Trainer, value: Any) -> list[Any]:
     if trainer.world_size == 1:
         return [value]
     values: list[Any] = [None] * trainer.world_size
+    # An object's tensors would be unpickled on the sender's device, in every process.
+    value = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), value)
     torch.distributed.all_gather_object(values, value)
     return values
 
@@ -81,7 +84,9 @@ def broadcast_buffers(trainer: Trainer, model: nn.Module) -> None:
     """Give all processes the first one's buffers (running statistics differ between them), as DDP does in forward."""
     if isinstance(trainer.strategy.model, DistributedDataParallel):  # not after the fit, when devices have been left
         for buffer in model.buffers():
-            buffer.copy_(trainer.strategy.broadcast(buffer))
+            values = buffer.detach().contiguous()
+            torch.distributed.broadcast(values.view(-1).view(torch.uint8), 0)  # no backend lacks bytes
+            buffer.copy_(values)
 
 
 def rewrap(trainer: Trainer) -> None:

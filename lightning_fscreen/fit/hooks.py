@@ -279,3 +279,5 @@ class TrainingHooks(HasSettings, Callback):
         """
         if self._pruner is not None:
             self._pruner.follow(plan)
+            self._pruner.masks.forget_removed()
+            self._collection.end()  # its sums are of layers of the size before

@@ -126,6 +126,13 @@ class Masks:
         for name, parameter in self._parameters.items():
             parameter.mul_(present[name].to(parameter))
 
+    def forget_removed(self) -> None:
+        """Count what is physically gone, by another callback's slimming, as pruned."""
+        for name, present in self.present.items():
+            nothing = torch.zeros_like(self._kept[name])
+            self._kept[name] = self._kept[name] & self._full_size(name, torch.ones_like(present), nothing)
+        self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
+
     def _check(self, present: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             if name not in present or present[name].shape != parameter.shape:
@@ -136,8 +143,9 @@ class Masks:
         self._kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
         self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
 
-    def _full_size(self, name: str, present: Tensor) -> Tensor:
-        full = self._kept[name]
+    def _full_size(self, name: str, present: Tensor, full: Tensor | None = None) -> Tensor:
+        """A mask at full size: these values where the parameter is left; elsewhere those of `full`, or `kept`."""
+        full = self._kept[name] if full is None else full
         if full.shape == present.shape:
             return present
         places = torch.arange(full.numel(), device=full.device).view(full.shape)

@@ -29,7 +29,7 @@ class Origin:
         self._schedulers: list[dict[str, Any]] = [
             copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
         ]
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
 
     def remember_weights(self, model: LightningModule, restored: Mapping[str, Tensor] | None) -> None:
         """Remember those of a checkpoint or, without one, those that the model has now."""
@@ -52,4 +52,7 @@ class Origin:
             config.scheduler.load_state_dict(copy.deepcopy(state))
         for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+                if isinstance(group["lr"], Tensor):  # of capturable and compiled optimizers: schedules fill it in place
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate

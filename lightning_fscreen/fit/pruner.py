@@ -236,6 +236,10 @@ class Pruner:
         self.masks.unwatch()
         self._optimizers = []
 
+    def follow_device(self) -> None:
+        """Go on where the model is now: Lightning moves it to the CPU when a fit ends."""
+        self._replace_masks(self._make_masks(self.masks.kept, self.masks.held))
+
     def measure(self) -> None:
         """Measure the networks on the inputs that they got."""
         networks = self.recorder.networks.values() or [self.recorder.parent_network]

@@ -272,12 +272,15 @@ class ActivationCollector:
             self._learned[index] |= is_learned(read)
         values = self._means(activation, module, probe.activation, probe.square)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
-        if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module):
+        if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module, activation):
             values = values.clone()
         self._buffer.put(index, values)
 
-    def _is_saved(self, index: int, module: nn.Module) -> bool:
+    def _is_saved(self, index: int, module: nn.Module, activation: Tensor) -> bool:
         weight = module._parameters.get("weight")
+        kind = activation.device.type
+        if torch.is_autocast_enabled(kind) and activation.dtype != torch.get_autocast_dtype(kind):
+            return False  # the layer reads, and autograd saves, a copy of lower precision
         return (
             self._probes[index].side == "input"
             and torch.is_grad_enabled()
