@@ -198,7 +198,7 @@ class ScreeningPruningCallback(TrainingHooks):
         # Resumed within an epoch, or between its last batch and its end.
         granularity = pruner.granularity
         self._collection.load_state(
-            trainer, state.get("collections", []), state.get("stride"), pruner.collectors, granularity.gradients
+            trainer, state.get("collections", []), state.get("stride"), pruner.found.collectors, granularity.gradients
         )
         if self.rewind_weights and not self.fine_tuning:
             pruner.origin.remember_weights(pl_module, state.get("origin"))
@@ -247,22 +247,10 @@ class ScreeningPruningCallback(TrainingHooks):
         pruner.masks.apply()  # averages may have been put into the place of the weights
         if self._budget.asks_for_more(window.end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             clock.warn_before_the_end(window, clock.position(trainer, window), pruner.pruned_fraction, self.amount)
-        if not pruner.recorder.is_ready:
-            pruner.not_removed = (
-                f"{pruner.recorder.describe()} was not called in training, nor a module inside it that holds pruned "
-                "layers, so its inputs are not known; call the module that holds them as a whole, self.net(x)"
-            )
+        if reason := pruner.why_not_removable():
+            pruner.not_removed = reason
             if self.slim:
-                log.warning("nothing was physically removed: %s", pruner.not_removed)
-            return
-        try:
-            pruner.measure()
-        except Exception as error:  # whatever forward raises: the training is done, and must not be lost
-            pruner.not_removed = (
-                f"forward of {pruner.recorder.describe()} fails on the CPU, where Lightning moves a model when its fit "
-                f"ends: {type(error).__name__}: {error}"
-            )
-            log.warning("nothing was physically removed, the masks stay: %s", pruner.not_removed)
+                log.warning("nothing was physically removed: %s", reason)
             return
         # Without an epoch of fine-tuning, even a granularity that slims in the fit has not done so.
         if not pruner.granularity.slims_in_fit or pruner.pruned:

@@ -62,7 +62,7 @@ class TrainingHooks(HasSettings, Callback):
         """Tell the budget the number of candidates; if they are final, check that the floors leave enough to prune."""
         pruner = self._fit_pruner
         self._budget.total = pruner.total
-        if pruner.is_ready and pruner.plan is None:
+        if pruner.found.is_ready and pruner.plan is None:
             check_floors(
                 {name: mask.numel() for name, mask in pruner.masks.kept.items()}, self.amount, self.min_channels
             )
@@ -92,7 +92,7 @@ class TrainingHooks(HasSettings, Callback):
         if not gathers(self.settings, self._budget, progress.round_end):
             self._collection.end()
         # Resumed with inputs that no checkpoint can hold, the pruner is ready after one more batch.
-        phase = next_phase(progress.phase, self._budget, now, self._fit_pruner.is_ready)
+        phase = next_phase(progress.phase, self._budget, now, self._fit_pruner.found.is_ready)
         if phase is not progress.phase:
             progress.phase = phase
             self._begin_fine_tuning(trainer)
@@ -134,8 +134,8 @@ class TrainingHooks(HasSettings, Callback):
             pruner.recorder.start(self._on_network_call)
         if step.gather:
             collection.begin(batch, batch_idx)
-            if pruner.is_ready:
-                collection.open(pruner.collectors)
+            if pruner.found.is_ready:
+                collection.open(pruner.found.collectors)
 
     def _on_network_call(self, network: Network) -> None:
         """A network is about to run for the first time: learn from its inputs, and gather its activations."""
@@ -143,7 +143,7 @@ class TrainingHooks(HasSettings, Callback):
         if pruner.learn(network):
             self._set_total()
             if self._progress.step.gather:
-                self._collection.open(pruner.collectors)
+                self._collection.open(pruner.found.collectors)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remove the forward hooks: the backward pass may run layers again (activation checkpointing)."""
@@ -195,7 +195,7 @@ class TrainingHooks(HasSettings, Callback):
     def _add(self, trainer: Trainer) -> None:
         pruner = self._fit_pruner
         pruner.recorder.stop()
-        pruner.require_networks()
+        pruner.found.require_networks()
         if self._progress.step.gather:
             self._collection.add(trainer)
 

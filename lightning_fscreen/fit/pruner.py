@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fscreen.candidates.granularity import Granularity, require_candidates
+from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.costs.size import add_sizes
 from lightning_fscreen.fit.compiled import Eagerly
 from lightning_fscreen.fit.copies import Copies
 from lightning_fscreen.fit.decision import Decision
+from lightning_fscreen.fit.discovery import Discovery
 from lightning_fscreen.fit.distributed import broadcast_buffers
-from lightning_fscreen.fit.gathering import MakeCollector
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.origin import Origin
@@ -46,9 +45,8 @@ class Pruner:
         copies: copies of the network, which follow it.
 
     Attributes:
-        granularity: the candidates.
+        found: the candidates, and the networks that hold them.
         masks: their masks.
-        recorder: the networks and their inputs.
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
         plan: the plan of this pruner's own slimming; None before.
@@ -70,111 +68,43 @@ class Pruner:
         self.not_removed: str | None = state.get("not_removed")
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
-        self._refused: CaptureError | None = None  # the innermost one
-        self._never_ran: dict[str, str] = dict(state.get("never_ran", {}))
-        self.granularity = self._found()
-        self.recorder = Recorder(model, self.granularity.names, innermost=not self.granularity.slims_in_fit)
+        self.found = Discovery(model, settings, state, copies)
         self._record = Record(state.get("sizes"), state.get("evidence", {}))
-        self.recorder.restore(state)
-        if self.plan is not None or state.get("settled"):
-            self.granularity.keep_only(state.get("kept", {}), state.get("not_pruned", {}))
-            self.recorder.closed = bool(self.recorder.networks)
-        for network in self.recorder.networks.values():
-            if network.inputs is not None:
-                self._learn(network)
         self.masks = self._restored_masks()
         self.measure()
 
-    def _found(self) -> Granularity[Any]:
-        granularity = self._settings.find_candidates(self._model)
-        granularity.leave_out(self.copies.reasons(granularity.names))
-        # In a fit that goes on, layers no longer look as they did when it began.
-        self._fresh = self._state.get("fresh", {}) if "kept" in self._state else granularity.fresh()
-        granularity.leave_out(self._fresh)
-        granularity.leave_out(self._never_ran)
-        _log_reasons(granularity.not_pruned)
-        return granularity
+    @property
+    def granularity(self) -> Granularity[Any]:
+        """The candidates."""
+        return self.found.granularity
 
     @property
-    def is_ready(self) -> bool:
-        """Whether all is known that has to be before candidates are pruned and removed."""
-        return not self.granularity.slims_in_fit or self.recorder.is_ready
-
-    @property
-    def collectors(self) -> dict[str, MakeCollector]:
-        """How the sums of activations are made, by network; one for all where networks need not be known."""
-        if not self.granularity.slims_in_fit:
-            return {"": self.granularity.collector}
-        networks = [n for n in self.recorder.networks.values() if any(map(n.holds, self.granularity.names))]
-        return {network.name: partial(self.granularity.collector, network=network.name) for network in networks}
+    def recorder(self) -> Recorder:
+        """The networks and their inputs."""
+        return self.found.recorder
 
     def learn(self, network: Network) -> bool:
         """Learn from a network that has just been found and is about to run.
 
         Returns:
-            Whether the candidates have changed by that.
+            Whether the candidates may have changed by that.
 
         Raises:
             CaptureError: it cannot be captured, and holds no other module that may be a network.
             ValueError: nothing to prune.
         """
         before = self.granularity.names
-        try:
-            self._learn(network)
-        except CaptureError as error:
-            if not self.recorder.has_inside(network.name):
-                raise
-            self._refused = error
-            self.recorder.reject(network.name, str(error))
-            level = logging.WARNING if network.name else logging.INFO
-            log.log(level, "the modules inside %s are tried, each by itself: %s", network.describe(), error)
+        if not self.found.learn(network):
             return False
         self.measure()
         if self.granularity.names != before:
             self._replace_masks(self._restored_masks())
         return self.granularity.slims_in_fit
 
-    def _learn(self, network: Network) -> None:
-        if not self.granularity.slims_in_fit or self.plan is not None:
-            return
-        known = set(self.granularity.not_pruned)
-        for name in self.recorder.left_out:  # it may have been a network until this one was called
-            self.granularity.forget(name)
-        with network.examining(self._model):
-            args, kwargs = network.inputs_on_device()
-            network.unused = self.granularity.learn(network.module, args, kwargs, network.name)
-        _log_reasons(self.granularity.not_pruned, known)
-
-    def require_networks(self) -> None:
-        """Check, after a step that looked for networks, that there is one with something to prune.
-
-        Raises:
-            CaptureError: there would be, but it cannot be captured.
-            ValueError: no module that holds candidates was called as a whole.
-        """
-        unreached = self.recorder.unreached
-        if self._refused is not None and all(name in unreached for name in self.granularity.names):
-            raise self._refused
-        if not self.is_ready:
-            self.recorder.complain()
-
     def settle(self) -> bool:
-        """Look for no more networks, and leave out what none of them holds; returns whether that changed anything."""
-        if self.recorder.closed:
+        """Look for no more networks; returns whether that changed the candidates."""
+        if not self.found.settle(list(self.masks.kept)):
             return False
-        self.recorder.closed = True
-        unreached = self.recorder.unreached
-        if not self.granularity.slims_in_fit:  # weights can be pruned wherever they are trained
-            unreached = {name: why for name, why in unreached.items() if self.recorder.is_untrained(name)}
-        for name in self.recorder.left_out:
-            self.granularity.forget(name)
-        left = [name for name in self.granularity.names if name not in unreached]
-        if left == list(self.masks.kept):
-            return False
-        require_candidates(left, type(self._model).__name__, "layers", self.granularity.not_pruned | unreached)
-        known = set(self.granularity.not_pruned)
-        self.granularity.keep_only(left, unreached)
-        _log_reasons(self.granularity.not_pruned, known)
         self._replace_masks(self._make_masks())
         return True
 
@@ -246,6 +176,23 @@ class Pruner:
         size = add_sizes([network.measure(self._model) for network in networks])
         self._record.note_size(size, pruned=bool(self.pruned or self._applied_plan))
 
+    def why_not_removable(self) -> str | None:
+        """Measure the networks when the fit has ended; why they cannot be looked at, if they cannot."""
+        where = self.recorder.describe()
+        if not self.recorder.is_ready:
+            return (
+                f"{where} was not called in training, nor a module inside it that holds pruned layers, so its inputs "
+                "are not known; call the module that holds them as a whole, self.net(x)"
+            )
+        try:
+            self.measure()
+        except Exception as error:  # whatever forward raises: the training is done, and must not be lost
+            return (
+                f"forward of {where} fails on the CPU, where Lightning moves a model when its fit ends: "
+                f"{type(error).__name__}: {error}"
+            )
+        return None
+
     def reattach(self) -> None:
         """Attach the plan again where a strategy has replaced batch norms."""
         reattach(self._model, self._applied_plan)
@@ -270,10 +217,8 @@ class Pruner:
             raise ValueError(
                 f"layers {pruned or unseen} cannot be ranked: {reason}; leave them out with exclude={pruned or unseen}"
             )
-        log.warning("layers %s are not pruned: %s", unseen, reason)
-        self._never_ran |= dict.fromkeys(unseen, reason)
+        self.found.leave_out(unseen, reason)
         left = {name: mask for name, mask in self.masks.kept.items() if name not in unseen}
-        self.granularity.leave_out(self._never_ran)
         self._replace_masks(self._make_masks(left, self.masks.held))
         return True
 
@@ -312,7 +257,7 @@ class Pruner:
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
             return None
-        self.plan = plan
+        self.plan, self.found.fixed = plan, True
         self.not_removed = "\n".join(filter(None, (self.not_removed, self.granularity.still_there(plan)))) or None
         for module in (self._model, *self.copies.outside):
             carry(module)
@@ -331,12 +276,7 @@ class Pruner:
     def follow(self, plan: SlimmingPlan) -> None:
         """Go on with a model that this pruner or another one has made smaller."""
         self._applied_plan = self._applied_plan.then(plan)
-        not_pruned = self.granularity.not_pruned
-        self.granularity = self._settings.find_candidates(self._model)
-        self.granularity.keep_only(self.masks.kept, not_pruned)
-        for network in self.recorder.networks.values():
-            if network.inputs is not None:
-                self._learn(network)
+        self.found.find_again(self.masks.kept)
         self._replace_masks(self._make_masks(self.masks.kept, self.masks.held))
         self.measure()
 
@@ -377,18 +317,8 @@ class Pruner:
             "plan": "" if self.plan is None else self.plan.to_json(),
             "since": self._applied_plan.to_json(),
             "sizes": list(astuple(self._record.before)),
-            "not_pruned": dict(self.granularity.not_pruned),
-            "fresh": dict(self._fresh),
             "not_removed": self.not_removed,
-            "never_ran": dict(self._never_ran),
-            "settled": self.recorder.closed,
-            "networks": [network.state_dict() for network in self.recorder.networks.values()],
+            **self.found.state_dict(),
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
             "copies": dict(self.copies.samples),
         }
-
-
-def _log_reasons(not_pruned: Mapping[str, str], known: Collection[str] = ()) -> None:
-    for name, reason in not_pruned.items():
-        if name not in known:
-            log.info("layer %r is not pruned: %s", name, reason)
