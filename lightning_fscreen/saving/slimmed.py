@@ -19,6 +19,7 @@ from lightning_fscreen.modules import join, named_tensors, uncompiled
 from lightning_fscreen.saving.files import is_torch_save, replacing
 from lightning_fscreen.saving.partial import left_out, without
 from lightning_fscreen.slimming.carried import contradictions, out_of_plan, plan_of
+from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan
 from lightning_fscreen.slimming.resize import added_bias_shape, planned_shape
 from lightning_fscreen.slimming.rewrite import install
@@ -140,7 +141,7 @@ def load_slimmed(
         left = left_out(tensors, plan, saved, exclude, strict)
         plan = without(plan, network, tensors, left)
         saved = {name: tensor for name, tensor in saved.items() if name not in left}
-    plan.check(network)
+    check_fits(plan, network)
     expected = {name: planned_shape(plan, name, tensor) for name, tensor in tensors.items() if name not in left}
     expected |= {join(name, "bias"): added_bias_shape(plan, network, name) for name in plan.biases}
     for name in sorted({*expected, *saved}):

@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from lightning_fscreen.modules import join, named_tensors
 from lightning_fscreen.slimming.attributes import set_attributes
 from lightning_fscreen.slimming.carried import attach_lost_plan, attach_plan, detach_plans, plan_of
+from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.rewrite import Undo, install, original_groups
 from lightning_fscreen.slimming.select import drop_select, put_select, selected
@@ -19,7 +20,7 @@ def slim_like(network: nn.Module, plan: SlimmingPlan) -> None:
     Raises:
         PlanError: the plan does not fit; names the first module that differs. The network is untouched then.
     """
-    plan.check(network)
+    check_fits(plan, network)
     tensors = named_tensors(network)
     new = {name: plan.cut(name, tensors[name].detach()) for name in plan.cuts}
     for layer in plan.biases:

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_fscreen.modules import parameters_by_name
 from lightning_fscreen.slimming import PlanError, SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.carried import attach_plan, plan_of
+from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.rewrite import install
 from lightning_fscreen.slimming.state import PLAN_KEY
 from tests.slimming import zero_columns, zero_rows
@@ -108,7 +109,7 @@ def slim(cuts: dict[str, dict[int, tuple[int, ...]]], **fields: Any) -> Slimming
 
 def test_a_plan_that_fits_passes() -> None:
     kept = (0, 3)
-    slim({"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}}, biases=("2",)).check(mlp())
+    check_fits(slim({"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}}, biases=("2",)), mlp())
 
 
 @pytest.mark.parametrize(
@@ -123,39 +124,39 @@ def test_a_plan_that_fits_passes() -> None:
 )
 def test_bad_indices_are_refused_by_name(kept: tuple[int, ...], message: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
-        slim({"0.weight": {0: kept}}).check(mlp())
+        check_fits(slim({"0.weight": {0: kept}}), mlp())
     assert "'0.weight'" in str(caught.value)
 
 
 @pytest.mark.parametrize("dim", [-1, 2])
 def test_a_dimension_that_is_not_there_is_refused(dim: int) -> None:
     with pytest.raises(PlanError, match=rf"dimension {dim} of '0.weight'.*\(4, 3\)"):
-        slim({"0.weight": {dim: (0,)}}).check(mlp())
+        check_fits(slim({"0.weight": {dim: (0,)}}), mlp())
 
 
 def test_check_names_the_first_tensor_that_differs() -> None:
     with pytest.raises(PlanError, match=r"'1.weight', which Sequential does not have"):
-        slim({"0.weight": {0: (0,)}, "1.weight": {0: (0,)}, "9.weight": {0: (0,)}}).check(mlp())
+        check_fits(slim({"0.weight": {0: (0,)}, "1.weight": {0: (0,)}, "9.weight": {0: (0,)}}), mlp())
     wide = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(5, 2))
     with pytest.raises(PlanError, match=r"'2.weight' of shape \(2, 4\), this model's has shape \(2, 5\)"):
-        slim({"0.weight": {0: (0,)}, "2.weight": {1: (0,)}}).check(wide)
+        check_fits(slim({"0.weight": {0: (0,)}, "2.weight": {1: (0,)}}), wide)
 
 
 def test_a_cut_without_a_shape_is_refused() -> None:
     with pytest.raises(PlanError, match=r"0\.weight"):
-        SlimmingPlan({}, {"0.weight": {0: (0,)}}).check(mlp())
+        check_fits(SlimmingPlan({}, {"0.weight": {0: (0,)}}), mlp())
 
 
 @pytest.mark.parametrize("name", ["0", "1", "7"])
 def test_a_bias_that_cannot_be_added_is_refused(name: str) -> None:
     with pytest.raises(PlanError, match=f"'{name}'"):
-        SlimmingPlan(biases=(name,)).check(mlp())
+        check_fits(SlimmingPlan(biases=(name,)), mlp())
 
 
 def test_a_bias_for_something_without_a_weight_is_refused() -> None:
     network = nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2, affine=False))
     with pytest.raises(PlanError, match="'1'"):
-        SlimmingPlan(biases=("1",)).check(network)
+        check_fits(SlimmingPlan(biases=("1",)), network)
 
 
 @pytest.mark.parametrize("groups", [-1, 0, 3, 6])
@@ -163,14 +164,14 @@ def test_groups_that_do_not_fit_their_layer_are_refused(groups: int) -> None:
     network = nn.Sequential(nn.Conv1d(6, 6, 1, groups=6))
     kept = (0, 2, 4, 5)
     plan = SlimmingPlan({"0.weight": (6, 1, 1), "0.bias": (6,)}, {"0.weight": {0: kept}, "0.bias": {0: kept}})
-    SlimmingPlan(plan.shapes, plan.cuts, {"0": 4}).check(network)
+    check_fits(SlimmingPlan(plan.shapes, plan.cuts, {"0": 4}), network)
     with pytest.raises(PlanError, match="'0'"):
-        SlimmingPlan(plan.shapes, plan.cuts, {"0": groups}).check(network)
+        check_fits(SlimmingPlan(plan.shapes, plan.cuts, {"0": groups}), network)
 
 
 def test_groups_of_something_that_is_no_convolution_are_refused() -> None:
     with pytest.raises(PlanError, match="'0'"):
-        SlimmingPlan(groups={"0": 2}).check(mlp())
+        check_fits(SlimmingPlan(groups={"0": 2}), mlp())
 
 
 def normed() -> nn.Sequential:
@@ -182,10 +183,10 @@ NORM_SHAPES = {"1.weight": (6,), "2.running_mean": (6,)}
 
 @pytest.mark.parametrize(("name", "tensor"), [("1", "1.weight"), ("2", "2.running_mean")])
 def test_a_select_of_the_right_length_fits(name: str, tensor: str) -> None:
-    SlimmingPlan(selects={name: tuple(range(6))}, removed={name: 1}).check(normed())
+    check_fits(SlimmingPlan(selects={name: tuple(range(6))}, removed={name: 1}), normed())
     plan = SlimmingPlan({tensor: (6,)}, {tensor: {0: (0, 4)}}, selects={name: (1, 2)}, removed={name: 4})
-    plan.check(normed())  # of a version that did not record the streams
-    replace(plan, streams={name: (0, 2, 4)}, selects={name: (0, 2)}).check(normed())
+    check_fits(plan, normed())  # of a version that did not record the streams
+    check_fits(replace(plan, streams={name: (0, 2, 4)}, selects={name: (0, 2)}), normed())
 
 
 @pytest.mark.parametrize("name", ["1", "2"])
@@ -203,14 +204,14 @@ def test_a_select_of_the_right_length_fits(name: str, tensor: str) -> None:
 def test_bad_selects_are_refused_by_name(name: str, indices: tuple[int, ...], message: str) -> None:
     cuts = {tensor: {0: (0, 4)} for tensor in NORM_SHAPES}
     with pytest.raises(PlanError, match=message) as caught:
-        SlimmingPlan(NORM_SHAPES, cuts, selects={name: indices}).check(normed())
+        check_fits(SlimmingPlan(NORM_SHAPES, cuts, selects={name: indices}), normed())
     assert f"'{name}" in str(caught.value)
 
 
 def test_what_a_plan_says_twice_must_agree() -> None:
     cuts = {"1.weight": {0: (0, 4)}}
     plan = SlimmingPlan({"1.weight": (6,)}, cuts, selects={"1": (0, 2)}, removed={"1": 4}, streams={"1": (0, 2, 4)})
-    plan.check(normed())
+    check_fits(plan, normed())
     changes: list[dict[str, Any]] = [
         {"selects": {"1": (0, 1)}},
         {"selects": {"1": (0, 3)}},
@@ -225,19 +226,19 @@ def test_what_a_plan_says_twice_must_agree() -> None:
     ]
     for change in changes:
         with pytest.raises(PlanError):
-            replace(plan, **change).check(normed())
+            check_fits(replace(plan, **change), normed())
 
 
 @pytest.mark.parametrize("name", ["0", "3", "1.weight"])
 def test_a_select_for_something_that_is_no_batch_norm_is_refused(name: str) -> None:
     with pytest.raises(PlanError, match=f"batch norm '{name}', which Sequential does not have"):
-        SlimmingPlan(selects={name: (0,)}).check(normed())
+        check_fits(SlimmingPlan(selects={name: (0,)}), normed())
 
 
 def test_a_select_for_a_batch_norm_without_tensors_is_refused() -> None:
     network = nn.Sequential(nn.BatchNorm1d(6, affine=False, track_running_stats=False))
     with pytest.raises(PlanError, match="'0"):
-        SlimmingPlan(selects={"0": (0,)}).check(network)
+        check_fits(SlimmingPlan(selects={"0": (0,)}), network)
 
 
 # ---- composition
@@ -265,7 +266,7 @@ def test_two_plans_in_one_do_what_they_do_in_turn() -> None:
     assert first.biases == ("8",) and first and second
     total = first.then(second)
     assert plan_of(network) == total
-    total.check(full)
+    check_fits(total, full)
     state = network.state_dict()
     install(full, total, state)
     assert {name: tuple(tensor.shape) for name, tensor in full.state_dict().items()} == {
@@ -306,7 +307,7 @@ def test_a_bias_added_first_and_cut_later_fits_a_fresh_model() -> None:
     remove_dead_units(network, (torch.randn(2, 3),))
     assert network[2].bias.shape == (4,)
     plan = plan_of(network)
-    plan.check(fresh)
+    check_fits(plan, fresh)
     install(fresh, plan, network.state_dict())
     x = torch.randn(4, 3)
     assert torch.equal(fresh(x), network(x))
@@ -367,7 +368,7 @@ def test_plans_of_a_part_and_of_the_whole_are_joined_in_the_order_they_were_made
         remove_dead_units(model.get_submodule(name), (torch.randn(2, 3),))
     assert model.net[0].out_features == 4
     plan = plan_of(model)
-    plan.check(fresh)
+    check_fits(plan, fresh)
     before = {name: plan.cut(name, tensor) for name, tensor in fresh.state_dict().items()}
     assert torch.equal(before["net.0.weight"], model.net[0].weight)
 
