@@ -120,11 +120,6 @@ CELLS = {
     "torch.compile": (lambda net: Classifier(torch.compile(net, backend="aot_eager"), momentum), {}, {}),
     "torch.compile of a part": (compiled_part, {}, {}),
     "torch.compile in place": (compiled_in_place, {}, {}),
-    "torch.compile, some batches": (
-        lambda net: Classifier(torch.compile(net, backend="aot_eager"), momentum),
-        {},
-        {"collect_every": 2},
-    ),
     "overfit_batches": (plain, {"overfit_batches": 2}, {}),
     "limit_train_batches": (plain, {"limit_train_batches": 3}, {}),
     "fast_dev_run": (plain, {"fast_dev_run": 2}, {}),

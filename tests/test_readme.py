@@ -88,6 +88,7 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
         if "mask}" in code:
             gate = find_gates(names["net"], names["images"])[1]
             names["mask"] = torch.arange(gate.channels) < gate.channels - 1
+            names["optimizer"] = torch.optim.SGD(names["net"].parameters(), lr=0.1)
         exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "net.onnx").exists() == ONNX and (tmp_path / "model.safetensors").exists()
 

@@ -232,13 +232,12 @@ class SaveRank(Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("experiment", "epochs"), [("digits_weight", 12), ("digits_channel", 4)])
-def test_two_processes_end_the_same_and_twice_the_same(experiment, epochs, tmp_path):
+def test_two_processes_end_the_same_and_twice_the_same(tmp_path):
     for run_folder in ("first", "second"):
         fscreen(
             tmp_path,
-            f"experiment={experiment}",
-            f"trainer.max_epochs={epochs}",
+            "experiment=digits_channel",
+            "trainer.max_epochs=4",
             "trainer.devices=2",
             "trainer.strategy=ddp",
             "trainer.accelerator=cpu",
@@ -256,12 +255,6 @@ def test_two_processes_end_the_same_and_twice_the_same(experiment, epochs, tmp_p
     report = json.loads((tmp_path / "first" / "report.json").read_text())
     assert abs(report["candidates"]["kept"] - (1 - report["amount"]) * report["candidates"]["total"]) <= 1
     assert report["test_error"] < 0.7
-
-
-def test_a_misspelt_override_gets_hydras_own_error(tmp_path):
-    done = fscreen(tmp_path, "callbacks.fscreen.amuont=0.9", check=False)
-    assert done.returncode != 0
-    assert "Could not override 'callbacks.fscreen.amuont'" in done.stderr
 
 
 def test_a_misspelt_choice_lists_what_there_is(tmp_path):
@@ -289,16 +282,14 @@ def test_a_run_folder_that_cannot_be_written_names_it_and_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run' cannot be written .*hydra\.run\.dir="):
         check_writable(tmp_path / "file" / "run")
-    done = fscreen(tmp_path, f"hydra.run.dir={tmp_path}/file/run", check=False)
-    assert done.returncode != 0
-    assert "hydra.run.dir=" in done.stderr
 
 
-@pytest.mark.parametrize("granularity", ["weight", "channel"])
-@pytest.mark.parametrize("method", GROUPS["method"])
+@pytest.mark.parametrize(
+    ("method", "granularity"),
+    [(method, "weight") for method in GROUPS["method"] if method != "network_slimming"]
+    + [(method, "channel") for method in ("network_slimming", "screening", "taylor", "snip", "soft")],
+)
 def test_every_comparator_prunes_the_digits_to_the_same_budget(tmp_path, method, granularity):
-    if granularity == "weight" and method == "network_slimming":
-        pytest.skip("it is about batch norms, LeNet-300-100 has none")
     experiment = [f"experiment=digits_{granularity}", f"method={method}", "callbacks.fscreen.amount=0.5"]
     short = ["trainer.max_epochs=4", "+trainer.limit_train_batches=4", "extras.print_report=false"]
     run(composed(*experiment, *QUIET, *short, f"paths.output_dir={tmp_path}"))

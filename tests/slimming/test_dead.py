@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from tests.slimming import difference, outputs, snapshot, untouched, zero_columns, zero_rows
-from tests.slimming.masked import sharing, sizes_match
+from tests.slimming.masked import CASES, sharing, sizes_match
 from tests.slimming.networks import ANY_SIZE, BLOCKS, CONV, HEADS, conv, glu, grouped, shuffle
 
 
@@ -103,7 +103,7 @@ def gradients(network: nn.Module, x: Tensor) -> set[str]:
     return {name for name, parameter in network.named_parameters() if parameter.grad is not None}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks())
 def test_any_pruned_network_computes_the_same(case: Case) -> None:
     network, example, any_size = case.network, case.example, case.any_size
@@ -192,7 +192,7 @@ def chains(draw: st.DrawFn) -> tuple[nn.Sequential, Tensor, list[Tensor]]:
     return network, x.double(), [layer.weight.detach().clone() for layer in network[::2]]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES // 2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(chains())
 def test_chains_get_as_small_as_by_hand(drawn: tuple[nn.Sequential, Tensor, list[Tensor]]) -> None:
     network, x, weights = drawn

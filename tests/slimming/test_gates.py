@@ -337,7 +337,7 @@ def test_a_network_that_cannot_be_captured_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "channels", "count"), [("resnet164", 12_112, 163), ("densenet40", 9_360, 39), ("resnet20", 688, 19)]
+    ("build", "channels", "count"), [("densenet40", 9_360, 39), ("resnet20", 688, 19)]
 )
 def test_every_channel_of_a_pre_activation_network_is_free(build: str, channels: int, count: int) -> None:
     from lightning_fscreen import models
@@ -365,10 +365,9 @@ def test_gates_of_resnet18_are_coupled_by_stage() -> None:
         assert len({found[names[0]].group, *(gate.group for gate in inner)}) == 3
 
 
-@pytest.mark.parametrize("build", ["mobilenet_v2", "shufflenet_v2_x0_5", "mobilenet_v3_small", "googlenet"])
+@pytest.mark.parametrize("build", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])
 def test_whole_units_of_torchvision_networks_go(build: str) -> None:
-    keywords = {"init_weights": False} if build == "googlenet" else {}
-    network = getattr(pytest.importorskip("torchvision").models, build)(**keywords).eval()
+    network = getattr(pytest.importorskip("torchvision").models, build)().eval()
     x = torch.randn(2, 3, 64, 64)
     found = find_gates(network, x)
     assert all(gate.excluded is None for gate in found)
@@ -452,7 +451,7 @@ def chain(widths: list[int], rng: random.Random) -> nn.Sequential:
     return nn.Sequential(*layers, conv(channels, 2))
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES // 2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**31), st.sampled_from([0.2, 0.5, 0.9]))
 def test_chains_lose_just_what_is_pruned(widths: list[int], seed: int, share: float) -> None:
     rng = random.Random(seed)
