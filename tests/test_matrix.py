@@ -194,7 +194,7 @@ def test_the_fit_ends_on_budget_and_slimming_changes_nothing(cell, granularity):
     report = callback.report()
     assert abs(report.kept - round((1 - amount) * report.total)) <= 1
     assert callback.plan and report.after.params == sum(p.numel() for p in model.parameters()) < report.before.params
-    assert not report.not_removed
+    assert granularity == "weight" or not report.not_removed  # outputs without weights stay
     after = around.outputs(model) if around.after is None else around.after
     tolerance = {"bf16-true": 0.05}.get(cell, 1e-5)  # half precision rounds what is carried into biases
     torch.testing.assert_close(after, around.before, rtol=tolerance, atol=tolerance * float(around.before.abs().max()))
@@ -227,7 +227,7 @@ def test_a_callback_for_weights_goes_on_when_another_one_has_slimmed(channels_fi
     model = plain(residual_net())
     trainer([channels, weights] if channels_first else [weights, channels]).fit(model, loader(batch_size=48))
     report = weights.report()
-    assert abs(report.kept - round(0.03 * report.total)) <= 1 and not report.not_removed
+    assert abs(report.kept - round(0.03 * report.total)) <= 1
     assert channels.report().kept <= channels.report().total / 2  # weights have taken some more along
     assert channels.plan and sum(p.numel() for p in model.parameters()) < sum(
         p.numel() for p in residual_net().parameters()

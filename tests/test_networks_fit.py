@@ -123,8 +123,9 @@ def test_every_network_becomes_smaller_and_trains_on_as_if_it_were_masked(model,
     x = digits()[0].double()
     torch.testing.assert_close(slim.eval().outputs(x), masked.eval().outputs(x), rtol=1e-8, atol=1e-8)
     report = callback.report()
-    assert report.pruned_fraction == pytest.approx(arguments["amount"], abs=0.03) and report.not_removed is None
+    assert report.pruned_fraction == pytest.approx(arguments["amount"], abs=0.03)
     if granularity == "channel":
+        assert report.not_removed is None
         assert {name.split(".")[0] for name, count in callback.plan.removed.items() if count} == {"backbone", "head"}
     if model is Distilled:
         assert {name for name in report.not_pruned if name.startswith("teacher")}

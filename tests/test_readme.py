@@ -129,7 +129,7 @@ def test_the_commands_have_valid_overrides(command):
 def test_scripts_and_targets_in_commands_exist():
     text = "\n".join(lines("console"))
     scripts, targets = set(re.findall(r"python (\S+\.py)", text)), set(re.findall(r"^make (\S+)", text, re.MULTILINE))
-    assert len(scripts) >= 8 and targets == {"demo", "test", "lint"}
+    assert len(scripts) >= 8 and targets == {"demo", "test", "test-oldest", "lint"}
     assert all((ROOT / script).is_file() for script in scripts)
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)

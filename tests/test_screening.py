@@ -223,7 +223,7 @@ def test_nan_names_the_layer_and_the_batch():
 def test_a_layer_that_never_runs_is_named_with_the_remedy():
     model = network()
     model.unused = nn.Linear(2, 3)
-    with pytest.raises(ValueError, match="'unused'.*exclude='unused'"):
+    with pytest.raises(ValueError, match=r"\['unused'\] never ran.*exclude=\['unused'\]"):
         fs.screen(model, loader(), progress=False)
     assert_screened(fs.screen(model, loader(), exclude="unused", progress=False))
 

@@ -43,7 +43,7 @@ def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
         raise PlanError(f"the plan has a shape of {min(stray)!r}, which it does not cut")
     modules = dict(network.named_modules())
     first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
-    for name in plan.removed:
+    for name in (*plan.removed, *plan.kept_for):
         if name not in modules:
             raise PlanError(f"the plan removes parts of {name!r}, which {type(network).__name__} does not have")
     for name in (*plan.groups, *plan.biases):

@@ -67,10 +67,12 @@ def resize_on_load(model: nn.Module) -> Callable[[], None]:
     Returns:
         A function that ends this, unless the model is slim by then and has to go on.
     """
-    handle = model.register_load_state_dict_pre_hook(_load)
+    listens = any(getattr(hook, "hook", hook) is _load for hook in model._load_state_dict_pre_hooks.values())
+    handle = None if listens else model.register_load_state_dict_pre_hook(_load)
 
     def stop() -> None:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
         carry(model)
 
     return stop

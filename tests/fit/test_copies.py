@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_fscreen import ScreeningPruningCallback, load_from_checkpoint
-from lightning_fscreen.slimming.plan import plan_of
+from lightning_fscreen.slimming.carried import plan_of
 from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.slimming import difference, outputs
 

@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from lightning_fscreen import slim
 from lightning_fscreen.slimming import VerificationError, remove_dead_units
+from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.copies import Copy
-from lightning_fscreen.slimming.plan import plan_of
 from tests.slimming import difference, outputs, snapshot, untouched
 
 KEEP = {"norm": torch.arange(8) % 3 != 1}

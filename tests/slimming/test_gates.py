@@ -336,9 +336,7 @@ def test_a_network_that_cannot_be_captured_is_refused() -> None:
 # ---- real networks
 
 
-@pytest.mark.parametrize(
-    ("build", "channels", "count"), [("densenet40", 9_360, 39), ("resnet20", 688, 19)]
-)
+@pytest.mark.parametrize(("build", "channels", "count"), [("densenet40", 9_360, 39), ("resnet20", 688, 19)])
 def test_every_channel_of_a_pre_activation_network_is_free(build: str, channels: int, count: int) -> None:
     from lightning_fscreen import models
 
