@@ -4,9 +4,6 @@ import copy
 import functools
 import inspect
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -405,34 +402,6 @@ def test_network_that_is_never_called_as_a_whole_is_pruned_but_not_slimmed(caplo
     assert callback.report().pruned_fraction == pytest.approx(0.9, abs=1e-3)
     assert "'net' was not called" in callback.report().not_removed
     assert "nothing was physically removed" in caplog.text
-
-
-DDP_SCRIPT = """
-import sys, torch
-from lightning_fscreen import ScreeningPruningCallback
-from tests.conftest import Classifier, ConvNet, loader, trainer
-
-torch.manual_seed(0)
-model, callback = Classifier(ConvNet()), ScreeningPruningCallback(granularity="weight", amount=0.8)
-fit = trainer([callback], strategy="ddp", devices=2)
-fit.fit(model, loader(batch_size=24))
-torch.save({"weights": model.state_dict(), "masks": callback.masks}, f"{sys.argv[1]}/{fit.global_rank}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_prune_the_same_and_end_with_the_same_weights(tmp_path):
-    (tmp_path / "train.py").write_text(DDP_SCRIPT)
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, tmp_path / "train.py", tmp_path], check=True, cwd=root, env=environment, timeout=300
-    )
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert sum(int((~mask).sum()) for mask in first["masks"].values()) > 0
-    for part in ("weights", "masks"):
-        for name, tensor in first[part].items():
-            assert torch.equal(tensor, second[part][name]), name
 
 
 BAD_ARGUMENTS = [

@@ -321,12 +321,11 @@ def test_another_fit_goes_on_from_what_was_loaded(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_trainings_end_as_if_nothing_had_happened(processes):
+def test_killed_trainings_end_as_if_nothing_had_happened():
     """The whole of it: python tests/benchmarks/kill.py"""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/benchmarks/kill.py", str(3 - processes), str(processes)]
+    command = [sys.executable, "tests/benchmarks/kill.py", "1", "2"]
     done = subprocess.run(command, cwd=root, env=environment, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bit-equal every time") == 2

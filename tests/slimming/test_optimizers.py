@@ -114,16 +114,20 @@ def test_the_next_steps_are_those_of_the_masked_network(name):
 
 
 def test_muon_orthogonalises_the_smaller_matrices_and_adamw_beside_it_goes_on():
-    """Once nothing is left of the removed momentum, Muon's update of the masked network is the smaller matrix's."""
+    """Zero rows and columns do not change what is left of an orthogonalised matrix.
+
+    Torch's Muon computes it in bfloat16, and scales it by the matrix's shape where that has more rows than columns:
+    here, before and after, none has.
+    """
 
     def optimizers(net):
         return [
-            torch.optim.Muon([net[0].weight, net[3].weight], lr=1e-2, weight_decay=0.0),
+            torch.optim.Muon([net[0].weight, net[3].weight], lr=1e-2, weight_decay=0.01),
             torch.optim.AdamW([net[0].bias, net[3].bias, *net[1].parameters()], lr=1e-3),
         ]
 
     keep = {"1": torch.arange(24) < 16}
-    net = nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 8)).double()
+    net = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 8)).double()
     used = optimizers(net)
     step(net, used, seed=1)
     masked = copy.deepcopy(net)
@@ -131,29 +135,25 @@ def test_muon_orthogonalises_the_smaller_matrices_and_adamw_beside_it_goes_on():
     for ours, theirs in zip(used, others, strict=True):
         theirs.load_state_dict(ours.state_dict())
     switch_off(masked, keep)
-    plan = slim(net, keep, torch.randn(4, 8).double(), optimizers=used)
+    plan = slim(net, keep, torch.randn(4, 24).double(), optimizers=used)
     assert plan.removed == {"0": 8}
     # As masks do that are enforced in the state, too.
     others[0].state[masked[0].weight]["momentum_buffer"][16:] = 0
     others[0].state[masked[3].weight]["momentum_buffer"][:, 16:] = 0
-    before = {name: masked.get_parameter(name).detach().clone() for name in ("0.weight", "3.weight")}
-    start = {name: net.get_parameter(name).detach().clone() for name in before}
-    step(net, used, seed=2)
-    step(masked, others, seed=2)
-    for name, old in before.items():
-        small, large = net.get_parameter(name), masked.get_parameter(name)
-        scale = max(1, small.shape[0] / small.shape[1]) ** 0.5 / max(1, large.shape[0] / large.shape[1]) ** 0.5
-        wanted = plan.cut(name, large.detach() - old) * scale
-        assert F.cosine_similarity((small - start[name]).flatten(), wanted.flatten(), dim=0) > 0.999
-        assert torch.allclose((small - start[name]).norm(), wanted.norm(), rtol=0.01)
-    assert torch.allclose(net[0].bias, masked[0].bias[:16], rtol=1e-12)
+    start = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
+    for seed in range(2, 22):
+        step(net, used, seed)
+        step(masked, others, seed)
+    for name, old in start.items():
+        small, large = net.get_parameter(name).detach(), plan.cut(name, masked.get_parameter(name).detach())
+        assert (small - large).norm() < 0.03 * (small - old).norm(), name
 
 
 def step(net, optimizers, seed):
     generator = torch.Generator().manual_seed(seed)
     for optimizer in optimizers:
         optimizer.zero_grad()
-    net(torch.randn(16, 8, dtype=torch.double, generator=generator)).square().mean().backward()
+    net(torch.randn(16, net[0].in_features, dtype=torch.double, generator=generator)).square().mean().backward()
     for optimizer in optimizers:
         optimizer.step()
 

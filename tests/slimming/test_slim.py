@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_fscreen import load_slimmed, models, save_slimmed
 from lightning_fscreen.slimming import CaptureError, VerificationError, slim
 from lightning_fscreen.slimming.carried import plan_of
+from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.select import SELECT
 from tests.slimming import difference, outputs, snapshot, untouched
 from tests.slimming.masked import (
@@ -301,7 +302,7 @@ def test_a_depthwise_multiplier_of_one_channel_can_be_slimmed_again_and_loaded()
     slim(network, {"1": mask(4, 1, 2, 3), "4": mask(8, 2, 3, 4, 5, 6, 7)}, x)
     assert (network[3].groups, network[3].out_channels) == (1, 2)
     slim(network, {"4": mask(2, 1)}, x)
-    plan_of(network).check(fresh)
+    check_fits(plan_of(network), fresh)
 
 
 @pytest.mark.parametrize("bias", BIASES)
