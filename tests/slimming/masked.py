@@ -357,13 +357,13 @@ def check_training(masked: nn.Module, slimmed: nn.Module, case: Case, plan: Slim
     buffers = dict(slimmed.named_buffers())
     for name, buffer in masked.named_buffers():
         if buffer.is_floating_point():
-            # The statistics of channels that are multiplied by zero, and stay so, say nothing.
-            scale = getattr(masked.get_submodule(name.rpartition(".")[0]), "weight", None)
-            on = plan.cut(name, torch.ones_like(buffer, dtype=torch.bool) if scale is None else scale.detach() != 0)
             norm = name.rpartition(".")[0]
-            if norm in plan.streams:  # nor do those of channels that nobody reads, and whose input is another one's
-                own = plan.cut(name, torch.arange(len(buffer)))
-                on = on & torch.isin(own, torch.tensor(plan.streams[norm]))
+            on = torch.ones_like(buffer, dtype=torch.bool)
+            # The statistics of channels that are multiplied by zero, and stay so, or that nobody reads, say nothing.
+            if (scale := getattr(masked.get_submodule(norm), "weight", None)) is not None:
+                read = gradients.get(f"{norm}.weight")
+                on = (scale.detach() != 0) & (torch.zeros_like(on) if read is None else read != 0)
+            on = plan.cut(name, on)
             assert torch.allclose(plan.cut(name, buffer)[on], buffers[name][on], rtol=1e-8, atol=1e-8), name
         else:
             assert torch.equal(buffer, buffers[name]), name
