@@ -88,7 +88,7 @@ def _check_select(
         raise PlanError(
             f"the plan selects {len(plan.selects[name])} channels for batch norm {name!r}, which has {len(own)}"
         )
-    if name not in plan.removed and len(own) < shape[0]:
+    if name not in plan.streams and name not in plan.removed:
         raise PlanError(f"the plan selects channels for batch norm {name!r}, of which it removes none")
     if name in plan.streams:  # older versions did not write it
         stream = plan.streams[name]
