@@ -220,7 +220,7 @@ def test_what_a_plan_says_twice_must_agree() -> None:
         {"cuts": {"1.weight": {0: (0, 3)}}},
         {"selects": {}},
         {"selects": {}, "streams": {}},
-        {"removed": {}},
+        {"removed": {}, "streams": {}},
         {"removed": {"1": 4, "7": 1}},
         {"shapes": {"1.weight": (6,), "2.running_mean": (6,)}},
     ]
