@@ -1,10 +1,6 @@
 """Resuming equals an uninterrupted run, wherever the run was stopped."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -318,14 +314,3 @@ def test_another_fit_goes_on_from_what_was_loaded(tmp_path):
     fresh = Scheduled(residual_net(), momentum)
     trainer([callback], max_epochs=EPOCHS).fit(fresh, Batches())
     assert callback.report().kept == slim.kept and callback.plan
-
-
-@pytest.mark.slow
-def test_killed_trainings_end_as_if_nothing_had_happened():
-    """The whole of it: python tests/benchmarks/kill.py"""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/benchmarks/kill.py", "1", "2"]
-    done = subprocess.run(command, cwd=root, env=environment, timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bit-equal every time") == 2

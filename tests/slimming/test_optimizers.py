@@ -146,7 +146,9 @@ def test_muon_orthogonalises_the_smaller_matrices_and_adamw_beside_it_goes_on():
         step(masked, others, seed)
     for name, old in start.items():
         small, large = net.get_parameter(name).detach(), plan.cut(name, masked.get_parameter(name).detach())
-        assert (small - large).norm() < 0.03 * (small - old).norm(), name
+        # The others' gradients come through matrices that differ by that rounding.
+        tolerance = 0.02 if name in ("0.weight", "3.weight") else 0.1
+        assert (small - large).norm() < tolerance * (small - old).norm(), name
 
 
 def step(net, optimizers, seed):
