@@ -40,10 +40,9 @@ class ScreeningPruningCallback(TrainingHooks):
     At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
     are exactly zero from then on (arXiv 2502.07189). A window in steps does the same every `prune_every` optimizer
     steps, within epochs or across them: trainings of one epoch, or of `max_steps` alone, have one by default. With
-    granularity "channel" (CLS) the network is made physically
-    smaller as soon as the whole amount is pruned, and the rest of the fit trains the smaller network. With "weight"
-    (WLS) hidden units and channels left without incoming or outgoing weights are removed when the fit ends. Either way
-    the network computes the same function afterwards.
+    granularity "channel" (CLS) the network is made physically smaller as soon as the whole amount is pruned, and the
+    rest of the fit trains the smaller network. With "weight" (WLS) hidden units and channels left without incoming or
+    outgoing weights are removed when the fit ends. Either way the network computes the same function afterwards.
 
     Moving averages of the network (`AveragedModel`, timm's `ModelEmaV3`, a mean teacher, Lightning's `WeightAveraging`
     and `EMAWeightAveraging`) are pruned and become smaller with it; a copy that stands still, a fixed teacher, stays.
@@ -170,9 +169,9 @@ class ScreeningPruningCallback(TrainingHooks):
         if stage == "fit":
             check_strategy(trainer)
             self._budget.window = clock.find_window(self.settings, trainer, loaded=False) or self._budget.window
-        if self._loading is None:
-            self._loading_copies = resize_held_copies(trainer, pl_module)
-            self._loading = resize_on_load(pl_module)
+        self._loading.close()
+        self._loading.callback(resize_held_copies(trainer, pl_module).remove)
+        self._loading.callback(resize_on_load(pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the candidates.
@@ -260,12 +259,7 @@ class ScreeningPruningCallback(TrainingHooks):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind, also after an error."""
         self._remove_hooks()
-        if self._loading is not None:
-            self._loading()
-            self._loading = None
-        if self._loading_copies is not None:
-            self._loading_copies.remove()
-            self._loading_copies = None
+        self._loading.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind after an error."""
@@ -285,18 +279,12 @@ class ScreeningPruningCallback(TrainingHooks):
 
     @property
     def plan(self) -> SlimmingPlan | None:
-        """The channels and units physically removed, with names as in the module, after slimming; else None.
-
-        It also has those of the network's copies inside the module.
-        """
+        """The channels and units removed, from the network and its copies in the module; None before slimming."""
         return self._pruner.plan if self._pruner is not None else None
 
     @property
     def window(self) -> tuple[int, int]:
-        """First epoch of the annealing window and first epoch after it, as resolved for the last fit.
-
-        Of a window in steps (`window_unit`), the optimizer steps before it and those at its end.
-        """
+        """First epoch or step (`window_unit`) of the annealing window, and first one after it; of the last fit."""
         return self._budget.window.start, self._budget.window.end
 
     @property

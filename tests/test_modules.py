@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from lightning_fscreen.modules import num_inputs
+from lightning_fscreen.modules import coupled_layers, num_inputs
 
 
 def test_num_inputs_of_every_kind_of_layer():
@@ -15,3 +15,8 @@ def test_num_inputs_of_every_kind_of_layer():
     assert num_inputs(nn.BatchNorm2d(7)) == 7
     with pytest.raises(TypeError, match="ReLU"):
         num_inputs(nn.ReLU())
+
+
+def test_layers_are_grouped_by_the_units_that_they_share() -> None:
+    units = {"a": [0, 1], "b": [2, 3], "c": [3, 1], "d": [-1, 5], "e": [-1, 6], "f": []}
+    assert coupled_layers(units) == [["a", "b", "c"], ["d"], ["e"], ["f"]]

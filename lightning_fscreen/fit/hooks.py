@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.fit.clock import position
 from lightning_fscreen.fit.distributed import decide_once
@@ -55,8 +54,7 @@ class TrainingHooks(HasSettings, Callback):
         self._progress = Progress()
         self._pruner: Pruner | None = None
         self._restored: dict[str, Any] = {}  # the state that the next fit goes on from
-        self._loading: Callable[[], None] | None = None  # ends listening
-        self._loading_copies: RemovableHandle | None = None
+        self._loading = ExitStack()  # its end is that of listening to what is loaded
 
     def _set_total(self) -> None:
         """Tell the budget the number of candidates; if they are final, check that the floors leave enough to prune."""

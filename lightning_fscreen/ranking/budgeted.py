@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_fscreen.coupling import coupled_layers
+from lightning_fscreen.modules import coupled_layers
 from lightning_fscreen.ranking.units import Units
 
 Scope = Literal["global", "layer"]

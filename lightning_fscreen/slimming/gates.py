@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.coupling import coupled_layers
-from lightning_fscreen.modules import own_tensors, uncompiled, why_fixed
+from lightning_fscreen.modules import coupled_layers, own_tensors, uncompiled, why_fixed
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
