@@ -16,7 +16,8 @@ from lightning_fscreen.modules import is_within, join, select
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
-from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, fixed_reasons, gates_of
+from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, gates_of
+from lightning_fscreen.slimming.norms import NormChannels
 from lightning_fscreen.slimming.slim import slim_captured
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics, Probe
 from lightning_fscreen.statistics.features import Activation
@@ -90,7 +91,7 @@ def find_channels(
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     reasons = select(modules, include, exclude)
-    reasons |= {name: reason for name, reason in fixed_reasons(modules).items() if name not in reasons}
+    reasons |= {name: reason for name, reason in NormChannels().fixed_reasons(modules).items() if name not in reasons}
     found = [
         PrunableChannels(name, module, torch.arange(int(module.num_features)))
         for name, module in modules.items()
@@ -221,7 +222,7 @@ class Channels(Granularity[PrunableChannels]):
             ValueError: none of the batch norms can be pruned; lists the reasons.
         """
         captured = capture_training(network, args, kwargs)
-        gates = {join(name, gate.name): gate for gate in gates_of(network, captured)}
+        gates = {join(name, gate.name): gate for gate in gates_of(network, captured, [NormChannels.name])}
         activations = {join(name, layer): found for layer, found in activations_of(captured).items()}
         inside = [layer for layer in self._found if is_within(layer.name, name)]
         unused = {join(name, tensor) for tensor in captured.unused()}

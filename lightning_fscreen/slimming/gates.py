@@ -1,18 +1,19 @@
-"""Gates: the batch norms of a network, whose channels can be switched off, and how they are coupled."""
+"""Gates: the layers of a network whose units can be switched off, and which of them are coupled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.modules import coupled_layers, own_tensors, uncompiled, why_fixed
+from lightning_fscreen.modules import coupled_layers, uncompiled
+from lightning_fscreen.slimming import norms, rows  # noqa: F401  # they register their kinds
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.kinds import KINDS, kind_of, off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
 from lightning_fscreen.slimming.readers import GroupedReader, NormReader
@@ -24,15 +25,18 @@ STAYS = -1
 
 @dataclass(frozen=True)
 class Gate:
-    """A batch norm whose scale γ switches channels off.
+    """A layer whose units can be switched off.
 
     Attributes:
         name: its name in the model.
-        channels: number of channels.
+        channels: number of units.
         group: equal for gates that are coupled, because their outputs are added or multiplied.
-        units: one number per channel; channels of equal numbers, in this gate and in others, are pruned together.
-            -1 where a channel has to stay.
-        excluded: why none of the channels can be pruned; None if some can.
+        units: one number per unit; those of equal numbers, in this gate and in others, are pruned together.
+            -1 where a unit has to stay.
+        excluded: why none of the units can be pruned; None if some can.
+        kind: "channel": the layer is a batch norm; γ = β = 0 switches a channel off. "neuron": it is a linear or
+            convolution layer; a row of zeros in the weight does (a column, where the convolution is transposed), and a
+            zero in the bias.
     """
 
     name: str
@@ -40,33 +44,44 @@ class Gate:
     group: int
     units: tuple[int, ...]
     excluded: str | None = None
+    kind: str = "channel"
 
 
-def find_gates(model: nn.Module, example_inputs: Any) -> list[Gate]:
-    """Batch norms of a model, in the order of its modules.
+def find_gates(model: nn.Module, example_inputs: Any, kinds: Collection[str] | None = None) -> list[Gate]:
+    """Layers of a model whose units can be switched off, in the order of its modules.
+
+    These are the batch norms, and those linear and convolution layers whose outputs no batch norm normalises: where one
+    does, its channels are the units.
 
     Args:
         model: any module that `torch.export` can capture; untouched.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
             instances.
+        kinds: "channel" or "neuron" or both; all by default. What no gate of these kinds switches off counts as fixed.
 
     Returns:
         All gates; those that cannot be pruned say why.
 
     Raises:
         CaptureError: the model cannot be captured.
+        ValueError: an unknown kind.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_fscreen import find_gates
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2))
-        >>> [(gate.name, gate.channels, gate.excluded) for gate in find_gates(net, torch.randn(2, 3, 6, 6))]
-        [('1', 8, None), ('4', 2, 'it is an output of the network')]
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1))
+        >>> for gate in find_gates(net, torch.randn(2, 3, 6, 6)):
+        ...     print(gate.name, gate.kind, gate.channels, gate.excluded)
+        1 channel 8 None
+        2 neuron 4 None
+        3 neuron 2 it is an output of the network
     """
-    model = uncompiled(model)
+    model, kinds = uncompiled(model), list(KINDS) if kinds is None else kinds
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"unknown kinds {unknown}; choose of {list(KINDS)}")
     args, kwargs = call_arguments(example_inputs)
-    return gates_of(model, capture_training(model, args, kwargs))
+    return gates_of(model, capture_training(model, args, kwargs), kinds)
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -97,22 +112,27 @@ def capture_training(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         return captured
 
 
-def gates_of(network: nn.Module, captured: Capture) -> list[Gate]:
-    """As `find_gates`, of a network that has been captured.
+def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> list[Gate]:
+    """As `find_gates`, of a network that has been captured, and some kinds of gates.
 
-    Channels can go if nothing reads more than a constant of them once they, and all that is coupled to them, are
-    switched off.
+    Units can go if nothing reads more than a constant of them once they, and all that is coupled to them, are switched
+    off.
     """
-    modules = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
-    reasons = fixed_reasons(modules)
-    off = {name: all_off(module) for name, module in modules.items() if name not in reasons}
-    slots = find_slots(network, captured, off)
+    modules = {name: module for name, module in network.named_modules() if _kind(module) in kinds}
+    reasons: dict[str, str] = {}
+    for kind in kinds:
+        reasons |= KINDS[kind].fixed_reasons({name: part for name, part in modules.items() if _kind(part) == kind})
+    for name in _normalised(network, captured) if "neuron" in kinds else ():
+        del modules[name]
+    slots = find_slots(
+        network, captured, {name: _all_off(part) for name, part in modules.items() if name not in reasons}
+    )
     _couple(slots)
     root = slots.components(pinned=False)
     why_not = _why_not(network, slots, root)
     units: dict[str, tuple[int, ...]] = {}
     for name, module in modules.items():
-        units[name] = (STAYS,) * int(module.num_features)
+        units[name] = (STAYS,) * KINDS[_kind(module)].units(module)
         if name not in slots.gates:
             reasons.setdefault(name, "the example inputs do not reach it")
         if name not in reasons:
@@ -121,30 +141,37 @@ def gates_of(network: nn.Module, captured: Capture) -> list[Gate]:
             if set(units[name]) == {STAYS}:
                 reasons[name] = why_not[roots[0]]
     groups = _groups(units)
-    return [Gate(name, len(own), groups[name], own, reasons.get(name)) for name, own in units.items()]
+    return [
+        Gate(name, len(own), groups[name], own, reasons.get(name), _kind(modules[name])) for name, own in units.items()
+    ]
 
 
-def all_off(module: nn.Module) -> Off:
-    """All channels of a batch norm switched off, silent."""
-    channels = int(module.num_features)  # type: ignore[arg-type]
-    return Off(torch.ones(channels, dtype=torch.bool), torch.zeros(channels, dtype=torch.float64))
+def _kind(module: nn.Module) -> str:
+    kind = kind_of(module)
+    return "" if kind is None else kind.name
 
 
-def fixed_reasons(modules: Mapping[str, _BatchNorm]) -> dict[str, str]:
-    """Batch norms that cannot be switched off, whatever the network does with them."""
-    reasons: dict[str, str] = {}
-    owners: dict[int, str] = {}
-    for name, module in modules.items():
-        weight, shift = own_tensors(module)
-        if not module.affine:
-            reasons[name] = "it has no scale and shift (affine=False)"
-        elif reason := why_fixed(module, owners, "scale"):
-            reasons[name] = reason
-        elif shift is None:
-            reasons[name] = "its shift is missing, or not a parameter of its own"
-        else:
-            owners[id(weight)] = name
-    return reasons
+def _all_off(module: nn.Module) -> Off:
+    """All units of a gate switched off, silent."""
+    kind = kind_of(module)
+    assert kind is not None
+    return off(module, torch.ones(kind.units(module), dtype=torch.bool), silent=True)
+
+
+def _normalised(network: nn.Module, captured: Capture) -> list[str]:
+    """Linear and convolution layers whose outputs a batch norm normalises."""
+    batch_norms = {name: part for name, part in network.named_modules() if _kind(part) == "channel"}
+    if not batch_norms:
+        return []
+    fixed = KINDS["channel"].fixed_reasons(batch_norms)
+    switched = {name: _all_off(part) for name, part in batch_norms.items() if name not in fixed}
+    slots = find_slots(network, captured, switched)
+    root = slots.components(pinned=False)
+    read = torch.zeros(len(root), dtype=torch.bool)
+    for reader in slots.readers:
+        if isinstance(reader, NormReader):
+            read[root[reader.inputs]] = True
+    return [name for name, outputs in slots.layers.items() if bool(read[root[outputs]].any())]
 
 
 def _why_not(network: nn.Module, slots: SlotGraph, root: Tensor) -> dict[int, str]:

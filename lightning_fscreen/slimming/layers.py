@@ -85,6 +85,7 @@ def _dense(
         out_constant = kernels.sum(2) @ torch.where(carried, constant, 0.0)
         out_constant += 0.0 if bias is None else walk.tensor(bias)
     owners = [name for name, own_bias in walk.layers.get(weight, []) if own_bias == bias and not broadcast]
+    out_constant, out_known = _switched(walk, owners, outputs, out_constant, out_known)
     walk.slots.readers.append(
         DenseReader(
             layer=owners[0] if owners else weight,
@@ -128,7 +129,9 @@ def _grouped(
             groups=groups,
         )
     )
-    return by_channel(node, channel_dim, outputs, torch.zeros(len(outputs)).double(), torch.zeros(len(outputs)).bool())
+    owners = [name for name, _ in walk.layers[weight]]
+    unknown = torch.zeros(len(outputs), dtype=torch.float64), torch.zeros(len(outputs), dtype=torch.bool)
+    return by_channel(node, channel_dim, outputs, *_switched(walk, owners, outputs, *unknown))
 
 
 def _depthwise(
@@ -150,7 +153,19 @@ def _depthwise(
         out_constant += walk.tensor(bias)
         if walk.training:
             walk.slots.trained.append(outputs)
-    return by_channel(node, channel_dim, outputs, out_constant, out_known)
+    owners = [name for name, _ in walk.layers[weight]]
+    return by_channel(node, channel_dim, outputs, *_switched(walk, owners, outputs, out_constant, out_known))
+
+
+def _switched(walk: Walk, owners: list[str], outputs: Tensor, constant: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Constants of a layer's outputs, with those that are switched off; notes whose outputs they are."""
+    walk.slots.layers |= dict.fromkeys(owners, outputs)
+    gate = next((name for name in owners if walk.off is not None and name in walk.off), None)
+    if walk.off is None or gate is None:
+        return constant, known
+    walk.slots.gates[gate] = outputs
+    off = walk.off[gate]
+    return torch.where(off.pruned, off.constant, constant), known | off.pruned
 
 
 def batch_norm(walk: Walk, node: Any) -> Value:

@@ -76,4 +76,7 @@ def _reasons(
             reader.inputs[read & ~reader.spared() & torch.as_tensor(constant)],
             f"{reader.layer!r} cannot take its constant",
         )
+    for name, labels in slots.layers.items():
+        if name not in off:
+            note(labels, f"it can only go together with outputs of {name!r}")
     return why

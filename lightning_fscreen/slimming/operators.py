@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from lightning_fscreen.slimming import elementwise, layers, parts, pooling, shapes
+from lightning_fscreen.slimming import elementwise, layers, normalising, parts, pooling, shapes
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.interpreter import Handler, Off, Walk
 from lightning_fscreen.slimming.slots import SlotGraph
@@ -17,6 +17,7 @@ HANDLERS: dict[str, Handler] = {
     **parts.HANDLERS,
     **pooling.HANDLERS,
     **layers.HANDLERS,
+    **normalising.HANDLERS,
 }
 """Operator → handler; operators of torch by their own name, others as `namespace::name`."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name
-from lightning_fscreen.slimming.attributes import proposed_attributes
+from lightning_fscreen.slimming.attributes import Attributes, followed, proposed_attributes
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.leftovers import kept_for
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
@@ -61,7 +61,9 @@ def make_change(
         removed=_removed(modules, slots, dense, selects, kept),
         streams=streams,
         kept_for=kept_for(slots, readers, live, kept, off or {}),
-        attributes=proposed_attributes(network, slots.assumed.values(), kept) if attributes else {},
+        attributes=followed(
+            proposed_attributes(network, slots.assumed.values(), kept) if attributes else {}, _counts(slots, kept)
+        ),
     )
     new = {name: plan.cut(name, tensor) for name, tensor in folds.items()}
     new |= {name: plan.cut(name, tensors[name].detach()) for name in cuts if name not in folds}
@@ -141,6 +143,17 @@ def _groups(slots: SlotGraph, kept: Tensor) -> dict[str, int]:
     """Number of groups that depthwise convolutions have left, where they lose some."""
     counts = {name: (int(kept[labels].sum()), len(labels)) for name, labels in slots.depthwise.items()}
     return {name: left for name, (left, before) in counts.items() if left < before}
+
+
+def _counts(slots: SlotGraph, kept: Tensor) -> Attributes:
+    """Attributes that count the channels of a layer, where they change."""
+    attributes: Attributes = {}
+    for module, counts in slots.counts.items():
+        for attribute, (labels, size) in counts.items():
+            left = int(kept[labels].sum())
+            if left < len(labels):
+                attributes.setdefault(module, {})[attribute] = (len(labels) // size, left // size)
+    return attributes
 
 
 def _selects(

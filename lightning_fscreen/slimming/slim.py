@@ -1,4 +1,4 @@
-"""`slim`: switch channels off and physically remove them, exactly."""
+"""`slim`: switch units off and physically remove them, exactly."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from lightning_fscreen.modules import own_tensors, uncompiled
@@ -17,6 +15,7 @@ from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy, average_exactly, copies_of, take_pruned
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.kinds import kind_of, off, parameters_off
 from lightning_fscreen.slimming.optimizers import follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.slimming.plan import SlimmingPlan
 
@@ -31,17 +30,18 @@ def slim(
     optimizers: Optimizer | Iterable[Optimizer] = (),
     follow: nn.Module | Iterable[nn.Module] = (),
 ) -> SlimmingPlan:
-    """Switch off channels of batch norms and physically remove them, in place.
+    """Switch off units, and physically remove them, in place.
 
-    The output stays that of the same network with γ = β = 0 on the pruned channels (bias="zero"), or γ = 0 with β kept
-    (bias="fold"), in eval and in train mode. Constants are carried into the biases of the layers that read them or,
-    where zero padding meets them, into one channel that stays. Channels that cannot be removed exactly stay, switched
-    off.
+    Units are the channels of batch norms and the outputs of linear and convolution layers (see `find_gates`). The
+    output stays that of the same network with γ = β = 0 on the pruned channels, zeros in the rows and biases of the
+    pruned neurons (bias="zero"), or with β and the biases kept (bias="fold"), in eval and in train mode. Constants are
+    carried into the biases of the layers that read them or, where zero padding meets them, into one unit that stays.
+    Units that cannot be removed exactly stay, switched off.
 
     Args:
         model: any module that `torch.export` can capture. Its class, `forward`, modes, devices, dtypes, hooks,
             `requires_grad` and shared parameters stay as they are.
-        keep: batch norm → (channels,) bool, True where a channel is kept; those not named keep all.
+        keep: gate → (units,) bool, True where a unit is kept; those not named keep all.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
             instances.
         bias: "zero" or "fold".
@@ -116,13 +116,13 @@ def slim_captured(
     Nobody takes the optimizers along.
     """
 
-    def off() -> dict[str, Off]:
-        return {name: _off(network.get_submodule(name), mask) for name, mask in keep.items()}
+    def switched() -> dict[str, Off]:
+        return {name: off(network.get_submodule(name), ~mask) for name, mask in keep.items()}
 
     undo = [switch_off(network, keep, bias)]
     try:
         undo.append(take_pruned(copies, network, _pruned(network, keep)))
-        return remove_dead_slots(network, captured, args, kwargs, off, copies)
+        return remove_dead_slots(network, captured, args, kwargs, switched, copies)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -130,13 +130,12 @@ def slim_captured(
 
 
 def _pruned(network: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scale or shift of a batch norm → (channels,) bool, True where it is pruned."""
+    """Parameter of a gate → bool, of its shape, True where it is pruned."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     pruned: dict[str, Tensor] = {}
     for name, mask in keep.items():
-        for parameter in own_tensors(network.get_submodule(name)):
-            if parameter is not None:
-                pruned[names[id(parameter)]] = ~mask | pruned.get(names[id(parameter)], False)
+        for parameter, entries in parameters_off(network.get_submodule(name), ~mask):
+            pruned[names[id(parameter)]] = entries | pruned.get(names[id(parameter)], False)
     return pruned
 
 
@@ -147,48 +146,43 @@ def check_bias(bias: str) -> None:
 
 
 def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
-    """Check masks against the batch norms of a model.
+    """Check masks against the gates of a model.
 
     Raises:
         ValueError: names the first module that does not fit, and the mask that it needs.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    modules = {name: module for name, module in model.named_modules() if kind_of(module)}
     for name, mask in keep.items():
-        if name not in modules:
+        kind = kind_of(modules[name]) if name in modules else None
+        if kind is None:
             raise ValueError(
-                f"keep names {name!r}, which is no batch norm of {type(model).__name__}; they are {list(modules)}"
+                f"keep names {name!r}, which is no batch norm, linear or convolution layer of {type(model).__name__}; "
+                f"they are {list(modules)}"
             )
-        channels = modules[name].num_features
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (channels,):
+        units = kind.units(modules[name])
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (units,):
             found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"keep[{name!r}] must be a bool tensor of shape ({channels},), got {found}")
+            raise ValueError(f"keep[{name!r}] must be a bool tensor of shape ({units},), got {found}")
         if not bool(mask.any()):
-            raise ValueError(f"keep[{name!r}] keeps none of {channels} channels; a layer needs at least one")
-        if not bool(mask.all()) and (lacking := _lacking(modules[name])):
+            raise ValueError(f"keep[{name!r}] keeps none of {units} {kind.name}s; a layer needs at least one")
+        if not bool(mask.all()) and (lacking := kind.lacking(modules[name])):
             raise ValueError(
-                f"batch norm {name!r} has no {lacking} of its own to switch channels off with (affine=False, or "
-                "computed by a parametrization or an older pruning hook); leave it out of keep"
+                f"{name!r} has no {lacking} of its own to switch {kind.name}s off with (affine=False, or computed by a "
+                "parametrization or an older pruning hook); leave it out of keep"
             )
-
-
-def _lacking(module: _BatchNorm) -> str | None:
-    """The tensor that a batch norm uses, or would need, but does not hold itself."""
-    weight, shift = own_tensors(module)
-    if weight is None:
-        return "scale"
-    return "shift" if shift is None and (is_parametrized(module, "bias") or module.bias is not None) else None
 
 
 @torch.no_grad()
 def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: Bias) -> Callable[[], None]:
-    """γ = 0, and β = 0 for bias="zero", on the channels that are not kept; returns a function that undoes it."""
+    """Zero the weights of the units that are not kept, and their shifts for bias="zero"; returns what undoes it."""
     old = []
     for name, mask in keep.items():
-        weight, shift = own_tensors(network.get_submodule(name))
-        for parameter in (weight, shift) if bias == "zero" else (weight,):
-            if parameter is not None:
+        module = network.get_submodule(name)
+        weight = own_tensors(module)[0]
+        for parameter, entries in parameters_off(module, ~mask):
+            if parameter is weight or bias == "zero":
                 old.append((parameter, parameter.detach().clone()))
-                parameter[~mask.to(parameter.device)] = 0
+                parameter[entries.to(parameter.device)] = 0
 
     @torch.no_grad()
     def undo() -> None:
@@ -196,10 +190,3 @@ def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: Bias) -> Ca
             parameter.copy_(values)
 
     return undo
-
-
-def _off(module: nn.Module, mask: Tensor) -> Off:
-    pruned = ~mask.detach().cpu()
-    _, shift = own_tensors(module)
-    constant = torch.zeros(len(mask), dtype=torch.float64) if shift is None else shift.detach().cpu().double()
-    return Off(pruned, torch.where(pruned, constant, 0.0))

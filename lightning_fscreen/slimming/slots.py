@@ -101,7 +101,9 @@ class SlotGraph:
         readers: in the order of the graph.
         dims: (tensor name, dim) → labels of that dimension, for all that can be cut.
         depthwise: depthwise convolution → slots of its channels.
-        gates: batch norm → slots of its output channels.
+        gates: batch norm, or another layer that is switched off → slots of its outputs.
+        layers: linear or convolution layer → slots of its outputs.
+        counts: module → {attribute that counts channels: (slots of the channels, how many are counted as one)}.
         streams: batch norm → its input, where it is free to select channels of it.
         pinned: operators that could not be followed → reason.
         pins: slots that have to stay, and why.
@@ -113,6 +115,8 @@ class SlotGraph:
     dims: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     depthwise: dict[str, Tensor] = field(default_factory=dict)
     gates: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, dict[str, tuple[Tensor, int]]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)

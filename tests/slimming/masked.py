@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming import SlimmingPlan, find_gates, slim
+import lightning_fscreen
+from lightning_fscreen.slimming import SlimmingPlan, slim
 from tests.slimming import difference, outputs
 from tests.slimming.networks import (
     ACTIVATIONS,
@@ -37,6 +38,9 @@ from tests.slimming.networks import (
     shuffle,
     shuffle_unit,
 )
+
+find_gates = partial(lightning_fscreen.find_gates, kinds=["channel"])
+"""Batch norms alone."""
 
 CASES = int(os.environ.get("FSCREEN_CASES", "40"))
 BIASES = ["zero", "fold"]

@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from lightning_fscreen.slimming import CaptureError, Gate, find_gates, slim
+from lightning_fscreen.slimming import CaptureError, Gate, slim
 from lightning_fscreen.slimming.gates import STAYS
 from tests.slimming import difference, outputs, snapshot, untouched
-from tests.slimming.masked import CASES, KINDS, Dag, masked_copy, randomize
+from tests.slimming.masked import CASES, KINDS, Dag, find_gates, masked_copy, randomize
 from tests.slimming.networks import Function
 
 X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))

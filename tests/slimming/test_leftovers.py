@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen import find_gates, slim
+from lightning_fscreen import slim
 from tests.slimming import difference, outputs
-from tests.slimming.masked import masked_copy, randomize
+from tests.slimming.masked import find_gates, masked_copy, randomize
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double()
 KEEP = torch.tensor([True, False, True, True, False, True, False, True])

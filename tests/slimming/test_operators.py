@@ -15,7 +15,6 @@ from lightning_fscreen.slimming import (
     Unsupported,
     Value,
     VerificationError,
-    find_gates,
     pointwise,
     register_operator,
     remove_dead_units,
@@ -23,6 +22,7 @@ from lightning_fscreen.slimming import (
 )
 from lightning_fscreen.slimming.operators import HANDLERS
 from tests.slimming import difference, outputs, snapshot, untouched, zero_rows
+from tests.slimming.masked import find_gates
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 KEEP = torch.tensor([True, False, True, True, False, True, True, True])

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_fscreen import find_gates, slim
+from lightning_fscreen import slim
 from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.resize import grow, slim_like
 from lightning_fscreen.slimming.state import PLAN_KEY
 from tests.slimming import difference, outputs
-from tests.slimming.masked import masked_copy, randomize
+from tests.slimming.masked import find_gates, masked_copy, randomize
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double()
 

@@ -178,8 +178,11 @@ class Counts(nn.Module):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"9": mask(8)}, r"'9', which is no batch norm of Sequential; they are \['1', '4'\]"),
-        ({"0": mask(8)}, "'0', which is no batch norm"),
+        (
+            {"9": mask(8)},
+            r"'9', which is no batch norm, linear or convolution layer of Sequential; they are \['0', '1',",
+        ),
+        ({"2": mask(8)}, "'2', which is no batch norm"),
         ({"1": mask(7)}, r"keep\['1'\] must be a bool tensor of shape \(8,\), got torch.bool of shape \(7,\)"),
         ({"1": torch.ones(8)}, "got torch.float32"),
         ({"1": [True] * 8}, "got list"),

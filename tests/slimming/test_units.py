@@ -1,0 +1,323 @@
+"""Hidden units and channels without batch norms: what is removed is what rows of zeros would have done."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_fscreen import find_gates, slim
+from lightning_fscreen.slimming import Gate
+
+
+class Residual(nn.Module):
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Gated(nn.Module):
+    """SwiGLU, of two layers or of one whose output is split."""
+
+    def __init__(self, width: int, hidden: int, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.up = nn.Linear(width, 2 * hidden if fused else hidden)
+        self.gate = nn.Identity() if fused else nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.up(x).chunk(2, -1) if self.fused else (self.up(x), self.gate(x))
+        return self.down(functional.silu(gate) * value)
+
+
+class Scaled(nn.Module):
+    """A scale for every channel, as in ConvNeXt and CaiT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def convolutions(rank: int) -> tuple[type[nn.Module], type[nn.Module]]:
+    return getattr(nn, f"Conv{rank}d"), getattr(nn, f"ConvTranspose{rank}d")
+
+
+def chain(rank: int, norm: str = "", padding: int = 1) -> nn.Sequential:
+    """Dense, grouped, depthwise and transposed convolutions."""
+    conv, transposed = convolutions(rank)
+    norms = {
+        "": nn.Identity,
+        "group": lambda: nn.GroupNorm(4, 8),
+        "instance": lambda: getattr(nn, f"InstanceNorm{rank}d")(8, affine=True),
+        "batch": lambda: getattr(nn, f"BatchNorm{rank}d")(8),
+    }
+    layers = [
+        *(conv(3, 8, 3, padding=padding), norms[norm](), nn.ReLU()),
+        *(conv(8, 8, 3, padding=padding, groups=8), norms[norm](), nn.SiLU()),
+        *(conv(8, 8, 1), norms[norm](), nn.Sigmoid(), conv(8, 12, 1, groups=2), nn.ReLU()),
+        *(transposed(12, 6, 2, groups=2), nn.Tanh(), transposed(6, 5, 2), nn.ReLU(), conv(5, 2, 1)),
+    ]
+    return nn.Sequential(*layers)
+
+
+def transformer(norm_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
+    )
+    return nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3))
+
+
+NETWORKS = {
+    "an MLP": (lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 9), nn.GELU(), nn.Linear(9, 3)), (6,)),
+    "no biases": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 16, bias=False), nn.ReLU(), nn.Linear(16, 9, bias=False), nn.Sigmoid(), nn.Linear(9, 3)
+        ),
+        (6,),
+    ),
+    **{f"convolutions, {rank}-d": (lambda rank=rank: chain(rank), (3,) + (7,) * rank) for rank in (1, 2, 3)},
+    **{
+        f"convolutions, {norm} norms": (lambda norm=norm: chain(2, norm), (3, 7, 7))
+        for norm in ("group", "instance", "batch")
+    },
+    "group norms, no padding": (lambda: chain(2, "group", padding=0), (3, 9, 9)),
+    "gated, two layers": (lambda: nn.Sequential(nn.Linear(6, 8), Residual(Gated(8, 12, False)), nn.Linear(8, 3)), (6,)),
+    "gated, one layer": (lambda: nn.Sequential(nn.Linear(6, 8), Residual(Gated(8, 12, True)), nn.Linear(8, 3)), (6,)),
+    "a transformer, norm first": (lambda: transformer(True), (5, 4)),
+    "a transformer, norm last": (lambda: transformer(False), (5, 4)),
+    "a ConvNeXt block": (
+        lambda: nn.Sequential(
+            nn.Linear(3, 8),
+            Residual(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8), Scaled(8)),
+            nn.Linear(8, 2),
+        ),
+        (4, 3),
+    ),
+    "a stream without norms": (
+        lambda: nn.Sequential(nn.Linear(6, 8), Residual(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 3)),
+        (6,),
+    ),
+    "a batch norm in a part": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(72, 12),
+            nn.ReLU(),
+            nn.Linear(12, 2),
+        ),
+        (3, 5, 5),
+    ),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    net = make().double()
+    for module in net.modules():
+        if isinstance(module, _BatchNorm | nn.GroupNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return net, torch.randn(3, *shape, dtype=torch.float64)
+
+
+def random_masks(gates: list[Gate], amount: float, seed: int) -> dict[str, Tensor]:
+    """Units that share a number share their fate; no gate is emptied."""
+    generator = torch.Generator().manual_seed(seed)
+    pruned = {unit: bool(torch.rand((), generator=generator) < amount) for gate in gates for unit in gate.units}
+    pruned[-1] = False
+    masks = {gate.name: torch.tensor([not pruned[unit] for unit in gate.units]) for gate in gates}
+    emptied = {unit for gate in gates if not masks[gate.name].any() for unit in gate.units}
+    return {gate.name: torch.tensor([not pruned[u] or u in emptied for u in gate.units]) for gate in gates}
+
+
+@torch.no_grad()
+def masked(net: nn.Module, masks: dict[str, Tensor], bias: str) -> nn.Module:
+    """The network with zeros in it, by a loop over units."""
+    net = copy.deepcopy(net)
+    for name, mask in masks.items():
+        module = net.get_submodule(name)
+        for unit in (~mask).nonzero().flatten().tolist():
+            if isinstance(module, _ConvTransposeNd):
+                outputs, inputs = module.out_channels // module.groups, module.in_channels // module.groups
+                group, column = divmod(unit, outputs)
+                module.weight[group * inputs : (group + 1) * inputs, column] = 0
+            else:
+                module.weight[unit] = 0
+            if bias == "zero" and module.bias is not None:
+                module.bias[unit] = 0
+    return net
+
+
+def check(net: nn.Module, inputs: Tensor, amount: float, seed: int, bias: str) -> int:
+    """Slim a network at random, compare it with the masked one; returns the number of parameters that went."""
+    masks = random_masks(find_gates(net, inputs), amount, seed)
+    reference, before = masked(net, masks, bias), sum(p.numel() for p in net.parameters())
+    slim(net, masks, inputs, bias=bias)
+    for training in (True, False):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                net.train(training)(inputs), reference.train(training)(inputs), rtol=1e-9, atol=1e-9
+            )
+    return before - sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("bias", ["zero", "fold"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_left_computes_what_the_masked_network_does(name: str, bias: str) -> None:
+    net, inputs = build(name)
+    assert check(net, inputs, 0.5, 1, bias) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "free"),
+    {
+        "an MLP": ["0", "2"],
+        "convolutions, 2-d": ["0", "3", "9", "11", "13"],
+        "convolutions, group norms": ["0", "3", "9", "11", "13"],
+        "gated, two layers": ["0", "1.inner.0.up", "1.inner.0.gate", "1.inner.0.down"],
+        "a transformer, norm first": ["1.linear1"],
+        "a ConvNeXt block": ["1.inner.1"],
+        "a batch norm in a part": ["1", "4"],
+    }.items(),
+)
+def test_what_can_go_is_found(name: str, free: list[str]) -> None:
+    net, inputs = build(name)
+    gates = find_gates(net, inputs)
+    assert [gate.name for gate in gates if gate.excluded is None] == free
+    for gate in gates:
+        assert gate.kind == ("channel" if isinstance(net.get_submodule(gate.name), _BatchNorm) else "neuron")
+
+
+def test_half_of_the_neurons_leave_half_of_every_layer() -> None:
+    net, inputs = build("convolutions, 2-d")
+    keep = {"0": torch.arange(8) % 2 == 0, "3": torch.arange(8) % 2 == 0, "6": torch.arange(8) < 4}
+    plan = slim(net, keep, inputs)
+    assert [tuple(net[index].weight.shape[:2]) for index in (0, 3, 6)] == [(4, 3), (4, 1), (4, 4)]
+    assert not plan.kept_for
+
+
+def test_branches_of_a_gated_layer_share_their_units() -> None:
+    for name, layers in (("gated, two layers", ["1.inner.0.up", "1.inner.0.gate"]), ("gated, one layer", [])):
+        net, inputs = build(name)
+        gates = {gate.name: gate for gate in find_gates(net, inputs)}
+        first = gates["1.inner.0.up"].units
+        assert gates[layers[1]].units == first if layers else first[:12] == first[12:]
+
+
+def test_a_half_that_is_pruned_without_the_other_says_why_it_stays() -> None:
+    net, inputs = build("gated, two layers")
+    plan = slim(net, {"1.inner.0.down": torch.arange(8) > 0}, inputs)
+    assert "can only go together with outputs of '0'" in plan.kept_for["1.inner.0.down"]
+
+
+def test_whole_groups_of_a_group_norm_go() -> None:
+    net, inputs = build("group norms, no padding")
+    slim(net, {name: torch.arange(8) >= 2 for name in ("0", "3")}, inputs)
+    assert (net[1].num_groups, net[1].num_channels, len(net[1].weight)) == (3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda net: net[0].weight.requires_grad_(False), "frozen"),
+        (lambda net: setattr(net[2], "weight", net[0].weight), "shares its weight with '0'"),
+        (lambda net: nn.utils.parametrizations.weight_norm(net[0]), "parametrization"),
+        (lambda net: net.insert(1, nn.LayerNorm(8)), "normalises over all channels"),
+        (lambda net: net.insert(1, nn.GroupNorm(1, 8)), "normalises over all channels"),
+        (lambda net: net.insert(1, nn.Softmax(-1)), "normalises over all channels"),
+    ],
+)
+def test_a_layer_that_cannot_lose_units_keeps_them_and_says_why(change, reason: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
+    net.append(nn.Linear(6, 2))
+    change(net)
+    net, inputs = net.double(), torch.randn(3, 8, dtype=torch.float64)
+    assert any(reason in (gate.excluded or "") for gate in find_gates(net, inputs))
+    assert check(net, inputs, 0.5, 0, "zero") > 0  # the others go
+
+
+@pytest.mark.parametrize("mask", [torch.ones(15).bool(), torch.zeros(16).bool(), torch.ones(16)])
+def test_a_mask_that_does_not_fit_changes_nothing(mask: Tensor) -> None:
+    net, inputs = build("an MLP")
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="keep\\['0'\\]"):
+        slim(net, {"0": mask}, inputs)
+    torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_the_optimizer_follows() -> None:
+    """The next steps are those of the masked network, whose pruned rows are held at zero."""
+    net, inputs = build("an MLP")
+    keep = {"0": torch.arange(16) % 3 > 0}
+    reference = masked(net, keep, "zero")
+    ours, theirs = (torch.optim.Adam(part.parameters(), lr=0.01) for part in (net, reference))
+
+    def step(part: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        part(inputs).square().sum().backward()
+        optimizer.step()
+
+    slim(net, keep, inputs, optimizers=ours)
+    for _ in range(5):
+        step(net, ours)
+        step(reference, theirs)
+        with torch.no_grad():  # ReLU has no gradient at zero, so that nothing else moves
+            reference[0].weight[~keep["0"]] = reference[0].bias[~keep["0"]] = 0
+    torch.testing.assert_close(net(inputs), reference(inputs), rtol=1e-9, atol=1e-9)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Module:
+    """Random chains and residual blocks with all kinds of norms, or none."""
+    width = draw(st.sampled_from([4, 8]))
+    norms = {
+        "none": nn.Identity,
+        "layer": lambda: nn.LayerNorm(width),
+        "rms": lambda: nn.RMSNorm(width),
+        "group": lambda: nn.GroupNorm(draw(st.sampled_from([1, 2, 4])), width),
+        "batch": lambda: nn.BatchNorm1d(width),
+        "scale": lambda: Scaled(width),
+    }
+    activations = st.sampled_from([nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Identity])
+    layers: list[nn.Module] = [nn.Linear(3, width, bias=draw(st.booleans()))]
+    for _ in range(draw(st.integers(1, 4))):
+        norm, activation = norms[draw(st.sampled_from(list(norms)))], draw(activations)
+        hidden = draw(st.integers(2, 6))
+        block = draw(st.sampled_from(["chain", "residual", "mlp", "gated", "fused"]))
+        one = nn.Linear(width, width, bias=draw(st.booleans()))
+        if block == "chain":
+            layers += [one, norm(), activation()]
+        elif block == "residual":
+            layers.append(Residual(norm(), one, activation()))
+        elif block == "mlp":
+            layers.append(Residual(norm(), nn.Linear(width, hidden), activation(), nn.Linear(hidden, width)))
+        else:
+            layers.append(Residual(norm(), Gated(width, hidden, block == "fused")))
+    return nn.Sequential(*layers, nn.Linear(width, 2))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(networks(), st.floats(0.1, 0.9), st.integers(0, 99), st.sampled_from(["zero", "fold"]))
+def test_any_network_keeps_the_function_of_the_masked_one(net: nn.Module, amount: float, seed: int, bias: str) -> None:
+    torch.manual_seed(seed)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    check(net.double(), torch.randn(4, 3, dtype=torch.float64), amount, seed, bias)
