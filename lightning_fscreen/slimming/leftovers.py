@@ -56,6 +56,9 @@ def _reasons(
         note(labels, reason)
     for name, labels in slots.gates.items():
         note(labels[~off[name].pruned] if name in off else labels, f"it can only go together with channels of {name!r}")
+    if off.keys() & slots.layers.keys():  # neurons are pruned, so that others could have been
+        for name in slots.layers.keys() - off.keys() - slots.depthwise.keys():
+            note(slots.layers[name], f"it can only go together with neurons of {name!r}")
     for reader in readers:
         read = reader.reads(live[reader.outputs])
         if isinstance(reader, NormReader):
@@ -76,7 +79,4 @@ def _reasons(
             reader.inputs[read & ~reader.spared() & torch.as_tensor(constant)],
             f"{reader.layer!r} cannot take its constant",
         )
-    for name, labels in slots.layers.items():
-        if name not in off:
-            note(labels, f"it can only go together with outputs of {name!r}")
     return why

@@ -33,7 +33,7 @@ AMOUNT = 0.5
 
 
 def masks(network, x):
-    gates = [gate for gate in find_gates(network, x) if gate.excluded is None]
+    gates = [gate for gate in find_gates(network, x, kinds=["channel"]) if gate.excluded is None]
     generator = torch.Generator().manual_seed(0)
     scores = {gate.name: torch.rand(gate.channels, generator=generator) for gate in gates}
     kept = {gate.name: torch.ones(gate.channels, dtype=torch.bool) for gate in gates}

@@ -151,7 +151,7 @@ def measure(name):
     small, large = SIZES.get(name, (64, 96))
     x, other = torch.randn(4, 3, small, small), torch.randn(2, 3, large, large)
     start = time.perf_counter()
-    gates = find_gates(network, x)
+    gates = find_gates(network, x, kinds=["channel"])
     seconds = time.perf_counter() - start
     candidates = [gate for gate in gates if gate.excluded is None]
     before = size(network, x)

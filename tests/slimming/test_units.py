@@ -209,8 +209,8 @@ def test_half_of_the_neurons_leave_half_of_every_layer() -> None:
     net, inputs = build("convolutions, 2-d")
     keep = {"0": torch.arange(8) % 2 == 0, "3": torch.arange(8) % 2 == 0, "6": torch.arange(8) < 4}
     plan = slim(net, keep, inputs)
-    assert [tuple(net[index].weight.shape[:2]) for index in (0, 3, 6)] == [(4, 3), (4, 1), (4, 4)]
-    assert not plan.kept_for
+    assert [tuple(net[index].weight.shape[:2]) for index in (0, 3, 6)] == [(4, 3), (4, 1), (8, 4)]
+    assert list(plan.kept_for) == ["6"] and "together with" in plan.kept_for["6"]  # a grouped convolution reads it
 
 
 def test_branches_of_a_gated_layer_share_their_units() -> None:
@@ -224,7 +224,7 @@ def test_branches_of_a_gated_layer_share_their_units() -> None:
 def test_a_half_that_is_pruned_without_the_other_says_why_it_stays() -> None:
     net, inputs = build("gated, two layers")
     plan = slim(net, {"1.inner.0.down": torch.arange(8) > 0}, inputs)
-    assert "can only go together with outputs of '0'" in plan.kept_for["1.inner.0.down"]
+    assert "can only go together with neurons of '0'" in plan.kept_for["1.inner.0.down"]
 
 
 def test_whole_groups_of_a_group_norm_go() -> None:
