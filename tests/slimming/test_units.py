@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_fscreen import find_gates, slim
 from lightning_fscreen.slimming import Gate
+from tests.slimming.masked import CASES
 
 
 class Residual(nn.Module):
@@ -314,7 +315,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(width, 2))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks(), st.floats(0.1, 0.9), st.integers(0, 99), st.sampled_from(["zero", "fold"]))
 def test_any_network_keeps_the_function_of_the_masked_one(net: nn.Module, amount: float, seed: int, bias: str) -> None:
     torch.manual_seed(seed)
