@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_fscreen.modules import in_mode
+from lightning_fscreen.modules import in_mode, uncompiled
 
 
 class CaptureError(RuntimeError):
@@ -53,7 +53,13 @@ def capture(
         CaptureError: torch.export cannot follow the network's forward; the message quotes its error.
     """
     try:
-        with in_mode(network, training), plain_norms(network), _without_cumulative_averages(network), torch.no_grad():
+        with (
+            in_mode(network, training),
+            plain_norms(network),
+            _without_cumulative_averages(network),
+            _as_written(network),
+            torch.no_grad(),
+        ):
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
         raise CaptureError(
@@ -93,3 +99,21 @@ def _without_cumulative_averages(network: nn.Module) -> Iterator[None]:
     finally:
         for module in norms:
             module.momentum = None
+
+
+@contextlib.contextmanager
+def _as_written(network: nn.Module) -> Iterator[None]:
+    """Compiled parts run as they were written: torch.export of torch 2.6 refuses to follow compiled ones."""
+    compiled = []
+    for module in network.modules():
+        if uncompiled(module) is not module and "forward" in vars(module):  # torch.compile(module)
+            compiled.append((module, "forward", module.forward))
+            module.forward = uncompiled(module).__call__
+        if module._compiled_call_impl is not None:  # noqa: SLF001 (module.compile(), for which torch has no question)
+            compiled.append((module, "_compiled_call_impl", module._compiled_call_impl))  # noqa: SLF001
+            module._compiled_call_impl = None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, name, function in compiled:
+            setattr(module, name, function)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_fscreen.modules import evaluating, named_tensors
 from lightning_fscreen.slimming.capture import CaptureError, capture
@@ -49,6 +53,31 @@ def test_keyword_inputs_are_captured() -> None:
     captured = capture(Net(), (torch.randn(2, 1, 5, 5),), {"scale": torch.randn(2, 1)})
     inputs = [n for n in captured.graph.nodes if n.op == "placeholder" and n.name not in captured.tensors]
     assert [tuple(node.meta["val"].shape) for node in inputs] == [(2, 1, 5, 5), (2, 1)]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("error", [False, True])
+def test_a_compiled_part_is_captured_as_written_and_stays_compiled(in_place: bool, error: bool) -> None:
+    plain = nn.Sequential(Net(), nn.Linear(2, 3))
+    network, graphs = copy.deepcopy(plain), []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    if in_place:
+        network[0].compile(backend=backend)
+    else:
+        network[0] = torch.compile(network[0], backend=backend)
+    x = torch.randn(2, 1, 5, 5)
+    if error:
+        with pytest.raises(CaptureError):
+            capture(network, (x, x))
+    else:
+        assert operators(network, x) == operators(plain, x)
+    assert not graphs
+    torch.testing.assert_close(network.eval()(x), plain.eval()(x))
+    assert graphs
 
 
 def test_capturing_changes_nothing() -> None:

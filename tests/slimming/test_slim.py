@@ -67,6 +67,7 @@ def test_a_second_slimming_goes_on_and_a_file_holds_both(tmp_path_factory: Any, 
     save_slimmed(network, path)
     loaded = load_slimmed(fresh, path)
     assert difference(outputs(network, example), outputs(loaded, example)) == 0
+    torch.compiler.reset()  # torch 2.6 counts exports of other networks as recompilations, and has a limit
     program = torch.export.export(network.eval(), (example,))
     assert difference(outputs(network, example), outputs(program.module(), example)) < 1e-12
 
