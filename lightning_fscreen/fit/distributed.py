@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -24,8 +25,12 @@ from lightning_fscreen.statistics.moments import Sums, merge_sums
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy)
 
 
-def check_strategy(trainer: Trainer) -> None:
+def check_strategy(trainer: Trainer, slims_in_fit: bool) -> None:
     """Refuse strategies and callbacks that shard, move or average parameters in ways that pruning does not follow.
+
+    Args:
+        trainer: the trainer.
+        slims_in_fit: whether training is to go on with a smaller network.
 
     Raises:
         NotImplementedError: names what is not supported, and what to use instead.
@@ -41,6 +46,8 @@ def check_strategy(trainer: Trainer) -> None:
             f"ScreeningPruningCallback does not support {type(trainer.strategy).__name__}; "
             "use Trainer(strategy='auto') on one device or strategy='ddp' on several"
         )
+    if slims_in_fit and isinstance(trainer.strategy, DDPStrategy):
+        _check_communication(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging):
             raise NotImplementedError(
@@ -48,6 +55,17 @@ def check_strategy(trainer: Trainer) -> None:
                 "after the last; use WeightAveraging or EMAWeightAveraging, which follow, or average in a fit of the "
                 "slim network"
             )
+
+
+def _check_communication(strategy: DDPStrategy) -> None:
+    """Refuse hooks with a state: it may hold tensors of the size of buckets that are no more, as PowerSGD's does."""
+    hook, state = strategy._ddp_comm_hook, strategy._ddp_comm_state  # noqa: SLF001  # Lightning has no public ones
+    if hook is not None and not isinstance(state, ProcessGroup | None):
+        raise NotImplementedError(
+            f"ScreeningPruningCallback does not support the communication hook {getattr(hook, '__name__', hook)!r}, "
+            f"whose {type(state).__name__} does not become smaller with the network; use one without a state "
+            "(fp16_compress_hook, bf16_compress_hook), no hook, or slim=False"
+        )
 
 
 def gather(trainer: Trainer, value: Any) -> list[Any]:
