@@ -188,8 +188,13 @@ def pretending():
         with _pop_mode_temporarily(), _disable_current_modes():
             return export(*args, **kwargs)
 
+    def of_cpu(asked):
+        return lambda device_type: asked("cpu" if device_type == "cuda" else device_type)
+
     export, fork = torch.export.export, torch.random.fork_rng
     with (
+        mock.patch.object(torch, "is_autocast_enabled", of_cpu(torch.is_autocast_enabled)),
+        mock.patch.object(torch, "get_autocast_dtype", of_cpu(torch.get_autocast_dtype)),
         mock.patch.object(torch.export, "export", export_truthfully),
         mock.patch.object(torch.autocast, "__init__", on_cpu),
         mock.patch.object(torch.random, "fork_rng", fork_rng),
