@@ -123,13 +123,16 @@ class _Answers(TorchFunctionMode):
                 target, dtype = pretended(value), value.dtype
         copy = kwargs.get("copy", False) or flags[1:] == [True]
         same = func(tensor, dtype=dtype, copy=copy, memory_format=kwargs.get("memory_format"))
-        return same if target is None else self._moved(same, as_device(target))
+        waits = not (kwargs.get("non_blocking") or flags[:1] == [True])
+        return same if target is None else self._moved(same, as_device(target), waits)
 
-    def _moved(self, tensor, device):
+    def _moved(self, tensor, device, waits=True):
         if pretended(tensor) == device:
             return tensor
         if device == CPU:
             self._operators.note("copy to the host")
+        elif pretended(tensor) == CPU and waits:
+            self._operators.note("copy from the host")
         return _Transfer.apply(tensor, device)
 
 

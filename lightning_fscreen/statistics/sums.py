@@ -115,7 +115,7 @@ class FeatureSums:
     def _places(self, layers: Sequence[int]) -> Tensor:
         """Indices of the columns of some layers."""
         places = [torch.arange(self._columns[index].start, self._columns[index].stop) for index in layers]
-        return torch.cat(places).to(self.moments.shift.device)
+        return _sent(torch.cat(places), self.moments.shift.device)
 
     def _accumulate(self, moments: ClassMoments, features: Tensor, labels: Tensor) -> None:
         """Add rows, which may be overwritten, to sums with one count a class or one a class and feature.
@@ -145,7 +145,7 @@ class FeatureSums:
     def _note_bad_rows(self, features: Tensor, labels: Sequence[Tensor], first: int) -> None:
         """Remember the first batch with a NaN or inf."""
         lengths = torch.tensor([len(batch) for batch in labels])
-        batches = torch.arange(first, first + len(labels)).repeat_interleave(lengths).to(features.device)
+        batches = _sent(torch.arange(first, first + len(labels)).repeat_interleave(lengths), features.device)
         # A float64 sum is finite if all its float32 terms are.
         bad = torch.where(_is_finite(features.sum(1, dtype=torch.float64)), _NONE, batches)
         self._first_bad = torch.minimum(self._first_bad, bad.amin())
@@ -156,6 +156,11 @@ def _origin(features: Tensor) -> Tensor:
     first = features[0]
     mean = first + (features - first).mean(0)
     return torch.where(_is_finite(mean), mean, first)
+
+
+def _sent(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices on a device; the host does not wait until all that the device has to do before is done."""
+    return indices.to(device, non_blocking=True)
 
 
 def _is_finite(values: Tensor) -> Tensor:
