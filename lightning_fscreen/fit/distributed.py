@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -60,7 +59,7 @@ def check_strategy(trainer: Trainer, slims_in_fit: bool) -> None:
 def _check_communication(strategy: DDPStrategy) -> None:
     """Refuse hooks with a state: it may hold tensors of the size of buckets that are no more, as PowerSGD's does."""
     hook, state = strategy._ddp_comm_hook, strategy._ddp_comm_state  # noqa: SLF001  # Lightning has no public ones
-    if hook is not None and not isinstance(state, ProcessGroup | None):
+    if hook is not None and not isinstance(state, torch.distributed.ProcessGroup | None):
         raise NotImplementedError(
             f"ScreeningPruningCallback does not support the communication hook {getattr(hook, '__name__', hook)!r}, "
             f"whose {type(state).__name__} does not become smaller with the network; use one without a state "
