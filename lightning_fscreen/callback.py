@@ -163,11 +163,11 @@ class ScreeningPruningCallback(TrainingHooks):
         From here on the model takes the size of the checkpoint that is loaded into it.
 
         Raises:
-            NotImplementedError: an unsupported strategy or callback.
+            NotImplementedError: an unsupported strategy, communication hook or callback.
             ValueError: a window that ends after the training, or none given for a training without an end.
         """
         if stage == "fit":
-            check_strategy(trainer)
+            check_strategy(trainer, self.settings.slims_in_fit)
             self._budget.window = clock.find_window(self.settings, trainer, loaded=False) or self._budget.window
         self._loading.close()
         self._loading.callback(resize_held_copies(trainer, pl_module).remove)

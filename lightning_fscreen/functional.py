@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fscreen.members import IGNORED as IGNORED
+from lightning_fscreen.members import Members
+
 _EPS = torch.finfo(torch.float64).eps
 # Values converted to float64 at a time, so that their memory stays small.
 _CHUNK = 2**20
@@ -59,10 +62,6 @@ def f_statistic(features: Tensor, labels: Tensor, num_classes: int | None = None
     if num_classes is None:
         num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if labels.numel() else 0
     return f_statistic_compute(f_statistic_update(features, labels, num_classes))
-
-
-IGNORED = -100
-"""Label of instances that belong to no class, as in `torch.nn.functional.cross_entropy`; they do not count."""
 
 
 def check_num_classes(num_classes: int | None) -> None:
@@ -164,55 +163,10 @@ def accumulate_offsets_(sums: ClassSums, offsets: Tensor, labels: Tensor) -> Non
     They are summed in their own dtype, float64 or, for batches where that is good enough, float32.
     """
     members = Members(labels, len(sums.sums), offsets.dtype)
+    members.leave_out_others_(offsets)
     members.add_(sums.sums, offsets)
     sums.squares.add_(members.total(offsets.square_()))
     members.count_(sums.counts)
-
-
-class Members:
-    """Which instances of a batch belong to which class, and the sums over them.
-
-    Args:
-        labels: (N,) class indices or (N, C) class weights.
-        num_classes: C.
-        dtype: of the values that are summed.
-    """
-
-    def __init__(self, labels: Tensor, num_classes: int, dtype: torch.dtype) -> None:
-        self._num_classes = num_classes
-        # Index sums are faster than a product, but only on CPUs is the order of additions fixed.
-        self._index: Tensor | None = None
-        self._weights: Tensor | None = None
-        if labels.is_floating_point():
-            self._weights = labels.to(dtype)
-        elif labels.device.type == "cpu" and not bool((labels == IGNORED).any()):
-            self._index = labels.long()
-        else:
-            self._weights = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(dtype)
-
-    def add_(self, totals: Tensor, values: Tensor) -> None:
-        """Add Σ_{k∈c} of values (N, p) to float64 totals (C, p), in place."""
-        own = totals if values.dtype == totals.dtype else torch.zeros_like(totals, dtype=values.dtype)
-        if self._index is not None:
-            own.index_add_(0, self._index, values)
-        else:
-            assert self._weights is not None
-            own.addmm_(self._weights.T, values)
-        if own is not totals:
-            totals.add_(own)
-
-    def total(self, values: Tensor) -> Tensor:
-        """Σ_k of values (N, p) over all instances, those that count more or less than once included; (p,)."""
-        return values.sum(0) if self._weights is None else self._weights.sum(1) @ values
-
-    def count_(self, counts: Tensor) -> None:
-        """Add the number of instances of every class to counts, (C,) or (C, p), in place."""
-        if self._index is not None:
-            found = torch.bincount(self._index, minlength=self._num_classes)
-        else:
-            assert self._weights is not None
-            found = self._weights.sum(0)
-        counts.add_(found if counts.ndim == 1 else found.unsqueeze(1))
 
 
 def f_statistic_merge(first: ClassSums, second: ClassSums) -> ClassSums:

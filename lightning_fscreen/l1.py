@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.candidates.weights import find_weights
+from lightning_fscreen.fit.scaling import gradient_scale
 
 
 class _L1(Callback, ABC):
@@ -51,7 +52,10 @@ class _L1(Callback, ABC):
         pairs = [(p.detach(), p.grad) for p in self._penalised if p in used and p.grad is not None]
         if pairs:
             values, gradients = (list(tensors) for tensors in zip(*pairs, strict=True))
-            torch._foreach_add_(gradients, torch._foreach_sign(values), alpha=self.strength)  # noqa: SLF001  # torch has no public one
+            signs = torch._foreach_sign(values)  # noqa: SLF001  # torch has no public ones
+            if (scale := gradient_scale(trainer, optimizer)) is not None:
+                torch._foreach_mul_(signs, scale)
+            torch._foreach_add_(gradients, signs, alpha=self.strength)
 
 
 class ScaleL1(_L1):

@@ -104,6 +104,13 @@ def trainer(callbacks=(), **arguments):
     return pl.Trainer(callbacks=list(callbacks), **{**defaults, **arguments})
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -123,13 +123,16 @@ class _Answers(TorchFunctionMode):
                 target, dtype = pretended(value), value.dtype
         copy = kwargs.get("copy", False) or flags[1:] == [True]
         same = func(tensor, dtype=dtype, copy=copy, memory_format=kwargs.get("memory_format"))
-        return same if target is None else self._moved(same, as_device(target))
+        waits = not (kwargs.get("non_blocking") or flags[:1] == [True])
+        return same if target is None else self._moved(same, as_device(target), waits)
 
-    def _moved(self, tensor, device):
+    def _moved(self, tensor, device, waits=True):
         if pretended(tensor) == device:
             return tensor
         if device == CPU:
             self._operators.note("copy to the host")
+        elif pretended(tensor) == CPU and waits:
+            self._operators.note("copy from the host")
         return _Transfer.apply(tensor, device)
 
 
@@ -188,8 +191,13 @@ def pretending():
         with _pop_mode_temporarily(), _disable_current_modes():
             return export(*args, **kwargs)
 
+    def of_cpu(asked):
+        return lambda device_type: asked("cpu" if device_type == "cuda" else device_type)
+
     export, fork = torch.export.export, torch.random.fork_rng
     with (
+        mock.patch.object(torch, "is_autocast_enabled", of_cpu(torch.is_autocast_enabled)),
+        mock.patch.object(torch, "get_autocast_dtype", of_cpu(torch.get_autocast_dtype)),
         mock.patch.object(torch.export, "export", export_truthfully),
         mock.patch.object(torch.autocast, "__init__", on_cpu),
         mock.patch.object(torch.random, "fork_rng", fork_rng),

@@ -1,20 +1,25 @@
 """Whole fits on a pretended accelerator: no operands on two devices, no waiting in the training step."""
 
+import contextlib
 import copy
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.costs.latency import measure_latency
-from tests.conftest import Classifier, digits, loader, mlp
+from lightning_fscreen.fit import hooks
+from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.pretended import pretended, pretended_trainer, pretending
 from tests.saving.test_checkpoints import momentum
 from tests.test_channel_fit import residual_net
 
 CUDA = torch.device("cuda", 0)
+SCALERS = {"bf16-mixed": lambda: None, "16-mixed": lambda: torch.amp.GradScaler("cpu")}
 
 
 def fit(arguments, callbacks=(), net=residual_net, ckpt_path=None, make_optimizer=momentum, **options):
@@ -176,3 +181,43 @@ def test_inputs_that_change_in_place_behind_autocasts_back_are_seen_as_they_were
         network(images)
     collector.update(labels)
     assert bool((collector.statistics()["second"].mean != 0).any())
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_masks_that_another_process_has_decided_go_to_the_device(soft, monkeypatch):
+    def from_the_first_process(trainer, decide):
+        return {name: mask.cpu() for name, mask in decide().items()}
+
+    monkeypatch.setattr(hooks, "decide_once", from_the_first_process)
+    weights = ScreeningPruningCallback("weight", amount=0.9, end_epoch=3, soft=soft)
+    with pretending():
+        channels, _ = fit({"end_epoch": 1}, [pl.Callback(), weights], max_epochs=4)
+    assert channels.plan and weights.report().pruned_fraction == pytest.approx(0.9, abs=0.01)
+
+
+class Divided(Classifier):
+    """The second of its two networks gets what autocast has computed in lower precision."""
+
+    def __init__(self):
+        first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+        second = nn.Sequential(
+            nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten()
+        )
+        super().__init__(nn.ModuleDict({"first": first, "second": second.append(nn.Linear(8 * 4 * 4, 10))}))
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net["first"](batch[0])
+        return F.cross_entropy(self.net["second"](hidden), batch[1])
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("make_trainer", [trainer, pretended_trainer])
+def test_networks_that_get_inputs_of_lower_precision(granularity, precision, make_trainer):
+    callback = ScreeningPruningCallback(granularity, amount=0.5, end_epoch=1)
+    options = {"plugins": [MixedPrecision(precision, "cpu", SCALERS[precision]())]} if make_trainer is trainer else {}
+    options = options or {"precision": precision}
+    with contextlib.nullcontext() if make_trainer is trainer else pretending():
+        make_trainer([callback], max_epochs=2, **options).fit(Divided(), loader(64, 128))
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
+    assert callback.plan if granularity == "channel" else "zeros in tensors" in callback.report().not_removed

@@ -29,6 +29,7 @@ from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import CaptureError, PlanError
 from lightning_fscreen.slimming.carried import plan_of
 from tests.conftest import Classifier, digits, loader, mlp, trainer
+from tests.fit.test_distributed import compressed
 from tests.test_channel_fit import residual_net
 
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -412,6 +413,13 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
         torch.multiprocessing.ProcessRaisedException,
         "ddp_spawn",
         "strategy='ddp'",
+    ),
+    (
+        "a communication hook with a state",
+        lambda world: ScreeningPruningCallback().setup(SharedFake(compressed()), world.model, "fit"),
+        NotImplementedError,
+        "powerSGD_hook.*PowerSGDState",
+        "fp16_compress_hook",
     ),
     (
         "averaged weights",

@@ -14,6 +14,7 @@ from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.modules import is_within, join, select
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, gates_of
@@ -250,11 +251,12 @@ class Channels(Granularity[PrunableChannels]):
         kwargs: dict[str, Any],
         kept: Mapping[str, Tensor],
         copies: Sequence[Copy] = (),
+        agree: Agree = unanimous,
     ) -> SlimmingPlan:
         """Remove the channels that are not kept, and all that only they need."""
         (captured,) = (learned.captured for learned in self._learned.values() if learned.network is network)
         bias: Literal["zero", "fold"] = "zero" if self._bias == "zero" else "fold"
-        return slim_captured(network, captured, kept, args, kwargs, bias, copies)
+        return slim_captured(network, captured, kept, args, kwargs, bias, copies, agree)
 
     def still_there(self, plan: SlimmingPlan) -> str | None:
         """Batch norms with channels that are switched off but stay."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
@@ -160,6 +161,7 @@ class Granularity(ABC, Generic[Layer]):
         kwargs: dict[str, Any],
         kept: Mapping[str, Tensor],
         copies: Sequence[Copy] = (),
+        agree: Agree = unanimous,
     ) -> SlimmingPlan:
         """Make the network smaller, in place; its eval-mode outputs stay the same.
 
@@ -169,6 +171,7 @@ class Granularity(ABC, Generic[Layer]):
             kwargs: keyword inputs of its forward.
             kept: layer, by its name in the network → mask of its candidates, True where kept.
             copies: copies of the network that become smaller with it; they have its values where it is pruned.
+            agree: is called with the plan once it has been carried out, and undoes it by raising.
 
         Returns:
             The plan, with names as in the network.

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.modules import is_within, join, select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
+from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
 from lightning_fscreen.statistics.connections import per_connection
@@ -136,9 +137,10 @@ class Weights(Granularity[PrunableWeight]):
         kwargs: dict[str, Any],
         kept: Mapping[str, Tensor],
         copies: Sequence[Copy] = (),
+        agree: Agree = unanimous,
     ) -> SlimmingPlan:
         """Remove units without incoming or without outgoing weights; it sees in the weights which are pruned."""
-        return remove_dead_units(network, args, kwargs, copies)
+        return remove_dead_units(network, args, kwargs, copies, agree)
 
     def still_there(self, plan: SlimmingPlan) -> str | None:
         """Why nothing went, or which units without incoming weights stay."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_fscreen.fit.clock import batches_per_round
 from lightning_fscreen.fit.distributed import merge_processes
+from lightning_fscreen.fit.scaling import gradient_scale
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
@@ -124,11 +125,11 @@ class Collection:
                     collector.update(labels)
         self._batch = None
 
-    def add_gradients(self, make_sums: Callable[[], GradientSums], optimizer: Optimizer) -> None:
+    def add_gradients(self, trainer: Trainer, make_sums: Callable[[], GradientSums], optimizer: Optimizer) -> None:
         """Add the gradients that an optimizer is about to use."""
         if self._gradients is None:
             self._gradients = make_sums()
-        self._gradients.add(optimizer)
+        self._gradients.add(optimizer, gradient_scale(trainer, optimizer))
 
     def gradients(self) -> Mapping[str, GradientStatistics]:
         """Of the steps gathered, by layer; empty if there were none. DDP has averaged them already.

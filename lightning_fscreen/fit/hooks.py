@@ -166,7 +166,7 @@ class TrainingHooks(HasSettings, Callback):
         self._pruner.masks.mask_gradients()
         step = self._progress.step
         if step.gather_gradients:
-            self._collection.add_gradients(self._pruner.granularity.gradients, optimizer)
+            self._collection.add_gradients(trainer, self._pruner.granularity.gradients, optimizer)
         if step.prunes_now:
             self._close()
             self._add(trainer)

@@ -48,9 +48,13 @@ class Network:
 
         def cut(tensor: Tensor) -> Tensor:
             first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
-            return first.detach().clone()
+            # Without autocast, no layer takes what a layer before has computed under it.
+            return first.detach().to(self.dtype if tensor.dtype == lower else tensor.dtype, copy=True)
 
-        self.dtype = next(self.module.parameters()).dtype
+        parameter = next(self.module.parameters())
+        kind = parameter.device.type
+        lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.dtype = parameter.dtype
         self.inputs = pytree.tree_map_only(Tensor, cut, (tuple(args), dict(kwargs)))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -252,7 +253,8 @@ class Pruner:
             broadcast_buffers(trainer, module)
         try:
             in_fit = self.granularity.slims_in_fit
-            plan = slim_in_fit(trainer, self._model, self._slim_networks) if in_fit else self._slim_networks()
+            slim = partial(self._slim_networks, trainer)
+            plan = slim_in_fit(trainer, self._model, slim) if in_fit else slim()
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
@@ -267,9 +269,10 @@ class Pruner:
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan
 
-    def _slim_networks(self) -> SlimmingPlan:
+    def _slim_networks(self, trainer: Trainer) -> SlimmingPlan:
+        networks = self.recorder.networks.values()
         plan, self.not_removed = slim_networks(
-            self._model, self.granularity, self.recorder.networks.values(), self.masks.present, self.copies
+            trainer, self._model, self.granularity, networks, self.masks.present, self.copies
         )
         return plan
 

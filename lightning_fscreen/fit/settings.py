@@ -147,6 +147,11 @@ class Settings:
         """The criterion of that name."""
         return resolve_criterion(self.criterion)
 
+    @property
+    def slims_in_fit(self) -> bool:
+        """Whether training goes on with a network that has been made smaller."""
+        return self.slim and GRANULARITIES[self.granularity].slims_in_fit
+
     @functools.cached_property  # asked for in every step
     def needs_activations(self) -> bool:
         """Whether statistics of activations are needed, for the criterion or for the bias."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.copies import Copies
-from lightning_fscreen.fit.distributed import broadcast_buffers, rewrap
+from lightning_fscreen.fit.distributed import all_or_none, broadcast_buffers, rewrap
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.modules import is_within
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
@@ -52,6 +52,7 @@ def slim_in_fit(
 
 
 def slim_networks(
+    trainer: Trainer,
     model: LightningModule,
     granularity: Granularity[Any],
     networks: Iterable[Network],
@@ -61,6 +62,7 @@ def slim_networks(
     """Make every network of a module smaller by itself; those where that is not exact stay as they are.
 
     Args:
+        trainer: the trainer, whose processes do the same to every network.
         model: the module.
         granularity: its candidates.
         networks: its networks, which share no parameters.
@@ -79,8 +81,8 @@ def slim_networks(
         inside = {name.removeprefix(prefix): mask for name, mask in kept.items() if is_within(name, network.name)}
         args, kwargs = network.inputs_on_device()
         try:
-            with network.examining(model):
-                own = granularity.slim(network.module, args, kwargs, inside, copies.following(network.name))
+            with all_or_none(trainer) as agree, network.examining(model):
+                own = granularity.slim(network.module, args, kwargs, inside, copies.following(network.name), agree)
         except (CaptureError, VerificationError) as error:
             errors[network.describe()] = error
         else:

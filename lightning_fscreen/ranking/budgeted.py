@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -97,7 +98,10 @@ def _prune_units(
     min_kept: int,
     units: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    layers = [list(kept)] if scope == "global" else coupled_layers({name: units[name].tolist() for name in kept})
+    layers = [list(kept)]
+    if scope == "layer":
+        numbers = iter(torch.cat([units[name] for name in kept]).tolist())  # an accelerator is waited for once
+        layers = coupled_layers({name: list(itertools.islice(numbers, len(units[name]))) for name in kept})
     parts = {
         str(place): Units(scores, {name: kept[name] for name in names}, units, min_kept)
         for place, names in enumerate(layers)

@@ -22,6 +22,13 @@ from lightning_fscreen.slimming.verify import Verification, VerificationError
 
 log = logging.getLogger(__name__)
 
+Agree = Callable[[SlimmingPlan], None]
+"""Is called with a plan that has been carried out and verified, and undoes it by raising."""
+
+
+def unanimous(plan: SlimmingPlan) -> None:
+    """Agree with every plan: there is nobody to ask."""
+
 
 def remove_dead_slots(
     network: nn.Module,
@@ -30,6 +37,7 @@ def remove_dead_slots(
     kwargs: dict[str, Any],
     off: Callable[[], Mapping[str, Off]] | None = None,
     copies: Sequence[Copy] = (),
+    agree: Agree = unanimous,
 ) -> SlimmingPlan:
     """Plan the removal of all dead slots, carry it out in place, verify it, and remember the plan on the layers.
 
@@ -44,13 +52,14 @@ def remove_dead_slots(
         off: gives batch norm → its channels that are switched off, of the values that the network has then; see
             `Walk`. With it, train mode is verified, too.
         copies: copies of the network, which lose the same slots; each is planned and verified with its own values.
+        agree: has the last word.
 
     Returns:
         The plan that was applied; false if there was nothing to remove.
 
     Raises:
         VerificationError: the smaller network, or a smaller copy, would not compute the same, or a copy would lose
-            other slots; network and copies are untouched then.
+            other slots; network and copies are untouched then, as after an error of `agree`.
     """
 
     def change(literal: Collection[str] = (), attributes: bool = False) -> tuple[Change, Mapping[str, Assumption]]:
@@ -69,7 +78,7 @@ def remove_dead_slots(
     verification = Verification(network, args, kwargs, training=off is not None)
     followers = [_Follower(copy, network, args, kwargs, off is not None) for copy in copies]
     try:
-        carry_out(own)
+        undo = carry_out(own)
     except VerificationError as error:
         if not assumed:
             raise
@@ -79,7 +88,12 @@ def remove_dead_slots(
             own, _ = change(literal, attributes=True)
             return own, carry_out(own, literal, attributes=True) if own.plan else _nothing
 
-        own = _take_literally(attempt, assumed)
+        own, undo = _take_literally(attempt, assumed)
+    try:
+        agree(own.plan)
+    except BaseException:
+        undo()
+        raise
     attach(network, own.plan)
     for follower in followers:
         follower.copy.attach(own.plan)
@@ -92,7 +106,7 @@ def _nothing() -> None:
 
 def _take_literally(
     attempt: Callable[[Collection[str]], tuple[Change, Undo]], assumed: Mapping[str, Assumption]
-) -> Change:
+) -> tuple[Change, Undo]:
     """Find the lines of the source that have sizes written as numbers, by trying; their channels stay.
 
     Numbers that are attributes of their module are changed with the channels.
@@ -117,7 +131,7 @@ def _take_literally(
         lines.remove(line)
     for line in lines:
         log.warning("sizes are written into forward as numbers, so channels stay there: %s", line)
-    return own
+    return own, undo
 
 
 class _Follower:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fscreen.slimming.apply import remove_dead_slots
+from lightning_fscreen.slimming.apply import Agree, remove_dead_slots, unanimous
 from lightning_fscreen.slimming.capture import capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.plan import SlimmingPlan
@@ -18,6 +18,7 @@ def remove_dead_units(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     copies: Sequence[Copy] = (),
+    agree: Agree = unanimous,
 ) -> SlimmingPlan:
     """Physically remove hidden units and channels that do nothing, in place; outputs in eval mode stay the same.
 
@@ -30,6 +31,7 @@ def remove_dead_units(
         args: example inputs of its forward, with at least two instances so that no size is 1 by chance.
         kwargs: example keyword inputs.
         copies: copies of the network, which lose the same units; their weights are zero where the network's are.
+        agree: is asked with the plan, once it has been carried out and verified; undoes it by raising.
 
     Returns:
         The plan that was applied; false if there was nothing to remove.
@@ -41,4 +43,4 @@ def remove_dead_units(
         The network is untouched after an error.
     """
     kwargs = dict(kwargs or {})
-    return remove_dead_slots(network, capture(network, args, kwargs), args, kwargs, copies=copies)
+    return remove_dead_slots(network, capture(network, args, kwargs), args, kwargs, copies=copies, agree=agree)

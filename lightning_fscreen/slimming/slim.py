@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fscreen.modules import own_tensors, uncompiled
-from lightning_fscreen.slimming.apply import remove_dead_slots
+from lightning_fscreen.slimming.apply import Agree, remove_dead_slots, unanimous
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy, average_exactly, copies_of, take_pruned
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
@@ -110,10 +110,11 @@ def slim_captured(
     kwargs: dict[str, Any],
     bias: Bias = "zero",
     copies: Sequence[Copy] = (),
+    agree: Agree = unanimous,
 ) -> SlimmingPlan:
     """As `slim`, for a network that has been captured, masks that have been checked, and copies that have been found.
 
-    Nobody takes the optimizers along.
+    Nobody takes the optimizers along. `agree` has the last word: network and copies are untouched after its error.
     """
 
     def switched() -> dict[str, Off]:
@@ -122,7 +123,7 @@ def slim_captured(
     undo = [switch_off(network, keep, bias)]
     try:
         undo.append(take_pruned(copies, network, _pruned(network, keep)))
-        return remove_dead_slots(network, captured, args, kwargs, switched, copies)
+        return remove_dead_slots(network, captured, args, kwargs, switched, copies, agree)
     except BaseException:
         for step in reversed(undo):
             step()

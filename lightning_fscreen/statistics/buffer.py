@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Summing many small batches one by one costs more in overhead than in arithmetic.
-_BYTES = 8 * 2**20
+# Summing many small batches one by one costs more in overhead than in arithmetic, on accelerators all the more.
+_BYTES, _BYTES_ON_ACCELERATORS = 8 * 2**20, 32 * 2**20
 
 
 class ActivationBuffer:
@@ -101,6 +101,7 @@ class ActivationBuffer:
         """Make room for so many rows; those that wait stay."""
         if rows > len(self._rows):
             width = self._rows.shape[1]
-            larger = self._rows.new_empty(max(rows, _BYTES // (self._rows.itemsize * width)), width)
+            size = _BYTES if self._rows.device.type == "cpu" else _BYTES_ON_ACCELERATORS
+            larger = self._rows.new_empty(max(rows, size // (self._rows.itemsize * width)), width)
             larger[: self._waiting] = self._rows[: self._waiting]
             self._rows = larger

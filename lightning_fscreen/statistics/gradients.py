@@ -41,8 +41,13 @@ class GradientSums:
         self._steps = dict.fromkeys(self._parameters, 0)
 
     @torch.no_grad()
-    def add(self, optimizer: Optimizer) -> None:
-        """Add the gradients that an optimizer is about to use. Where they overflowed (it will not), they are zeros."""
+    def add(self, optimizer: Optimizer, scale: Tensor | None = None) -> None:
+        """Add the gradients that an optimizer is about to use. Where they overflowed (it will not), they are zeros.
+
+        Args:
+            optimizer: the optimizer.
+            scale: by which factor its gradients are larger than those of the loss; None for 1.
+        """
         used = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, group in self._parameters.items():
             if group[0].grad is None or group[0] not in used:
@@ -51,8 +56,8 @@ class GradientSums:
             products = torch.zeros_like(gradient)
             for parameter in group:
                 if parameter.grad is not None:
-                    products += parameter * _finite(parameter.grad, gradient.dtype)
-            gradient += _finite(group[0].grad, gradient.dtype).abs_()
+                    products += parameter * _finite(parameter.grad, gradient.dtype, scale)
+            gradient += _finite(group[0].grad, gradient.dtype, scale).abs_()
             self._taylor[name] += products.abs_()
             self._steps[name] += 1
 
@@ -85,5 +90,6 @@ class GradientSums:
         self._steps = dict(state["steps"])
 
 
-def _finite(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient.to(dtype, copy=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+def _finite(gradient: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    finite = gradient.to(dtype, copy=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return finite if scale is None else finite.div_(scale)

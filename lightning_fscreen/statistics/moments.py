@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_fscreen.functional import ClassSums, Members, f_from_sums, f_statistic_merge, per_feature, rounding_of
+from lightning_fscreen.functional import ClassSums, f_from_sums, f_statistic_merge, per_feature, rounding_of
+from lightning_fscreen.members import Members
 
 
 class ClassMoments(NamedTuple):
@@ -78,6 +79,7 @@ def accumulate_moments_(moments: ClassMoments, offsets: Tensor, labels: Tensor) 
         labels: (N,) class indices or (N, C) class weights.
     """
     members = Members(labels, len(moments.sums), offsets.dtype)
+    members.leave_out_others_(offsets)
     powers = offsets.square()
     members.add_(moments.sums, offsets)
     members.add_(moments.squares, powers)

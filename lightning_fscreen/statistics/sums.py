@@ -13,8 +13,9 @@ from lightning_fscreen.statistics.connections import ConnectionSums
 from lightning_fscreen.statistics.moments import ClassMoments, accumulate_moments_, empty_moments
 
 _NONE = 2**62  # later than any batch
-# Values summed at a time, so that they and their powers stay in the cache.
-_CHUNK = 2**19
+# Values summed at a time: on CPUs so few that they and their powers stay in the cache, on accelerators so many that the
+# number of kernels does not matter, in memory that does not matter either.
+_CHUNK, _LARGE_CHUNK = 2**19, 2**23
 
 
 class FeatureSums:
@@ -70,7 +71,7 @@ class FeatureSums:
         members = torch.cat(list(labels))
         columns: slice | Tensor = slice(None)
         if len(ran) < len(self._columns):
-            columns = torch.cat([torch.arange(self._columns[index].start, self._columns[index].stop) for index in ran])
+            columns = self._places(ran)
         self._set_origins(ran, columns, features)
         if isinstance(columns, slice) and not self.connections:
             self._accumulate(self.moments, features, members)
@@ -102,20 +103,30 @@ class FeatureSums:
         if not unseen:
             return
         shift = self.moments.shift
-        origin = shift.clone()
-        origin[columns] = _origin(features).to(shift)
+        if len(unseen) == len(self._columns):
+            shift.copy_(_origin(features))
+        else:
+            origin, new = shift.clone(), self._places(unseen)
+            origin[columns] = _origin(features).to(shift)
+            shift[new] = origin[new]
         for index in unseen:
-            shift[self._columns[index]] = origin[self._columns[index]]
             self._seen[index] = True
+
+    def _places(self, layers: Sequence[int]) -> Tensor:
+        """Indices of the columns of some layers."""
+        places = [torch.arange(self._columns[index].start, self._columns[index].stop) for index in layers]
+        return _sent(torch.cat(places), self.moments.shift.device)
 
     def _accumulate(self, moments: ClassMoments, features: Tensor, labels: Tensor) -> None:
         """Add rows, which may be overwritten, to sums with one count a class or one a class and feature.
 
-        On CPUs, float32 activations are summed in float32 before they join the float64 totals: the sums of so few rows
-        are as exact as the activations, and take half the time. Accelerators might round products to fewer digits.
+        Offsets and powers of float32 activations are float32: as exact as the activations. On CPUs their sums are, too,
+        before they join the float64 totals: so few rows lose nothing, and take half the time. Sums over weighted
+        classes are products of matrices, which accelerators might round to fewer digits: there all is float64.
         """
-        single = features.dtype == torch.float32 and features.device.type == "cpu" and not self.connections
-        chunk = max(min(_CHUNK // features.shape[1], len(features)), 1)
+        on_cpu = features.device.type == "cpu"
+        single = features.dtype == torch.float32 and not self.connections and (on_cpu or not labels.is_floating_point())
+        chunk = max(min((_CHUNK if on_cpu else _LARGE_CHUNK) // features.shape[1], len(features)), 1)
         shift = moments.shift.float() if single else moments.shift
         if not single and (self._scratch is None or self._scratch.shape != (chunk, features.shape[1])):
             self._scratch = torch.empty(chunk, features.shape[1], dtype=torch.float64, device=features.device)
@@ -134,8 +145,9 @@ class FeatureSums:
     def _note_bad_rows(self, features: Tensor, labels: Sequence[Tensor], first: int) -> None:
         """Remember the first batch with a NaN or inf."""
         lengths = torch.tensor([len(batch) for batch in labels])
-        batches = torch.arange(first, first + len(labels)).repeat_interleave(lengths).to(features.device)
-        bad = torch.where(torch.isfinite(features).all(1), _NONE, batches)
+        batches = _sent(torch.arange(first, first + len(labels)).repeat_interleave(lengths), features.device)
+        # A float64 sum is finite if all its float32 terms are.
+        bad = torch.where(_is_finite(features.sum(1, dtype=torch.float64)), _NONE, batches)
         self._first_bad = torch.minimum(self._first_bad, bad.amin())
 
 
@@ -143,4 +155,14 @@ def _origin(features: Tensor) -> Tensor:
     """From where to measure: near the means of these rows (N, p), and exactly at features that are constant."""
     first = features[0]
     mean = first + (features - first).mean(0)
-    return torch.where(torch.isfinite(mean), mean, first)
+    return torch.where(_is_finite(mean), mean, first)
+
+
+def _sent(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices on a device; the host does not wait until all that the device has to do before is done."""
+    return indices.to(device, non_blocking=True)
+
+
+def _is_finite(values: Tensor) -> Tensor:
+    """As torch.isfinite, which takes twice as many kernels."""
+    return values - values == 0

@@ -41,7 +41,7 @@ class Biases(Granularity[Biased]):
         self._layers = [Biased(name, module) for name, module in layers.items() if name not in self.not_pruned]
         require_candidates(self._layers, type(model).__name__, "linear layers", self.not_pruned)
 
-    def slim(self, network: nn.Module, args: Any, kwargs: Any, kept: Any, copies: Any = ()) -> SlimmingPlan:
+    def slim(self, network: nn.Module, args: Any, kwargs: Any, kept: Any, *others: Any) -> SlimmingPlan:
         return SlimmingPlan()
 
     def collector(self, num_classes: int) -> ActivationCollector:
