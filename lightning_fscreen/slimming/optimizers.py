@@ -184,6 +184,7 @@ def move_parameters(
     for move in moves:
         if move.old.grad is not None:
             move.new.grad = move.carry(move.old.grad)
+            move.old.grad = None  # whoever still has the old parameter: room for the next one
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"][:] = [by_old[p].new if p in by_old else p for p in group["params"]]
