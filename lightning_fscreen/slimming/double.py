@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 BLOCK = 2**22  # elements of a weight that are converted at a time, where rows of it can be taken by themselves
-_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
-_SIZES = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.numel, _DEVICE}
+_DEVICE = Tensor.device.__get__
+_SIZES = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.numel, _DEVICE}  # type: ignore[attr-defined]
 
 
 class Tensors(Mapping[str, Tensor]):
