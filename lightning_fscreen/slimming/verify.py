@@ -53,11 +53,12 @@ class Verification:
     ) -> None:
         self._network = network
         example, noise = (args, kwargs), _random_like((args, kwargs))
-        self._device: torch.device | None = None  # the network's own
+        self._device: torch.device | None
         reason: Exception | None = None
         for train in (True, False) if training else (False,):
             self._runs = [(example, train), (noise, False)]
             for self._way in _WAYS:
+                self._device = None  # the network's own
                 try:
                     self._before = self._run_where_there_is_room({})
                     return

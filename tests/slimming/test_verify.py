@@ -356,3 +356,18 @@ def test_an_accelerator_without_room_leaves_it_to_the_cpu(when: str) -> None:
         with pytest.raises(VerificationError, match="would change its outputs"):
             verification.check({})
         assert pretended(network.body[2].weight).type == "cuda"
+
+
+def test_a_network_without_room_that_needs_its_device_is_verified_there_in_its_own_dtype() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            if x.dtype == torch.float64:
+                raise torch.OutOfMemoryError("CUDA out of memory") if x.device.type == "cuda" else OSError("no CPU")
+            return self.fc(x)
+
+    with pretending():
+        verified(Net().to("cuda"), x=X.to("cuda")).check({})
