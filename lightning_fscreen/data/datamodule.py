@@ -38,6 +38,7 @@ class ImageDataModule(LightningDataModule):
         horizontal_flip: whether to flip training images with probability ½.
         num_workers: processes that load batches. Images held in memory need none.
         pin_memory: whether to copy batches to pinned memory, for a faster transfer to a GPU.
+        on_device: whether to keep all images on the Trainer's device, as bytes; order, crops and flips stay the same.
 
     Attributes:
         num_classes: number of classes, after ``setup`` like those below.
@@ -70,6 +71,7 @@ class ImageDataModule(LightningDataModule):
         horizontal_flip: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         _check_count("batch_size", batch_size, 1)
@@ -78,6 +80,11 @@ class ImageDataModule(LightningDataModule):
         _check_count("num_workers", num_workers, 0)
         if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
             raise ValueError(f"val_size must be a number of images (int) or a fraction below 1 (float), got {val_size}")
+        if on_device and (num_workers or pin_memory):
+            raise ValueError(
+                f"on_device=True needs neither num_workers nor pin_memory, got {num_workers} and {pin_memory}: set "
+                "them to 0 and false"
+            )
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -87,6 +94,7 @@ class ImageDataModule(LightningDataModule):
         self.horizontal_flip = horizontal_flip
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.on_device = on_device
         self._train: Dataset[Batch] | None = None
         self._val: Dataset[Batch] | None = None
         self._test: ImageSet | None = None
@@ -206,6 +214,10 @@ class ImageDataModule(LightningDataModule):
         self._shift = (-self.mean / self.std).view(-1, 1, 1)
 
     def _loader(self, images: Dataset[Batch], batch_size: int, **order: Any) -> DataLoader[Batch]:
+        if self.on_device and self.trainer is not None:
+            held = images.dataset if isinstance(images, Subset) else images
+            assert isinstance(held, ImageSet)
+            held.move(self.trainer.strategy.root_device)
         return DataLoader(
             images,
             batch_size=batch_size,

@@ -38,6 +38,10 @@ class FeatureSet(ImageSet):
         index = torch.as_tensor(indices)
         return self.features[index], self.labels[index]
 
+    def move(self, device: torch.device) -> None:
+        """Hold them on a device."""
+        self.features, self.labels = self.features.to(device), self.labels.to(device)
+
 
 class FeatureDataModule(ImageDataModule):
     """Base of the data modules that hold feature vectors; arguments that only images have are refused.

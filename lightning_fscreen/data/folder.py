@@ -25,7 +25,8 @@ class ImageFolderDataModule(ImageDataModule):
     Args:
         image_size: side in pixels; images are resized to it along their shorter side and cropped about the centre. None
             takes them as they are, and all must have the same size.
-        in_memory: whether to keep the decoded images in memory; None decides by ``max_memory_gb``.
+        in_memory: whether to keep the decoded images in memory; None decides by ``max_memory_gb``, and keeps them for
+            ``on_device``.
         max_memory_gb: largest size of all decoded images, training and test, for which None says yes; in 10⁹ bytes.
         grayscale: whether to read one grey channel instead of three.
         val_size: number or fraction of the training images set aside for validation.
@@ -50,8 +51,10 @@ class ImageFolderDataModule(ImageDataModule):
             raise ValueError(f"image_size must be at least 1 pixel, or null for images of one size, got {image_size}")
         if max_memory_gb < 0:
             raise ValueError(f"max_memory_gb must not be negative, got {max_memory_gb}")
+        if self.on_device and in_memory is False:
+            raise ValueError("on_device=True needs images that are held in memory, got in_memory=False: leave it out")
         self.image_size = image_size
-        self.in_memory = in_memory
+        self.in_memory = True if self.on_device else in_memory
         self.max_memory_gb = max_memory_gb
         self.grayscale = grayscale
 

@@ -48,6 +48,14 @@ class ImageSet(Dataset[Batch]):
         """Return images (B, C, H, W), uint8, and their labels (B,), int64."""
         raise NotImplementedError
 
+    def move(self, device: torch.device) -> None:
+        """Hold them on a device; batches are there, too.
+
+        Raises:
+            ValueError: if they are not held in memory.
+        """
+        raise ValueError("on_device=True needs images that are held in memory: set in_memory=true as well")
+
 
 class TensorImages(ImageSet):
     """Images held in memory.
@@ -68,6 +76,10 @@ class TensorImages(ImageSet):
             raise ValueError(f"{len(images)} images need as many labels, got labels of shape {tuple(labels.shape)}")
         super().__init__(labels, classes)
         self.images = images
+
+    def move(self, device: torch.device) -> None:
+        """Hold them on a device."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """Return images (B, C, H, W), uint8, and their labels (B,), int64."""

@@ -17,6 +17,7 @@ from lightning_fscreen.fit.distributed import all_or_none, broadcast_buffers, re
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.modules import is_within
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
+from lightning_fscreen.slimming.double import let_go
 from lightning_fscreen.slimming.optimizers import check_state, follow_plan
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def slim_networks(
             with all_or_none(trainer) as agree, network.examining(model):
                 own = granularity.slim(network.module, args, kwargs, inside, copies.following(network.name), agree)
         except (CaptureError, VerificationError) as error:
+            let_go(error)
             errors[network.describe()] = error
         else:
             plan = plan.then(copies.plans(network.name, own))

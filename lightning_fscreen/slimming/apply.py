@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
+from lightning_fscreen.slimming.double import let_go
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.plan import SlimmingPlan
@@ -82,6 +83,7 @@ def remove_dead_slots(
     except VerificationError as error:
         if not assumed:
             raise
+        let_go(error)
         log.info("sizes seem to be written into forward: %s", error)
 
         def attempt(literal: Collection[str]) -> tuple[Change, Undo]:
@@ -118,7 +120,8 @@ def _take_literally(
     lines: list[str] = []
     try:
         own, undo = literally(lines)
-    except VerificationError:
+    except VerificationError as error:
+        let_go(error)
         lines = list(dict.fromkeys(assumption.line for assumption in assumed.values()))
         own, undo = literally(lines)
     for line in list(lines) if len(lines) > 1 else []:
@@ -158,7 +161,7 @@ class _Follower:
                 f"{self.copy.name} would lose other channels than the network that it is a copy of, because values "
                 "that are constant there are not constant here; it cannot follow"
             )
-        for name in self.change.tensors.keys() - self.copy.restrict(self.change.tensors).keys():
+        for name in self.change.exact.keys() - self.copy.restrict(self.change.exact).keys():
             if not torch.allclose(self.change.tensors[name], own.tensors[name]):
                 raise VerificationError(
                     f"constants of {self.copy.name} would have to be carried into {name!r}, which is no part of the "
@@ -169,7 +172,7 @@ class _Follower:
         """Verify the copy, which has become smaller, as the network has."""
         with self.copy.worn_by(self._network):
             try:
-                self._verification.check(self.change.tensors)
+                self._verification.check(self.change.exact)
             except VerificationError as error:
                 raise VerificationError(f"{self.copy.name}: {error}") from error
 
@@ -182,7 +185,7 @@ def _apply(network: nn.Module, change: Change, verification: Verification, follo
             step()
 
     try:
-        verification.check(change.tensors)
+        verification.check(change.exact)
         for follower in followers:
             steps.append(follower.copy.install(change.plan, follower.change.tensors))
             follower.check()

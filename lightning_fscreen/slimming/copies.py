@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name, put_tensor
+from lightning_fscreen.slimming.double import Tensors
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.rewrite import Undo, install
 from lightning_fscreen.slimming.select import selected
@@ -60,16 +62,16 @@ class Copy:
             for module, attribute, tensor in old:
                 put_tensor(module, attribute, tensor)
 
-    def restrict(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of a network's tensors that the copy has, too."""
+    def restrict(self, tensors: Tensors) -> Tensors:
+        """Those of a network's tensors that the copy has, too, by the names that they have there."""
         prefix = f"{self.part}." if self.part else ""
-        return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return tensors.only(lambda name: name.startswith(prefix))
 
-    def install(self, plan: SlimmingPlan, tensors: Mapping[str, Tensor]) -> Undo:
+    def install(self, plan: SlimmingPlan, tensors: Tensors) -> Undo:
         """Make it as small as the network, by a plan and new tensors with names as in the network."""
-        prefix = f"{self.part}." if self.part else ""
-        own = {name.removeprefix(prefix): tensor for name, tensor in self.restrict(tensors).items()}
-        return install(self.module, plan.within(self.part), own)
+        own = {name.removeprefix(f"{self.part}."): name for name in self.restrict(tensors)}
+        makers = {name: partial(tensors.__getitem__, full) for name, full in own.items()}
+        return install(self.module, plan.within(self.part), Tensors(makers))
 
     def attach(self, plan: SlimmingPlan) -> None:
         """Remember a plan that has been carried out."""

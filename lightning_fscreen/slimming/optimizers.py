@@ -184,6 +184,7 @@ def move_parameters(
     for move in moves:
         if move.old.grad is not None:
             move.new.grad = move.carry(move.old.grad)
+            move.old.grad = None  # whoever still has the old parameter: room for the next one
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"][:] = [by_old[p].new if p in by_old else p for p in group["params"]]
@@ -212,12 +213,13 @@ def _join(group: dict[str, Any], new: nn.Parameter, beside: nn.Parameter) -> Non
 def warn_of_orphans(optimizers: Iterable[Optimizer], model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
     """Warn if parameters that were in training are gone, and none of the optimizers has their successors.
 
-    A gradient, or a hook that waits for one, is all that a parameter knows of an optimizer.
+    A gradient, which the successor has by now, or a hook that waits for one, is all that a parameter knows of an
+    optimizer.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     after = dict(model.named_parameters())
     gone = [name for name, old in before.items() if after[name] is not old and id(after[name]) not in held]
-    trained = [name for name in gone if before[name].grad is not None or _awaited(before[name])]
+    trained = [name for name in gone if after[name].grad is not None or _awaited(before[name])]
     if trained:
         log.warning(
             "%d parameters that were in training have been replaced by smaller ones (%r is the first), and no "

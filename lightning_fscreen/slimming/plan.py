@@ -16,6 +16,7 @@ from lightning_fscreen.slimming.summary import plan_table
 from lightning_fscreen.tables import Table
 
 _FORMAT = 1
+_LARGE = 2**22  # elements
 
 
 class PlanError(ValueError):
@@ -158,8 +159,12 @@ class SlimmingPlan:
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a tensor that stays."""
-        for dim, kept in self.cuts.get(name, {}).items():
-            tensor = tensor.index_select(dim, torch.tensor(kept, dtype=torch.int64, device=tensor.device))
+        cuts = self.cuts.get(name, {})
+        indices = {dim: torch.tensor(kept, dtype=torch.int64, device=tensor.device) for dim, kept in cuts.items()}
+        if cuts.keys() == {0, 1} and tensor.numel() > _LARGE:  # one after the other would need room for both results
+            return tensor[indices[0].unsqueeze(1), indices[1]]
+        for dim, index in indices.items():
+            tensor = tensor.index_select(dim, index)
         return tensor
 
     def to_json(self) -> str:

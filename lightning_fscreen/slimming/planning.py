@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name
 from lightning_fscreen.slimming.attributes import Attributes, followed, proposed_attributes
+from lightning_fscreen.slimming.double import Tensors
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.leftovers import kept_for
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
@@ -26,11 +28,14 @@ class Change:
 
     Attributes:
         plan: the indices that stay of every tensor.
-        tensors: the cut tensors and the new ones; in float64 where they are floating.
+        tensors: the cut tensors and the new ones. They are made when they are asked for: all together would take as
+            much memory as the smaller network.
+        exact: those of them that carry constants, in float64: with digits that the network's own dtype rounds away.
     """
 
     plan: SlimmingPlan
-    tensors: dict[str, Tensor] = field(repr=False)
+    tensors: Tensors = field(repr=False)
+    exact: Tensors = field(repr=False)
 
 
 def make_change(
@@ -65,10 +70,12 @@ def make_change(
             proposed_attributes(network, slots.assumed.values(), kept) if attributes else {}, _counts(slots, kept)
         ),
     )
-    new = {name: plan.cut(name, tensor) for name, tensor in folds.items()}
-    new |= {name: plan.cut(name, tensors[name].detach()) for name in cuts if name not in folds}
-    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in new.items()}
-    return Change(plan, exact)
+
+    def new(name: str) -> Tensor:
+        return plan.cut(name, folds[name]() if name in folds else tensors[name].detach())
+
+    new_tensors = Tensors({name: partial(new, name) for name in [*folds, *cuts]})
+    return Change(plan, new_tensors, new_tensors.only(folds.__contains__))
 
 
 def carriable(network: nn.Module, slots: SlotGraph) -> list[Reader]:
@@ -111,9 +118,12 @@ def _cuts(slots: SlotGraph, kept: Tensor) -> dict[str, dict[int, tuple[int, ...]
 
 def _folds(
     tensors: Mapping[str, Tensor], dense: Sequence[DenseReader], live: Tensor, kept: Tensor
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Weights and biases, before they are cut, that carry the constants that go; and the layers that get a bias."""
-    folds: dict[str, Tensor] = {}
+) -> tuple[dict[str, Callable[[], Tensor]], tuple[str, ...]]:
+    """What makes weights and biases, before they are cut, that carry the constants that go.
+
+    Also the layers that get a bias.
+    """
+    folds: dict[str, Callable[[], Tensor]] = {}
     biases = []
     for reader in dense:
         gone, carrier = removed_constants(reader, live, kept)
@@ -125,18 +135,27 @@ def _folds(
         taken = weight.index_select(reader.input_dim, columns).double().movedim(reader.input_dim, -1)
         lost = taken @ constants[columns]
         if carrier is not None:
-            carrying = weight.to(torch.float64, copy=True)
-            carrying.select(reader.input_dim, carrier).add_(lost / constants[carrier])
-            folds[reader.weight] = carrying
+            folds[reader.weight] = partial(_carrying, weight, reader.input_dim, carrier, lost / constants[carrier])
             continue
         assert reader.module is not None  # it is foldable
         addition = lost.flatten(1).sum(1) if lost.ndim > 1 else lost
         if reader.bias is None:  # the new one is not cut by the plan, so it has its final length here
             biases.append(reader.module)
-            folds[join(reader.module, "bias")] = addition[kept[reader.outputs].to(weight.device)]
+            folds[join(reader.module, "bias")] = partial(_same, addition[kept[reader.outputs].to(weight.device)])
         else:
-            folds[reader.bias] = tensors[reader.bias].detach().double() + addition
+            folds[reader.bias] = partial(_same, tensors[reader.bias].detach().double() + addition)
     return folds, tuple(biases)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _carrying(weight: Tensor, input_dim: int, carrier: int, addition: Tensor) -> Tensor:
+    """A weight in float64, with more of one of its inputs."""
+    carrying = weight.to(torch.float64, copy=True)
+    carrying.select(input_dim, carrier).add_(addition)
+    return carrying
 
 
 def _groups(slots: SlotGraph, kept: Tensor) -> dict[str, int]:

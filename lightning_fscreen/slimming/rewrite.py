@@ -31,9 +31,23 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
         tensors: new tensors by name, of any floating dtype and device.
 
     Returns:
-        A function that puts everything back.
+        A function that puts everything back. After an error, for want of memory say, everything is back already.
     """
     undo: list[Undo] = []
+
+    def put_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        _install(network, plan, tensors, undo)
+    except BaseException:
+        put_back()
+        raise
+    return put_back
+
+
+def _install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor], undo: list[Undo]) -> None:
     modules = dict(network.named_modules())
     for name in plan.biases:
         module = modules[name]
@@ -64,12 +78,6 @@ def install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tensor
         undo.append(put_select(modules[name], indices, device))
     for module in modules.values():
         undo += _match_sizes(module)
-
-    def put_back() -> None:
-        for step in reversed(undo):
-            step()
-
-    return put_back
 
 
 def original_groups(module: nn.Module) -> int:

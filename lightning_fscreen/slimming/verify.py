@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms
+from lightning_fscreen.slimming.double import InDouble, let_go, without_tf32
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,11 @@ _TOLERANCE = 1e-9  # relative, in float64
 _TRAIN_TOLERANCE = 1e-6  # likewise, in train mode: batch norms over two instances amplify rounding
 _OWN_TOLERANCE = 1e-4  # relative, for networks that cannot run in float64; at least so many rounding steps:
 _OWN_STEPS = 16
+
+
+# How a network runs: with parameters that are converted to float64 where operators use them; where code that Python
+# does not see needs them, too, with copies of all in float64; and as it is.
+_AS_USED, _COPIED, _OWN = _WAYS = ("float64", "float64, copied", "its own dtype")
 
 
 class VerificationError(RuntimeError):
@@ -47,32 +53,36 @@ class Verification:
     ) -> None:
         self._network = network
         example, noise = (args, kwargs), _random_like((args, kwargs))
+        self._device: torch.device | None
         reason: Exception | None = None
         for train in (True, False) if training else (False,):
-            for self._double in (True, False):
-                self._runs = [(example, train), (noise, False)]
+            self._runs = [(example, train), (noise, False)]
+            for self._way in _WAYS:
+                self._device = None  # the network's own
                 try:
-                    self._before = self._run_all({})
+                    self._before = self._run_where_there_is_room({})
                     return
                 except Exception as error:  # whatever forward raises
+                    let_go(error)
                     reason = error
-                    mode, dtype = "train" if train else "eval", "float64" if self._double else "its own dtype"
-                    log.info("%s does not run in %s mode in %s: %s", type(network).__name__, mode, dtype, error)
+                    mode = "train" if train else "eval"
+                    log.info("%s does not run in %s mode in %s: %s", type(network).__name__, mode, self._way, error)
         raise VerificationError(f"{type(network).__name__} fails on random inputs: {reason}") from reason
 
     def check(self, new: Mapping[str, Tensor]) -> None:
         """Compare with the outputs of the network as it is now.
 
         Args:
-            new: changed tensors by name, in float64, more exact than those in the network.
+            new: tensors by name, in float64, more exact than those in the network.
 
         Raises:
             VerificationError: the outputs differ, or forward fails.
         """
         name = type(self._network).__name__
         try:
-            after = self._run_all(new)
+            after = self._run_where_there_is_room(new)
         except Exception as error:  # whatever forward raises
+            let_go(error)
             raise VerificationError(
                 f"forward of {name} fails on the smaller network, so nothing was removed; it depends on sizes in a way "
                 f"that the captured graph does not show: {type(error).__name__}: {error}"
@@ -80,7 +90,7 @@ class Verification:
         for (_, training), first, second in zip(self._runs, self._before, after, strict=True):
             difference = _difference(first, second)
             tolerance = _TRAIN_TOLERANCE if training else _TOLERANCE
-            if not self._double:
+            if self._way == _OWN:
                 tolerance = max([_OWN_TOLERANCE, *(_OWN_STEPS * _step(output) for output in first)])
             if not difference <= tolerance:
                 raise VerificationError(
@@ -89,21 +99,38 @@ class Verification:
                     "the captured graph does not show"
                 )
 
+    def _run_where_there_is_room(self, new: Mapping[str, Tensor]) -> list[list[Any]]:
+        """On the network's own device; on the CPU if that has no room for it."""
+        try:
+            return self._run_all(new)
+        except torch.OutOfMemoryError as error:
+            if self._way != _AS_USED:
+                raise
+            let_go(error)
+            log.info("%s is verified on the CPU: %s", type(self._network).__name__, error)
+        self._device = torch.device("cpu")
+        return self._run_all(new)
+
     def _run_all(self, new: Mapping[str, Tensor]) -> list[list[Any]]:
-        tensors = named_tensors(self._network)
-        if self._double:
-            tensors |= new
-            tensors = {name: self._convert(tensor) for name, tensor in tensors.items()}
-        return [self._run(tensors, args, kwargs, training) for (args, kwargs), training in self._runs]
+        copies = named_tensors(self._network) if self._way == _COPIED else dict(self._network.named_buffers())
+        if self._way != _OWN:
+            copies |= {name: new[name] for name in copies.keys() & new.keys()}
+        copies = {name: self._convert(tensor) for name, tensor in copies.items()}
+        return [self._run(copies, new, args, kwargs, training) for (args, kwargs), training in self._runs]
 
     def _run(
-        self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+        self,
+        copies: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: bool,
     ) -> list[Any]:
         parameters = {name for name, _ in self._network.named_parameters()}
         # Copies, because forward may write to buffers and inputs.
-        own = {name: tensor if name in parameters else tensor.clone() for name, tensor in tensors.items()}
+        own = {name: tensor if name in parameters else tensor.clone() for name, tensor in copies.items()}
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._convert(tensor).clone(), (args, kwargs))
-        devices = {tensor.device for tensor in own.values() if tensor.device.type != "cpu"}
+        devices = {tensor.device for tensor in pytree.tree_leaves((own, args, kwargs)) if _is_elsewhere(tensor)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(in_mode(self._network, training))
@@ -113,10 +140,15 @@ class Verification:
                 stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
                 torch.manual_seed(0)
                 stack.enter_context(_WithoutDropout())
+            if self._way == _AS_USED:
+                stack.enter_context(InDouble(self._network, new, self._device))
+            elif self._way == _OWN:
+                stack.enter_context(without_tf32())
             return pytree.tree_leaves(torch.func.functional_call(self._network, own, args, kwargs))
 
     def _convert(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().double() if self._double and tensor.is_floating_point() else tensor.detach()
+        dtype = torch.float64 if self._way != _OWN and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(self._device or tensor.device, dtype)
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -129,6 +161,10 @@ class _WithoutDropout(TorchFunctionMode):
         if getattr(func, "__name__", "").rstrip("_").endswith("dropout"):
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def _step(output: Any) -> float:
@@ -157,6 +193,8 @@ def _difference(first: list[Any], second: list[Any]) -> float:
 def _leaf_difference(first: Any, second: Any) -> float:
     if not isinstance(first, Tensor):
         return 0.0 if type(first) is type(second) and first == second else float("inf")
+    if isinstance(second, Tensor):
+        first = first.to(second.device)  # the first one, where only the second had to run on the CPU
     if not isinstance(second, Tensor) or first.shape != second.shape or first.dtype != second.dtype:
         return float("inf")
     if not first.is_floating_point():

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from torch.optim import SGD
 from torch.utils.data import RandomSampler, SequentialSampler
 from torchvision.transforms.functional import normalize
@@ -10,6 +10,7 @@ from torchvision.transforms.functional import normalize
 from lightning_fscreen.data import ImageDataModule, TensorImages
 from lightning_fscreen.data.datamodule import stratified_split
 from lightning_fscreen.models import ImageClassifier, lenet300_100
+from tests.pretended import pretended_trainer, pretending
 
 
 def random_images(count, seed, constant_channel=True):
@@ -168,6 +169,44 @@ def test_workers_yield_the_same_batches():
     for (images, labels), (others, other_labels) in zip(one, two, strict=True):
         assert torch.equal(images, others)
         assert torch.equal(labels, other_labels)
+
+
+def pixels_of_a_fit(tmp_path, make_trainer, **arguments):
+    seed_everything(3)
+    data, model = RandomData(val_size=20, horizontal_flip=True, crop_padding=1, batch_size=16, **arguments), Recorder()
+    make_trainer(max_epochs=2).fit(model, datamodule=data)
+    return data, torch.cat(model.seen["train"]), torch.cat(model.seen["val"])
+
+
+def test_images_kept_on_the_device_are_cropped_and_flipped_alike(tmp_path):
+    """The same images in the same order: what the ordinary loader gives after a kill, this one does."""
+
+    def on_cpu(**arguments):
+        return trainer(tmp_path, **arguments)
+
+    _, train, val = pixels_of_a_fit(tmp_path, on_cpu)
+    _, other_train, other_val = pixels_of_a_fit(tmp_path, on_cpu, on_device=True)
+    assert torch.equal(train, other_train) and torch.equal(val, other_val)
+    with pretending():
+        data, other_train, other_val = pixels_of_a_fit(tmp_path, pretended_trainer, on_device=True)
+        assert data.train_dataloader().dataset.dataset.images.device.type == "cuda"
+        assert other_train.device.type == "cuda"
+        assert torch.equal(train, other_train.cpu()) and torch.equal(val, other_val.cpu())
+
+
+def test_nothing_is_copied_to_the_device_in_a_step(tmp_path):
+    with pretending():
+        data = RandomData(val_size=20, on_device=True)
+        data.trainer = pretended_trainer()
+        data.setup("fit")
+        for images, labels in data.train_dataloader():
+            assert images.device.type == labels.device.type == "cuda"
+
+
+@pytest.mark.parametrize("arguments", [{"num_workers": 1}, {"pin_memory": True}])
+def test_images_on_the_device_need_no_workers(arguments):
+    with pytest.raises(ValueError, match="on_device=True needs neither"):
+        RandomData(on_device=True, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightning_fscreen.data import FeatureDataModule, FeatureSet
+from tests.pretended import pretending
 
 FEATURES = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 3 + 100
 FEATURES[:, 2] = 7.0
@@ -51,3 +52,11 @@ def test_what_only_images_have_is_refused(arguments):
 def test_features_and_labels_that_do_not_fit_are_errors(features, labels, said):
     with pytest.raises(ValueError, match=said):
         FeatureSet(features, labels)
+
+
+def test_features_can_be_kept_on_the_device():
+    with pretending():
+        held = FeatureSet(torch.ones(4, 3), torch.arange(4))
+        held.move(torch.device("cuda", 0))
+        features, labels = held.__getitems__([1, 2])
+        assert features.device.type == labels.device.type == "cuda"

@@ -56,6 +56,12 @@ def test_lazy_reading_gives_the_same_batches(root, arguments):
     assert eager.image_shape == lazy.image_shape
 
 
+def test_images_for_the_device_stay_in_memory(root):
+    assert module(root, on_device=True, max_memory_gb=0.0).in_memory is True
+    with pytest.raises(ValueError, match="on_device=True needs images that are held in memory, got in_memory=False"):
+        module(root, on_device=True, in_memory=False)
+
+
 def test_image_size_resizes_and_crops_about_the_centre(root):
     write(root / "test/cat/0.jpg", size=(30, 20))
     data = module(root, image_size=6)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -92,6 +93,20 @@ def test_undo_puts_the_very_same_objects_back() -> None:
     assert untouched(model, before) and repr(model) == text
     assert model[0].bias is None and model[5].bias is None
     assert {name for name, _ in model.named_parameters()} == set(before) - {name for name, _ in model.named_buffers()}
+
+
+def test_an_error_in_the_middle_puts_everything_back() -> None:
+    class NoRoom(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            if name == "3.bias":
+                raise torch.OutOfMemoryError("no room")
+            return super().__getitem__(name)
+
+    model = network()
+    before, text = snapshot(model), repr(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        install(model, PLAN, NoRoom(new_tensors(model)))
+    assert untouched(model, before) and repr(model) == text and model[0].bias is None
 
 
 def test_the_layer_itself_may_be_the_network() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_fscreen.slimming import VerificationError
+from lightning_fscreen.slimming import VerificationError, double
 from lightning_fscreen.slimming.verify import Verification
+from tests.pretended import pretended, pretending
 from tests.slimming import snapshot, untouched
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -233,3 +236,138 @@ def test_buffers_and_inputs_that_forward_writes_are_put_back() -> None:
     network, x = Writes(), X.clone()
     verified(network, x=x).check({})
     assert float(network.calls) == 0 and torch.equal(x, X)
+
+
+def tf32() -> list[Any]:
+    """Every switch that lets float32 products lose digits; none of them warns."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+        return [switch.fp32_precision for switch in switches]
+    return [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("fails", [False, True])
+def test_there_is_no_tf32_in_the_networks_own_dtype(fails: bool) -> None:
+    seen: list[list[Any]] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            if self.fc.weight.dtype == torch.float64:
+                raise TypeError("float32 only")
+            seen.append(tf32())
+            if fails:
+                raise RuntimeError("later, too")
+            return self.fc(x)
+
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = tf32()
+        with suppress(VerificationError):
+            verified(Net()).check({})
+        assert tf32() == before and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(was)
+    off = ["ieee"] * 3 if len(before) == 3 else ["highest", False]
+    assert seen and all(flags == off != before for flags in seen)
+
+
+def test_a_large_layer_is_converted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(double, "BLOCK", 4)
+    network = mlp(nn.Tanh())
+    with torch.no_grad(), double.InDouble(network, {}):
+        out = network(X.double())
+    expected = network.double()(X.double())
+    assert out.dtype == torch.float64 and torch.allclose(out, expected, rtol=1e-12)
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_parameters_that_python_does_not_see_used_are_copied() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, x: Tensor) -> Any:
+            return Scaled.apply(x, self.weight)
+
+    network = Net()
+    verification = verified(network)
+    with torch.no_grad():
+        network.weight += 1e-6  # float64 sees it, float32 would allow it
+    with pytest.raises(VerificationError):
+        verification.check({})
+
+
+def test_a_failing_forward_keeps_no_tensors() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            copy = x * 2
+            held.append(weakref.ref(copy))
+            raise RuntimeError("no")
+
+    with pytest.raises(VerificationError) as caught:
+        verified(Net())
+    assert held and all(reference() is None for reference in held)
+    assert caught.value.__cause__ is not None and caught.value.__cause__.__traceback__ is not None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_accelerator_without_room_leaves_it_to_the_cpu(when: str) -> None:
+    class Net(nn.Module):
+        full = when == "before"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = unread(mlp(nn.BatchNorm1d(6)))
+            self.devices: list[str] = []
+
+        def forward(self, x: Tensor) -> Any:
+            self.devices.append(x.device.type)
+            if self.full and x.device.type == "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            assert self.body[0].weight.device.type == x.device.type
+            return self.body(x)
+
+    with pretending():
+        network = Net().to("cuda")
+        verification = verified(network, x=X.to("cuda"))
+        network.full = True
+        verification.check({})
+        assert network.devices[0] == "cuda" and network.devices[-1] == "cpu"
+        with torch.no_grad():
+            network.body[2].weight[0, 0] += 1e-5
+        with pytest.raises(VerificationError, match="would change its outputs"):
+            verification.check({})
+        assert pretended(network.body[2].weight).type == "cuda"
+
+
+def test_a_network_without_room_that_needs_its_device_is_verified_there_in_its_own_dtype() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            if x.dtype == torch.float64:
+                raise torch.OutOfMemoryError("CUDA out of memory") if x.device.type == "cuda" else OSError("no CPU")
+            return self.fc(x)
+
+    with pretending():
+        verified(Net().to("cuda"), x=X.to("cuda")).check({})

@@ -1,0 +1,22 @@
+"""Slimming needs little memory beside what a training holds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slimming import peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slimming_takes_no_copy_of_the_network(dtype: str) -> None:
+    """With half of the channels kept; whole copies in float64 took 2.6 and 5.1 times the parameters."""
+    command = [sys.executable, str(Path(peak.__file__)), dtype, "60", "0.5"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert float(out.stdout) <= 1.2
