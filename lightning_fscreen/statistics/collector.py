@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
-from lightning_fscreen.members import IGNORED
+from lightning_fscreen.functional.members import IGNORED
 from lightning_fscreen.modules import num_inputs
 from lightning_fscreen.statistics.buffer import ActivationBuffer
 from lightning_fscreen.statistics.connections import ConnectionSums

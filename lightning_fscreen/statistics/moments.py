@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.functional import ClassSums, f_from_sums, f_statistic_merge, per_feature, rounding_of
-from lightning_fscreen.members import Members
+from lightning_fscreen.functional.members import Members
 
 
 class ClassMoments(NamedTuple):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fscreen.members import IGNORED as IGNORED
-from lightning_fscreen.members import Members
+from lightning_fscreen.functional.members import IGNORED as IGNORED
+from lightning_fscreen.functional.members import Members
 
 _EPS = torch.finfo(torch.float64).eps
 # Values converted to float64 at a time, so that their memory stays small.
