@@ -55,10 +55,14 @@ def build(library: str, name: str) -> tuple[nn.Module, int]:
             module.dropout = 0.0
         if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
+    for parameter in net.parameters():
+        if parameter.abs().max() < 1e-3:  # heads and scales that begin at, or next to, zero would hide all errors
+            nn.init.normal_(parameter, std=0.1)
     return net.double().eval(), size
 
 
