@@ -187,7 +187,11 @@ def pieces(options, done):
     where = ["tests/test_accelerator.py", "--collect-only"] if options.miniature else ["tests"]
     yield "tests", [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *where]
     few = options.miniature
-    for parts in itertools.product(NETWORKS, PRECISIONS[1:] if few else PRECISIONS, COMPILED[:1] if few else COMPILED):
+    networks, precisions, compilers = (
+        list(choices)[:count] if few else list(choices)
+        for choices, count in ((NETWORKS, 1), (PRECISIONS[::-1], 1), (COMPILED, 1))
+    )
+    for parts in itertools.product(networks, precisions, compilers):
         yield "/".join(("steps", *parts)), [*itself, "--piece", "steps", *parts]
     for precision in PRECISIONS[:1] if few else PRECISIONS:
         parts = ("resnet50", precision)
@@ -200,7 +204,7 @@ def pieces(options, done):
         best = min(speed, key=speed.get)
         name = f"table/{experiment}/dense"
         yield name, training(experiment, DENSE, 2 if few else 160, best, options, folder_of(options, name))
-        for method, own in METHODS.items():
+        for method, own in list(METHODS.items())[: 1 if few else None]:
             name = f"table/{experiment}/{method}"
             yield name, training(experiment, own, 4 if few else 320, best, options, folder_of(options, name))
 
