@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.modules import coupled_layers, uncompiled
+from lightning_fscreen.modules import coupled_layers, join, uncompiled
 from lightning_fscreen.slimming import norms, rows  # noqa: F401  # they register their kinds
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.interpreter import Off
@@ -134,7 +134,9 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
     for name, module in modules.items():
         units[name] = (STAYS,) * KINDS[_kind(module)].units(module)
         if name not in slots.gates:
-            reasons.setdefault(name, "the example inputs do not reach it")
+            unused = join(name, "weight") in captured.unused()
+            why = "the example inputs do not reach it" if unused else "forward uses its weight in a way of its own"
+            reasons.setdefault(name, why)
         if name not in reasons:
             roots = root[slots.gates[name]].tolist()
             units[name] = tuple(STAYS if label in why_not else label for label in roots)

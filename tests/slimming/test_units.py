@@ -255,6 +255,15 @@ def test_a_layer_that_cannot_lose_units_keeps_them_and_says_why(change, reason: 
     assert check(net, inputs, 0.5, 0, "zero") > 0  # the others go
 
 
+def test_a_weight_that_forward_computes_with_is_no_unreached_layer() -> None:
+    class Standardised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    net = nn.Sequential(Standardised(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert find_gates(net, torch.randn(2, 6))[0].excluded == "forward uses its weight in a way of its own"
+
+
 @pytest.mark.parametrize("mask", [torch.ones(15).bool(), torch.zeros(16).bool(), torch.ones(16)])
 def test_a_mask_that_does_not_fit_changes_nothing(mask: Tensor) -> None:
     net, inputs = build("an MLP")
