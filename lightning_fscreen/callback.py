@@ -10,8 +10,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import Patterns
+from lightning_fscreen.candidates.units import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.fit import clock
 from lightning_fscreen.fit.copies import Copies, resize_held_copies
@@ -40,15 +40,17 @@ class ScreeningPruningCallback(TrainingHooks):
     At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
     are exactly zero from then on (arXiv 2502.07189). A window in steps does the same every `prune_every` optimizer
     steps, within epochs or across them: trainings of one epoch, or of `max_steps` alone, have one by default. With
-    granularity "channel" (CLS) the network is made physically smaller as soon as the whole amount is pruned, and the
-    rest of the fit trains the smaller network. With "weight" (WLS) hidden units and channels left without incoming or
-    outgoing weights are removed when the fit ends. Either way the network computes the same function afterwards.
+    granularity "channel" (CLS) or "unit" the network is made physically smaller as soon as the whole amount is pruned,
+    and the rest of the fit trains the smaller network. With "weight" (WLS) hidden units and channels left without
+    incoming or outgoing weights are removed when the fit ends. Either way it computes the same function afterwards.
 
     Moving averages of the network (`AveragedModel`, timm's `ModelEmaV3`, a mean teacher, Lightning's `WeightAveraging`
     and `EMAWeightAveraging`) are pruned and become smaller with it; a copy that stands still, a fixed teacher, stays.
 
     Args:
-        granularity: "channel": channels of batch norms; "weight": connections of linear and convolution layers.
+        granularity: "channel": channels of batch norms; "unit": these, and the outputs of all other linear and
+            convolution layers: hidden units of multilayer perceptrons and of transformers' MLPs, channels of networks
+            without batch norms; "weight": connections of linear and convolution layers.
         amount: fraction of the candidates pruned in the end, 0 ≤ amount < 1; met exactly (±1 candidate).
         screening_weight: λ of the screening criteria: 0 ranks by magnitude alone, 1 by the F-statistic alone.
         schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable
@@ -63,7 +65,8 @@ class ScreeningPruningCallback(TrainingHooks):
         prune_every: optimizer steps between two prunings, and those before each in which statistics are gathered; None
             for a tenth of the window. Any of these three makes it a window in steps.
         scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer: safer where much
-            goes at once, because it leaves no layer with next to nothing.
+            goes at once, because it leaves no layer with next to nothing; "kind" prunes the same fraction of the
+            channels of batch norms and of the other units.
         criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
             "magnitude", "activation", "gradient", "taylor", "random", or one registered by `register_criterion`.
         min_channels: candidates that every layer keeps at least; the others still meet the budget.
@@ -79,15 +82,17 @@ class ScreeningPruningCallback(TrainingHooks):
         collect_epochs: epochs before each pruning over which statistics are gathered; none in the others.
         connections: "factored" keeps F per input of a layer, C × inputs numbers; "exact" per connection, C × weights,
             which differs by the weights' movement within an epoch. For weights only.
-        bias: output of pruned channels until training makes up for them: "zero" (γ = β = 0); "fold", their shift β,
-            carried into the layers that read them; "mean", their mean activation, likewise. For channels only.
-        feature: the feature that is screened, averaged over the positions: "activation", the channel behind the
-            activation function that follows its batch norm, if one does; "activation_square", its square; "output" and
-            "output_square", the same of the batch norm's own output. For channels only.
+        bias: output of pruned channels and units until training makes up for them: "zero" (γ = β = 0; weights and
+            bias zero); "fold", their shift β or bias, carried into the layers that read them; "mean", their mean
+            activation, likewise, where the layer has a shift or bias to take it. Not for weights.
+        feature: the feature that is screened, averaged over the positions: "activation", the channel or unit behind the
+            activation function that follows its layer, if one does; "activation_square", its square; "output" and
+            "output_square", the same of the layer's own output. Not for weights.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
         rewind_weights: put the remaining weights, and the learning rates, back to where the fit began (lottery ticket).
         soft: until the window ends, zero the lowest-ranked candidates after an epoch but let them grow again (soft
-            filter pruning, arXiv 1808.06866); of channels the scales γ, so that those with a positive shift can.
+            filter pruning, arXiv 1808.06866); of channels the scales γ, of other units the weights, so that those with
+            a positive shift can.
 
     Raises:
         ValueError: an argument outside its range; the message names the allowed values.

@@ -89,6 +89,13 @@ def num_inputs(module: nn.Module) -> int:
     raise TypeError(f"no linear, convolution or batch-norm layer: {type(module).__name__}")
 
 
+def num_outputs(module: nn.Module) -> int:
+    """Number of output features or channels of such a layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.out_channels if isinstance(module, _ConvNd) else num_inputs(module)
+
+
 def why_fixed(module: nn.Module, owners: Mapping[int, str], noun: str = "weight") -> str | None:
     """Why the parameter `weight` of a layer cannot be pruned; None if it can.
 

@@ -1,4 +1,4 @@
-"""The activation functions behind the batch norms of a captured network."""
+"""The activation functions behind the layers of a captured network."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from lightning_fscreen.slimming.elementwise import ACTIVATIONS
 from lightning_fscreen.slimming.interpreter import operator_name
 from lightning_fscreen.statistics.features import Activation
 
+_LAYERS = {"batch_norm", "linear", *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))}
+
 
 def activations_of(captured: Capture) -> dict[str, Activation]:
-    """Batch norm → the activation that alone reads its output, where there is one."""
+    """Batch norm, linear or convolution layer → the activation that alone reads its output, where there is one."""
     found = {}
     for node in captured.graph.nodes:
-        if node.op != "call_function" or operator_name(node) != "batch_norm" or node.args[1] is None:
+        if node.op != "call_function" or operator_name(node) not in _LAYERS:
             continue
+        weight = captured.tensors.get(getattr(node.args[1], "name", ""))
         readers = list(node.users)
-        if len(readers) == 1 and readers[0].all_input_nodes == [node] and operator_name(readers[0]) in ACTIVATIONS:
-            found[captured.tensors[node.args[1].name].rpartition(".")[0]] = _activation(readers[0])
+        if weight is None or len(readers) != 1 or readers[0].all_input_nodes != [node]:
+            continue
+        if operator_name(readers[0]) in ACTIVATIONS:
+            found[weight.rpartition(".")[0]] = _activation(readers[0])
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -71,8 +72,8 @@ def require_candidates(found: Sequence[object], where: str, layers: str, reasons
         why = f"none of its {layers} can be pruned:{listing}" if reasons else f"it has no {layers}"
         raise ValueError(
             f"nothing to prune in {where}: {why}\n"
-            "Check include=/exclude=, requires_grad, and that the layers are attributes of the module; batch norms are "
-            'pruned with granularity="channel", linear and convolution layers with granularity="weight".'
+            "Check include=/exclude=, requires_grad, and that the layers are attributes of the module. "
+            'granularity="channel" prunes batch norms, "unit" linear and convolution layers, too, "weight" connections.'
         )
 
 
@@ -191,28 +192,28 @@ class Granularity(ABC, Generic[Layer]):
         return None
 
     @abstractmethod
-    def _parameters_of(self, layer: Layer) -> list[nn.Parameter]:
-        """The parameter that is ranked, and others of the same shape whose gradients count with it."""
+    def _members_of(self, layer: Layer) -> Members:
+        """The parameters whose entries belong to the candidates of a layer."""
+
+    def _values_of(self, layer: Layer) -> Tensor:
+        """The values that are ranked by magnitude, one for each candidate: the entries of the weight, if it has one."""
+        return self._members_of(layer).weight.detach()
 
     def _per_candidate(self, layer: Layer, values: Tensor) -> Tensor:
-        """Statistics of features as those of candidates, broadcastable to the shape of the ranked parameter."""
+        """Statistics of features as those of candidates, broadcastable to the shape of their mask."""
         return values
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are ranked and masked, by layer; each of their values is a candidate."""
-        return {layer.name: self._parameters_of(layer)[0] for layer in self._layers}
-
-    def affected(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters whose values belong to one candidate each, by layer; of the same shape."""
-        return {layer.name: self._parameters_of(layer) for layer in self._layers}
-
-    def companions(self) -> dict[str, nn.Parameter]:
-        """Parameters of the same shape that are zeroed with them."""
-        return {}
+    def members(self) -> dict[str, Members]:
+        """The parameters whose entries belong to the candidates, by layer."""
+        return {layer.name: self._members_of(layer) for layer in self._layers}
 
     def units(self) -> dict[str, Tensor] | None:
         """Candidates that are pruned together, as for `rank_and_prune`; None if each goes alone."""
         return None
+
+    def kinds(self) -> dict[str, str]:
+        """The kind of candidates that each layer has, for `scope="kind"`."""
+        return dict.fromkeys(self.names, self.noun)
 
     @abstractmethod
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
@@ -220,7 +221,7 @@ class Granularity(ABC, Generic[Layer]):
 
     def gradients(self) -> GradientSums:
         """Sums over the gradients of the candidates."""
-        return GradientSums({layer.name: self._parameters_of(layer) for layer in self._layers})
+        return GradientSums(self.members())
 
     def scoring_inputs(
         self,
@@ -232,8 +233,8 @@ class Granularity(ABC, Generic[Layer]):
         inputs = {}
         for layer in self._layers:
             name = layer.name
-            weight = self._parameters_of(layer)[0].detach()
-            device = weight.device  # when a fit ends, Lightning moves the model to the CPU, but not the statistics
+            values = self._values_of(layer)
+            device = values.device  # when a fit ends, Lightning moves the model to the CPU, but not the statistics
             known: dict[str, Any] = {}
             if found := statistics.get(name):
                 features = ("f", "spread", "mean_square", "variance")
@@ -241,7 +242,7 @@ class Granularity(ABC, Generic[Layer]):
                 known |= {"degrees": found.degrees, "learned": found.learned}
             if steps := gradients.get(name):
                 known |= {"gradient": steps.gradient.to(device), "taylor": steps.taylor.to(device)}
-            inputs[name] = ScoringInputs(weight, kept[name], **known)
+            inputs[name] = ScoringInputs(values, kept[name], **known)
         return inputs
 
     def after_pruning(self, pruned: Mapping[str, Tensor], statistics: Mapping[str, FeatureStatistics]) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
+from lightning_fscreen.members import Members
 from lightning_fscreen.modules import is_within, join, select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -167,8 +168,8 @@ class Weights(Granularity[PrunableWeight]):
         exact = [probe.name for probe in probes] if self._connections == "exact" else ()
         return ActivationCollector(probes, num_classes, exact)
 
-    def _parameters_of(self, layer: PrunableWeight) -> list[nn.Parameter]:
-        return [layer.weight]
+    def _members_of(self, layer: PrunableWeight) -> Members:
+        return Members(layer.weight)
 
     def _per_candidate(self, layer: PrunableWeight, values: Tensor) -> Tensor:
         return values if values.shape == layer.weight.shape else per_connection(layer.module, values)

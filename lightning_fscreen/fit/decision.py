@@ -70,6 +70,7 @@ class Decision:
             scope=settings.scope,
             min_kept=settings.min_channels,
             units=self._granularity.units(),
+            kinds=self._granularity.kinds(),
         )
 
     def _progress(self, fraction: float) -> float:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fscreen.members import Members
 from lightning_fscreen.slimming import SlimmingPlan
 
 # Where value, gradient and state are zero, these leave a zero, whatever their options: it need not be written again.
@@ -25,49 +26,47 @@ class Masks:
     are set to zero again.
 
     Args:
-        parameters: layer → parameter, at the size that it has now.
-        companions: layer → a parameter of the same shape that is zeroed with it, and not counted.
+        members: layer → the parameters whose entries belong to its candidates, at the size that they have now.
         kept: layer → mask at full size; all are kept by default.
         held: whether pruned values stay at zero.
         plan: all slimmings of the parameters so far.
         names: layer → name of its parameter in the plan; by default the layer's own.
 
     Attributes:
+        members: the parameters.
         held: whether pruned values stay at zero; otherwise they were zeroed once, and can grow again.
-        present: layer → mask at the size that the parameter has now, False for the values that are held at zero. Where
+        present: layer → mask at the size that the layer has now, False for what is held at zero. Where
             slimming has put a constant into the place of a pruned value, it is True.
 
     Raises:
-        ValueError: masks that do not fit the parameters.
+        ValueError: masks that do not fit the layers.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
-        companions: Mapping[str, nn.Parameter] | None = None,
+        members: Mapping[str, Members],
         kept: Mapping[str, Tensor] | None = None,
         held: bool = True,
         plan: SlimmingPlan | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
-        self._parameters = dict(parameters)
-        self._companions = dict(companions or {})
+        self.members = dict(members)
         self._plan = plan or SlimmingPlan()
-        self._names = dict(names or {name: name for name in parameters})
+        self._names = dict(names or {name: name for name in members})
         self.held = held
         if kept is None:
-            self._kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+            self._kept = {name: _all_kept(own) for name, own in members.items()}
         else:
-            self._kept = {name: m.to(parameters[name].device) if name in parameters else m for name, m in kept.items()}
+            self._kept = {name: m.to(members[name].weight.device) if name in members else m for name, m in kept.items()}
         self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
-        present = {name: self._kept[name] for name in parameters}
+        present = {name: self._kept[name] for name in members}
         if kept is not None:
-            present = {name: self._plan.cut(self._names[name], mask) for name, mask in present.items()}
+            present = {name: self._cut(name, mask) for name, mask in present.items()}
         self._check(present)
         if not held:
             present = {name: torch.ones_like(mask) for name, mask in present.items()}
         elif self._plan:
-            present = {name: mask | (parameters[name].detach() != 0) for name, mask in present.items()}
+            present = {name: mask | members[name].nonzero() for name, mask in present.items()}
         self.present = present
         # Where something is pruned: the parameter and its mask in its dtype; multiplying by that is several times
         # faster than filling by a boolean one.
@@ -81,13 +80,13 @@ class Masks:
         """Layer → mask at full size, also after slimming; pruned values that are not held count until they grow."""
         if self.held:
             return self._kept
-        grown = {name: self._full_size(name, parameter.detach() != 0) for name, parameter in self._parameters.items()}
+        grown = {name: self._full_size(name, own.nonzero()) for name, own in self.members.items()}
         return {name: mask | grown[name] if name in grown else mask for name, mask in self._kept.items()}
 
     @property
     def num_dead(self) -> dict[str, int]:
         """Number of kept candidates, by layer, that slimming took along: they led nowhere, or came from nowhere."""
-        left = {name: self._plan.cut(self._names[name], self._kept[name]) for name in self._parameters}
+        left = {name: self._cut(name, self._kept[name]) for name in self.members}
         return {name: count - int(left[name].sum()) if name in left else 0 for name, count in self._num_kept.items()}
 
     @property
@@ -95,23 +94,19 @@ class Masks:
         """Layer → number of candidates that are kept."""
         return self._num_kept if self.held else {name: int(mask.sum()) for name, mask in self.kept.items()}
 
-    @property
-    def _masked(self) -> list[tuple[str, nn.Parameter]]:
-        return [*self._parameters.items(), *self._companions.items()]
-
     def set(self, present: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
         """Replace the masks, and zero the pruned values and their state in these optimizers.
 
         Args:
-            present: layer → mask at the size that the parameter has now.
+            present: layer → mask at the size that the layer has now.
             optimizers: the optimizers.
 
         Raises:
-            ValueError: masks that do not fit the parameters; nothing is changed then.
+            ValueError: masks that do not fit the layers; nothing is changed then.
         """
         self._check(present)
         self.held = True
-        self.present = {name: present[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()}
+        self.present = self._copied(present)
         self._record(self.present)
         self._enforce(optimizers)
 
@@ -120,11 +115,11 @@ class Masks:
         """Replace the masks, and zero the pruned values, without companions and state; they can grow again."""
         self._check(present)
         self.held = False
-        self._record({name: present[name].to(p.device, torch.bool, copy=True) for name, p in self._parameters.items()})
-        self.present = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()}
+        self._record(self._copied(present))
+        self.present = {name: _all_kept(own) for name, own in self.members.items()}
         self._factors = []
-        for name, parameter in self._parameters.items():
-            parameter.mul_(present[name].to(parameter))
+        for name, own in self.members.items():
+            own.weight.mul_(own.spread(present[name]).to(own.weight))
 
     def forget_removed(self) -> None:
         """Count what is physically gone, by another callback's slimming, as pruned."""
@@ -134,35 +129,43 @@ class Masks:
         self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
 
     def _check(self, present: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            if name not in present or present[name].shape != parameter.shape:
+        for name, own in self.members.items():
+            if name not in present or present[name].shape != own.shape:
                 found = f"shape {tuple(present[name].shape)}" if name in present else "no mask"
-                raise ValueError(f"layer {name!r} has a weight of shape {tuple(parameter.shape)}, but {found}")
+                raise ValueError(f"layer {name!r} has candidates of shape {tuple(own.shape)}, but {found}")
+
+    def _copied(self, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        devices = {name: own.weight.device for name, own in self.members.items()}
+        return {name: present[name].to(device, torch.bool, copy=True) for name, device in devices.items()}
+
+    def _cut(self, name: str, full: Tensor) -> Tensor:
+        """The part of a tensor over all candidates of a layer that is physically left."""
+        return self._plan.cut(self._names[name], full, self.members[name].dims)
 
     def _record(self, present: Mapping[str, Tensor]) -> None:
         self._kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
         self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
 
     def _full_size(self, name: str, present: Tensor, full: Tensor | None = None) -> Tensor:
-        """A mask at full size: these values where the parameter is left; elsewhere those of `full`, or `kept`."""
+        """A mask at full size: these values where candidates are left; elsewhere those of `full`, or `kept`."""
         full = self._kept[name] if full is None else full
         if full.shape == present.shape:
             return present
         places = torch.arange(full.numel(), device=full.device).view(full.shape)
-        places = self._plan.cut(self._names[name], places)
+        places = self._cut(name, places)
         return full.flatten().index_copy(0, places.flatten(), present.flatten()).view(full.shape)
 
     @torch.no_grad()
     def _enforce(self, optimizers: Iterable[Optimizer]) -> None:
-        pruned = {name for name, mask in self.present.items() if not bool(mask.all())}
-        masked = [(parameter, self.present[name]) for name, parameter in self._masked if name in pruned]
+        pruned = {name: mask for name, mask in self.present.items() if not bool(mask.all())}
+        masked = [both for name, mask in pruned.items() for both in self.members[name].masks(mask)]
         self._factors = [(parameter, mask.to(parameter.dtype)) for parameter, mask in masked]
         self.apply()
         by_parameter: dict[Tensor, Tensor] = dict(masked)
         for optimizer in optimizers:
             for tensor, state in optimizer.state.items():
                 if tensor in by_parameter:
-                    _mask_state(state, by_parameter[tensor])
+                    _mask_state(state, tensor.shape, by_parameter[tensor])
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -203,7 +206,11 @@ def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_mul_([tensor for tensor, _ in pairs], [factor for _, factor in pairs])
 
 
-def _mask_state(state: Mapping[str, Any], kept: Tensor) -> None:
+def _mask_state(state: Mapping[str, Any], shape: torch.Size, kept: Tensor) -> None:
     for value in state.values():
-        if isinstance(value, Tensor) and value.shape == kept.shape:
+        if isinstance(value, Tensor) and value.shape == shape:
             value.mul_(kept)
+
+
+def _all_kept(members: Members) -> Tensor:
+    return torch.ones(members.shape, dtype=torch.bool, device=members.weight.device)

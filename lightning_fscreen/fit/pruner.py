@@ -123,9 +123,9 @@ class Pruner:
         return self._make_masks()
 
     def _make_masks(self, kept: Mapping[str, Tensor] | None = None, held: bool = True) -> Masks:
-        parameters, names = self.granularity.parameters(), self.parameters
-        self._names = {layer: names[parameter] for layer, parameter in parameters.items()}
-        return Masks(parameters, self.granularity.companions(), kept, held, self._applied_plan, self._names)
+        members, names = self.granularity.members(), self.parameters
+        self._names = {layer: names[own.weight] for layer, own in members.items()}
+        return Masks(members, kept, held, self._applied_plan, self._names)
 
     def _replace_masks(self, masks: Masks) -> None:
         """Enforce other masks from now on, or the same over other parameters, in the optimizers that are watched."""
@@ -243,8 +243,9 @@ class Pruner:
         """Let the copies of the network be pruned where it is."""
         self.copies.refresh()
         names, present = self.parameters, self.masks.present
-        affected = [(names[p], layer) for layer, own in self.granularity.affected().items() for p in own]
-        self.copies.take_pruned("", {name: ~present[layer] for name, layer in affected})
+        members = self.granularity.members().items()
+        pruned = [both for layer, own in members for both in own.affected(~present[layer])]
+        self.copies.take_pruned("", {names[parameter]: mask for parameter, mask in pruned})
 
     def slim(self, trainer: Trainer) -> SlimmingPlan | None:
         """Make the networks smaller, and their copies; returns the plan, or None if it cannot be done exactly."""
@@ -302,11 +303,11 @@ class Pruner:
         """As `state_dict`, for another fit; empty for another model, or if another size was loaded into this one."""
         if not set(self.granularity.modules).issubset(model.modules()):
             return {}
-        parameters = dict(model.named_parameters())
+        parameters, members = dict(model.named_parameters()), self.masks.members
 
         def fit(masks: Mapping[str, Tensor]) -> bool:
             found = {name: parameters.get(self._names.get(name, "")) for name in masks}
-            return all(p is not None and p.shape == masks[name].shape for name, p in found.items())
+            return all(p is not None and members[n].of(p).shape == masks[n].shape for n, p in found.items())
 
         if fit(self.masks.present):
             return self.state_dict()

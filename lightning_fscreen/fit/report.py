@@ -115,7 +115,7 @@ class PruningReport:
             total,
             {
                 "not pruned": grouped(self.not_pruned.items()),
-                "nothing was physically removed": [self.not_removed] if self.not_removed else [],
+                "not physically removed": [self.not_removed] if self.not_removed else [],
                 "ranked by magnitude alone": grouped((name, reason) for name, reason in evidence if reason),
             },
         )

@@ -9,8 +9,8 @@ from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
 from torch import Tensor, nn
 
-from lightning_fscreen.candidates.channels import Bias, Feature
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
+from lightning_fscreen.candidates.units import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.ranking.budgeted import Scope
@@ -78,8 +78,9 @@ class Settings:
             value = getattr(self, field.name)
             having = [name for name, kind in GRANULARITIES.items() if field.name in kind.options]
             if having and self.granularity not in having and value != field.default:
+                own = " or ".join(f'"{name}"' for name in having)
                 raise ValueError(
-                    f'{field.name}={value!r} is for granularity="{having[0]}"; leave it out with "{self.granularity}"'
+                    f'{field.name}={value!r} is for granularity={own}; leave it out with "{self.granularity}"'
                 )
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')

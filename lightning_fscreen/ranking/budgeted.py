@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fscreen.modules import coupled_layers
 from lightning_fscreen.ranking.units import Units
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "kind", "layer"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -25,23 +25,26 @@ def rank_and_prune(
     scope: Scope = "global",
     min_kept: int = 1,
     units: Mapping[str, Tensor] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Prune the lowest scores until the budget is met; candidates pruned before stay pruned.
 
-    The budget is round(amount · candidates), over all layers together (scope "global") or in every layer by itself
-    ("layer", where the roundings are shared out so that the sum is the global budget). Equal scores are pruned in the
-    order of the layers and, within a layer, of their positions: the result is the same on every machine.
+    The budget is round(amount · candidates), over all layers together (scope "global"), over those of every kind
+    ("kind") or in every layer by itself ("layer"); the roundings are shared out so that the sum is the global budget.
+    Equal scores are pruned in the order of the layers and, within a layer, of their positions: the result is the same
+    on every machine.
 
     Args:
         scores: layer → scores of any shape; higher is more important, +inf the most.
         kept: layer → boolean mask of that shape, True where a candidate is left.
         amount: fraction of all candidates pruned afterwards, 0 ≤ amount ≤ 1. Never un-prunes: where more are pruned
             already, they stay so.
-        scope: "global" or "layer".
+        scope: "global", "kind" or "layer".
         min_kept: candidates that every layer keeps (all of them, in a layer with fewer).
         units: layer → int64 of that shape, (n,): equal numbers, in one layer or in several, are pruned as one, and
-            negative ones stay. Coupled layers then count as one for scope "layer", and where units are larger than one
-            the budget is met as nearly as their sizes allow.
+            negative ones stay. Coupled layers then count as one for scope "layer", and belong to the kind of the first
+            of them for "kind"; where units are larger than one the budget is met as nearly as their sizes allow.
+        kinds: layer → its kind; without it, all layers are of one. Only looked at with `units`.
 
     Returns:
         layer → new boolean mask.
@@ -55,7 +58,7 @@ def rank_and_prune(
         if bool((torch.isnan(score) & kept[name]).any()):
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     if units is not None:
-        return _prune_units(scores, kept, amount, scope, min_kept, units)
+        return _prune_units(scores, kept, amount, _parts(kept, scope, units, kinds), min_kept, units)
     totals = {name: mask.numel() for name, mask in kept.items()}
     left = {name: int(mask.sum()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}
@@ -94,14 +97,10 @@ def _prune_units(
     scores: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     amount: float,
-    scope: Scope,
+    layers: Sequence[Sequence[str]],
     min_kept: int,
     units: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    layers = [list(kept)]
-    if scope == "layer":
-        numbers = iter(torch.cat([units[name] for name in kept]).tolist())  # an accelerator is waited for once
-        layers = coupled_layers({name: list(itertools.islice(numbers, len(units[name]))) for name in kept})
     parts = {
         str(place): Units(scores, {name: kept[name] for name in names}, units, min_kept)
         for place, names in enumerate(layers)
@@ -116,6 +115,22 @@ def _prune_units(
     for place, part in parts.items():
         masks |= part.drop(max(left[place] - keep[place], 0))
     return {name: masks[name] for name in kept}
+
+
+def _parts(
+    kept: Mapping[str, Tensor], scope: Scope, units: Mapping[str, Tensor], kinds: Mapping[str, str] | None
+) -> list[list[str]]:
+    """Layers that are ranked together; coupled ones always are."""
+    if scope == "global":
+        return [list(kept)]
+    numbers = iter(torch.cat([units[name] for name in kept]).tolist())  # an accelerator is waited for once
+    coupled = coupled_layers({name: list(itertools.islice(numbers, len(units[name]))) for name in kept})
+    if scope == "layer":
+        return coupled
+    parts: dict[str, list[str]] = {}
+    for names in coupled:
+        parts.setdefault("" if kinds is None else kinds[names[0]], []).extend(names)
+    return list(parts.values())
 
 
 def _check_floors(amount: float, budget: int, total: int, floor: int, min_kept: int, layers: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.kinds import KINDS, kind_of, off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
-from lightning_fscreen.slimming.readers import GroupedReader, NormReader
+from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
 from lightning_fscreen.slimming.slots import SlotGraph
 
 STAYS = -1
@@ -37,6 +37,8 @@ class Gate:
         kind: "channel": the layer is a batch norm; γ = β = 0 switches a channel off. "neuron": it is a linear or
             convolution layer; a row of zeros in the weight does (a column, where the convolution is transposed), and a
             zero in the bias.
+        readers: the weights of linear and convolution layers that multiply the units: name of the weight → its
+            dimension over the inputs and, for each input, the number of the unit that it carries.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Gate:
     units: tuple[int, ...]
     excluded: str | None = None
     kind: str = "channel"
+    readers: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
 
 def find_gates(model: nn.Module, example_inputs: Any, kinds: Collection[str] | None = None) -> list[Gate]:
@@ -79,7 +82,7 @@ def find_gates(model: nn.Module, example_inputs: Any, kinds: Collection[str] | N
     """
     model, kinds = uncompiled(model), list(KINDS) if kinds is None else kinds
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"unknown kinds {unknown}; choose of {list(KINDS)}")
+        raise ValueError(f"unknown kinds {unknown}; choose from {list(KINDS)}")
     args, kwargs = call_arguments(example_inputs)
     return gates_of(model, capture_training(model, args, kwargs), kinds)
 
@@ -143,9 +146,26 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
             if set(units[name]) == {STAYS}:
                 reasons[name] = why_not[roots[0]]
     groups = _groups(units)
+    readers = _readers(slots, root)
     return [
-        Gate(name, len(own), groups[name], own, reasons.get(name), _kind(modules[name])) for name, own in units.items()
+        Gate(name, len(own), groups[name], own, reasons.get(name), _kind(modules[name]), _reading(readers, own))
+        for name, own in units.items()
     ]
+
+
+Readers = dict[str, tuple[int, tuple[int, ...]]]
+
+
+def _readers(slots: SlotGraph, root: Tensor) -> Readers:
+    """Weights that multiply units, as in `Gate.readers`."""
+    dense = [reader for reader in slots.readers if isinstance(reader, DenseReader)]
+    return {reader.weight: (reader.input_dim, tuple(root[reader.inputs].tolist())) for reader in dense}
+
+
+def _reading(readers: Readers, units: tuple[int, ...]) -> Readers:
+    """Those that multiply some of these units."""
+    own = set(units)
+    return {name: (dim, labels) for name, (dim, labels) in readers.items() if not own.isdisjoint(labels)}
 
 
 def _kind(module: nn.Module) -> str:

@@ -41,6 +41,10 @@ class Kind(ABC):
         """Layers that cannot be switched off, whatever the network does with them, and why."""
 
     @abstractmethod
+    def dim(self, module: Any) -> int:
+        """Dimension of the weight along which the units lie."""
+
+    @abstractmethod
     def entries(self, module: nn.Module, units: Tensor) -> Tensor:
         """The entries of the weight that belong to some units, (units,) bool: a mask of the weight's shape."""
 

@@ -43,6 +43,10 @@ class NormChannels(Kind):
                 owners[id(weight)] = name
         return reasons
 
+    def dim(self, module: _BatchNorm) -> int:
+        """The only one."""
+        return 0
+
     def entries(self, module: nn.Module, units: Tensor) -> Tensor:
         """Every channel has one scale."""
         return units

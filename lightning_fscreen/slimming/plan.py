@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,9 +157,17 @@ class SlimmingPlan:
         cuts = (self.cuts.get(join(norm, tensor), {}).get(0) for tensor in ("weight", "running_mean"))
         return next((kept for kept in cuts if kept is not None), None)
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """The part of a tensor that stays."""
+    def cut(self, name: str, tensor: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+        """The part of a tensor that stays.
+
+        Args:
+            name: of a parameter or buffer.
+            tensor: of its shape before or, with `dims`, of the sizes that it has along these dimensions.
+            dims: dimensions of the parameter that those of the tensor are; the same by default.
+        """
         cuts = self.cuts.get(name, {})
+        if dims is not None:
+            cuts = {place: cuts[dim] for place, dim in enumerate(dims) if dim in cuts}
         indices = {dim: torch.tensor(kept, dtype=torch.int64, device=tensor.device) for dim, kept in cuts.items()}
         if cuts.keys() == {0, 1} and tensor.numel() > _LARGE:  # one after the other would need room for both results
             return tensor[indices[0].unsqueeze(1), indices[1]]

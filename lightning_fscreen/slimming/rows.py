@@ -43,6 +43,10 @@ class Neurons(Kind):
                 owners[id(module.weight)] = name
         return reasons
 
+    def dim(self, module: nn.Linear | _ConvNd) -> int:
+        """Rows; those of transposed convolutions stand in the second dimension."""
+        return 1 if isinstance(module, _ConvTransposeNd) else 0
+
     def entries(self, module: nn.Module, units: Tensor) -> Tensor:
         """All weights that lead to the units; those of transposed convolutions stand in the second dimension."""
         weight = own_tensors(module)[0]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
 from lightning_fscreen.functional.members import IGNORED
-from lightning_fscreen.modules import num_inputs
+from lightning_fscreen.modules import num_inputs, num_outputs
 from lightning_fscreen.statistics.buffer import ActivationBuffer
 from lightning_fscreen.statistics.connections import ConnectionSums
 from lightning_fscreen.statistics.features import Activation, PositionMeans
@@ -50,7 +50,7 @@ class Probe:
     @property
     def num_features(self) -> int:
         """Channels (features) there."""
-        return num_inputs(self.module)
+        return num_inputs(self.module) if self.side == "input" else num_outputs(self.module)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class FeatureStatistics:
         mean_square: (features,) mean squared activation.
         variance: (features,) variance of the activation.
         degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
-        learned: whether trained weight matrices had a part in the input of the layer; see `origins.is_learned`.
+        learned: whether trained weight matrices had a part in the activations; see `origins.is_learned`.
     """
 
     f: Tensor
@@ -263,7 +263,7 @@ class ActivationCollector:
     def _output_hook(self, index: int) -> Callable[..., None]:
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not examined.get():
-                self._gather(index, output, args[0] if args else output, module)
+                self._gather(index, output, output, module)
 
         return gather
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_fscreen.members import Members
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class GradientStatistics:
     """Statistics of the candidates of one layer over the gathered steps.
 
     Attributes:
-        gradient: mean |∂L/∂w|, of the weight's shape.
-        taylor: mean |Σ w·∂L/∂w| over the parameters that are pruned with the candidate.
+        gradient: mean |∂L/∂w|; of a candidate with several entries of the weight, mean √(Σ (∂L/∂w)²).
+        taylor: mean |Σ w·∂L/∂w| over all entries that belong to the candidate.
     """
 
     gradient: Tensor
@@ -28,17 +30,14 @@ class GradientSums:
     """Running sums over optimizer steps; gradients of processes that train together are averaged before they arrive.
 
     Args:
-        parameters: layer → the weight (or scale), and the parameters that are pruned with it, of the same shape.
+        members: layer → the parameters whose entries belong to its candidates.
     """
 
-    def __init__(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
-        self._parameters = {name: list(group) for name, group in parameters.items()}
-        dtypes = {name: torch.promote_types(group[0].dtype, torch.float32) for name, group in parameters.items()}
-        self._gradient = {
-            name: torch.zeros_like(group[0], dtype=dtypes[name]) for name, group in self._parameters.items()
-        }
+    def __init__(self, members: Mapping[str, Members]) -> None:
+        self._members = dict(members)
+        self._gradient = {name: _zeros(own) for name, own in members.items()}
         self._taylor = {name: torch.zeros_like(zeros) for name, zeros in self._gradient.items()}
-        self._steps = dict.fromkeys(self._parameters, 0)
+        self._steps = dict.fromkeys(members, 0)
 
     @torch.no_grad()
     def add(self, optimizer: Optimizer, scale: Tensor | None = None) -> None:
@@ -49,15 +48,15 @@ class GradientSums:
             scale: by which factor its gradients are larger than those of the loss; None for 1.
         """
         used = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        for name, group in self._parameters.items():
-            if group[0].grad is None or group[0] not in used:
+        for name, own in self._members.items():
+            if own.weight.grad is None or own.weight not in used:
                 continue
-            gradient = self._gradient[name]
-            products = torch.zeros_like(gradient)
-            for parameter in group:
-                if parameter.grad is not None:
-                    products += parameter * _finite(parameter.grad, gradient.dtype, scale)
-            gradient += _finite(group[0].grad, gradient.dtype, scale).abs_()
+            gradient = _finite(own.weight.grad, self._gradient[name].dtype, scale)
+            products = own.total(own.weight * gradient)
+            for other in own.others:
+                if other.grad is not None:
+                    products += other * _finite(other.grad, gradient.dtype, scale)
+            self._gradient[name] += own.norm(gradient)
             self._taylor[name] += products.abs_()
             self._steps[name] += 1
 
@@ -93,3 +92,8 @@ class GradientSums:
 def _finite(gradient: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     finite = gradient.to(dtype, copy=True).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     return finite if scale is None else finite.div_(scale)
+
+
+def _zeros(members: Members) -> Tensor:
+    weight = members.weight
+    return torch.zeros(members.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)

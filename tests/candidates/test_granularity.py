@@ -17,7 +17,9 @@ from lightning_fscreen.candidates.granularity import (
     register_granularity,
     require_candidates,
 )
+from lightning_fscreen.candidates.units import Units
 from lightning_fscreen.candidates.weights import Weights
+from lightning_fscreen.members import Members
 from lightning_fscreen.modules import select
 from lightning_fscreen.statistics.collector import ActivationCollector
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
@@ -47,8 +49,8 @@ class Biases(Granularity[Biased]):
     def collector(self, num_classes: int) -> ActivationCollector:
         raise AssertionError("magnitudes need no activations")
 
-    def _parameters_of(self, layer: Biased) -> list[nn.Parameter]:
-        return [layer.module.bias]
+    def _members_of(self, layer: Biased) -> Members:
+        return Members(layer.module.bias)
 
 
 @pytest.fixture
@@ -70,14 +72,14 @@ def test_another_granularity_needs_nothing_but_to_be_registered(biases: str) -> 
 
 
 def test_arguments_of_other_granularities_are_refused(biases: str) -> None:
-    with pytest.raises(ValueError, match="""bias='fold' is for granularity="channel"; leave it out with "bias\""""):
+    with pytest.raises(ValueError, match="""bias='fold' is for granularity="unit" or "channel"; leave it out with"""):
         ScreeningPruningCallback(granularity=biases, bias="fold")
 
 
 def test_names_are_registered_once() -> None:
     with pytest.raises(ValueError, match="'weight' is registered already"):
         register_granularity("weight")(Biases)
-    assert {"channel": Channels, "weight": Weights} == GRANULARITIES
+    assert {"unit": Units, "channel": Channels, "weight": Weights} == GRANULARITIES
 
 
 def test_channels_learn_from_a_network_alone() -> None:
@@ -86,8 +88,8 @@ def test_channels_learn_from_a_network_alone() -> None:
     channels = Channels(model, None, None)
     channels.learn(model.net, (digits(2)[0],), {}, "net")
     assert channels.names == ["net.norm"]
-    parameter, companion = channels.parameters()["net.norm"], channels.companions()["net.norm"]
-    assert parameter is model.net.norm.weight and companion is model.net.norm.bias
+    members = channels.members()["net.norm"]
+    assert members.zeroed and members.weight is model.net.norm.weight and members.others == (model.net.norm.bias,)
     units = channels.units()
     assert units is not None and len(set(units["net.norm"].tolist())) == 8
     kept = torch.arange(8) < 5
@@ -98,7 +100,7 @@ def test_channels_learn_from_a_network_alone() -> None:
 def test_pruned_channels_output_their_mean() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     channels = Channels(network, None, None, bias="mean")
-    assert channels.companions() == {}
+    assert not channels.members()["1"].zeroed
     pruned = torch.tensor([True, False, True, False])
 
     class Means:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.members import Members
 from lightning_fscreen.slimming import SlimmingPlan
 
 OPTIMIZERS = {
@@ -41,6 +42,10 @@ def weights_of(model):
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith("weight")}
 
 
+def members_of(model):
+    return {name: Members(weight) for name, weight in weights_of(model).items()}
+
+
 def some_masks(model, share=0.5):
     rng = torch.Generator().manual_seed(2)
     return {name: torch.rand(w.shape, generator=rng) < share for name, w in weights_of(model).items()}
@@ -48,7 +53,7 @@ def some_masks(model, share=0.5):
 
 def masked_training(model, optimizers, clip=None, kept=None):
     """The package's way: masks set after some steps, gradients masked before clipping, weights after every step."""
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     masks.watch(optimizers)
     for step, (x, y) in enumerate(batches(STEPS_BEFORE + STEPS_AFTER)):
         if step == STEPS_BEFORE:
@@ -116,7 +121,7 @@ def test_two_optimizers_leave_pruned_weights_at_zero_after_each_of_their_steps()
 def test_pruned_weights_stay_zero_even_if_nobody_masks_the_gradients():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.1)
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     masks.watch([optimizer])
     masks.set(some_masks(model), [optimizer])
     for x, y in batches(5):
@@ -135,7 +140,7 @@ def test_setting_masks_zeroes_the_pruned_state_and_no_other(name):
         cross_entropy(model(x), y).backward()
         optimizer.step()
     before, values = copy.deepcopy(optimizer.state_dict()["state"]), copy.deepcopy(model.state_dict())
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     masks.set(some_masks(model), [optimizer])
     touched = 0
     for index, (parameter_name, parameter) in enumerate(model.named_parameters()):
@@ -154,7 +159,7 @@ def test_setting_masks_zeroes_the_pruned_state_and_no_other(name):
 def test_masks_only_count_and_change_the_parameters_they_were_given():
     model = network()
     before = copy.deepcopy(model.state_dict())
-    masks = Masks({"first": model[0].weight})
+    masks = Masks({"first": Members(model[0].weight)})
     assert masks.num_kept == {"first": 48}
     kept = torch.zeros(8, 6, dtype=torch.bool)
     kept[0] = True
@@ -189,7 +194,7 @@ def test_masks_that_do_not_fit_are_an_error_that_leaves_everything(change, said)
 
 def test_a_mask_the_caller_changes_later_changes_nothing():
     model = network()
-    masks, kept = Masks(weights_of(model)), some_masks(model)
+    masks, kept = Masks(members_of(model)), some_masks(model)
     masks.set(kept)
     count = sum(masks.num_kept.values())
     for mask in kept.values():
@@ -199,7 +204,7 @@ def test_a_mask_the_caller_changes_later_changes_nothing():
 
 def test_before_any_mask_is_set_nothing_changes():
     model, plain = network(), network()
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, plain)]
     masks.watch(optimizers[:1])
     for x, y in batches(3):
@@ -214,7 +219,7 @@ def test_unwatch_takes_every_hook_away():
     model = network()
     optimizers = [torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(model.parameters(), 0.1)]
     hooks = [dict(optimizer._optimizer_step_post_hooks) for optimizer in optimizers]
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     masks.watch(optimizers)
     masks.set({name: torch.zeros_like(mask) for name, mask in masks.kept.items()}, optimizers)
     masks.unwatch()
@@ -229,7 +234,7 @@ def test_unwatch_takes_every_hook_away():
 def test_every_dtype_of_parameters_is_masked_exactly(dtype):
     model = network().to(dtype)
     values = copy.deepcopy(model.state_dict())
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     kept = some_masks(model)
     masks.set(kept)
     for name, weight in weights_of(model).items():
@@ -240,7 +245,7 @@ def test_every_dtype_of_parameters_is_masked_exactly(dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there they are masked by one call, here one by one")
 def test_masks_are_where_the_parameters_are():
     model = network().cuda()
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     kept = some_masks(model)
     masks.set(kept)
     for weight in weights_of(model).values():
@@ -253,7 +258,7 @@ def test_masks_are_where_the_parameters_are():
 
 def test_a_parameter_without_gradient_is_passed_over():
     model = network()
-    masks = Masks(weights_of(model))
+    masks = Masks(members_of(model))
     masks.set(some_masks(model))
     model[2].weight.grad = torch.ones_like(model[2].weight)
     masks.mask_gradients()
@@ -269,7 +274,7 @@ def test_after_slimming_masks_are_known_at_full_size_and_enforced_at_the_present
     with torch.no_grad():
         small[1, 3] = 2.0  # a constant that slimming has put there
     names = {"first": "0.weight", "second": "2.weight"}
-    masks = Masks({"first": small, "second": full[2].weight}, kept=kept, plan=plan, names=names)
+    masks = Masks({"first": Members(small), "second": Members(full[2].weight)}, kept, plan=plan, names=names)
     assert masks.kept["first"].shape == (8, 6) and masks.num_kept == {"first": 3, "second": 24}
     assert masks.present["first"].nonzero().tolist() == [[0, 0], [1, 3], [2, 0]] and small[1, 3].item() == 2
     masks.set({"first": torch.eye(3, 6, dtype=torch.bool), "second": kept["second"]})
@@ -281,13 +286,13 @@ def test_after_slimming_masks_are_known_at_full_size_and_enforced_at_the_present
 def test_what_is_zeroed_once_counts_as_pruned_and_may_grow_again():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    masks, kept = Masks(weights_of(model)), some_masks(model)
+    masks, kept = Masks(members_of(model)), some_masks(model)
     masks.watch([optimizer])
     masks.zero_once(kept)
     assert not masks.held and masks.num_kept == {name: int(mask.sum()) for name, mask in kept.items()}
     assert all(torch.equal(weight != 0, kept[name]) for name, weight in weights_of(model).items())
     assert all(bool(mask.all()) for mask in masks.present.values())
-    restored = Masks(weights_of(model), kept=masks.kept, held=masks.held)
+    restored = Masks(members_of(model), kept=masks.kept, held=masks.held)
     for x, y in batches(1):
         cross_entropy(model(x), y).backward()
         masks.mask_gradients()

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.members import Members
 from lightning_fscreen.slimming import SlimmingPlan
 
 
@@ -73,5 +74,5 @@ def test_a_report_says_that_zeros_stay_in_full_tensors():
 def test_kept_connections_of_units_that_went_are_counted_as_dead():
     kept = torch.tensor([[True, True, False], [True, True, True], [False, False, True], [True, False, True]])
     plan = SlimmingPlan({"a.weight": (4, 3)}, {"a.weight": {0: (0, 2, 3), 1: (0, 2)}})
-    masks = Masks({"a": nn.Parameter(torch.ones(3, 2))}, kept={"a": kept}, plan=plan, names={"a": "a.weight"})
+    masks = Masks({"a": Members(nn.Parameter(torch.ones(3, 2)))}, {"a": kept}, plan=plan, names={"a": "a.weight"})
     assert masks.num_kept == {"a": 8} and masks.num_dead == {"a": 8 - 4}

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
 from lightning_fscreen.statistics.gradients import GradientSums
 from tests.conftest import Classifier, digits, loader, mlp, trainer
@@ -15,7 +16,7 @@ from tests.test_channel_fit import residual_net
 def test_means_over_the_steps():
     weight, bias = nn.Parameter(torch.tensor([1.0, -2.0])), nn.Parameter(torch.tensor([3.0, 0.5]))
     optimizer = torch.optim.SGD([weight, bias], lr=0.1)
-    sums = GradientSums({"a": [weight], "b": [weight, bias]})
+    sums = GradientSums({"a": Members(weight), "b": Members(weight, (bias,))})
     for first, second in (([1.0, -1.0], [2.0, 2.0]), ([3.0, 2.0], [-1.0, 0.0])):
         weight.grad, bias.grad = torch.tensor(first), torch.tensor(second)
         sums.add(optimizer)
@@ -28,7 +29,7 @@ def test_means_over_the_steps():
 def test_overflow_counts_as_zero_and_half_precision_is_summed_in_float32():
     weight = nn.Parameter(torch.tensor([300.0, 1.0], dtype=torch.float16))
     weight.grad = torch.tensor([300.0, float("inf")], dtype=torch.float16)
-    sums = GradientSums({"a": [weight]})
+    sums = GradientSums({"a": Members(weight)})
     sums.add(torch.optim.SGD([weight], lr=0.1))
     assert sums.statistics()["a"].taylor.tolist() == [90_000.0, 0.0]
 
@@ -36,18 +37,18 @@ def test_overflow_counts_as_zero_and_half_precision_is_summed_in_float32():
 def test_only_the_optimizer_that_steps_counts_and_layers_without_gradient_are_left_out():
     one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     one.grad, other.grad = torch.ones(2), torch.ones(2)
-    sums = GradientSums({"one": [one], "other": [other]})
+    sums = GradientSums({"one": Members(one), "other": Members(other)})
     sums.add(torch.optim.SGD([one], lr=0.1))
     assert list(sums.statistics()) == ["one"]
     with pytest.raises(ValueError, match=r"none of the layers \['other'\] had a gradient"):
-        GradientSums({"other": [other]}).statistics()
+        GradientSums({"other": Members(other)}).statistics()
 
 
 def test_the_state_goes_on_where_it_was():
     weight = nn.Parameter(torch.randn(3))
     weight.grad = torch.randn(3)
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    sums, again = GradientSums({"a": [weight]}), GradientSums({"a": [weight]})
+    sums, again = GradientSums({"a": Members(weight)}), GradientSums({"a": Members(weight)})
     sums.add(optimizer)
     again.load_state_dict(sums.state_dict())
     sums.add(optimizer)

@@ -1,34 +1,17 @@
-"""Channels as candidates."""
+"""Units as candidates."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.feature_selection import f_classif
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_fscreen.candidates.channels import FEATURES, find_channels, inverse, refine
+from lightning_fscreen.candidates.units import FEATURES, find_units, refine
 from lightning_fscreen.slimming import Gate
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.features import Activation
-
-
-@given(st.floats(-0.2, 8.0), st.sampled_from([F.silu, F.hardswish, F.gelu, F.leaky_relu, F.elu, F.softplus]))
-def test_inverse_is_where_the_activation_takes_the_value(value, activation):
-    values = torch.tensor([value], dtype=torch.float64)
-    reachable = activation(torch.linspace(-30, 30, 60001, dtype=torch.float64)).min()
-    wanted = values.clamp(min=float(reachable) + 1e-3)
-    assert activation(inverse(activation, wanted)) == pytest.approx(float(wanted), abs=1e-6)
-
-
-def test_inverse_takes_the_point_closest_to_zero_and_the_nearest_value_where_there_is_none():
-    assert inverse(F.relu, torch.tensor([0.0, 2.5, 40.0])).tolist() == pytest.approx([0.0, 2.5, 40.0], abs=1e-6)
-    assert float(inverse(F.relu, torch.tensor([-1.0]))) == pytest.approx(0.0, abs=1e-9)
-    assert float(F.relu6(inverse(F.relu6, torch.tensor([7.0])))) == pytest.approx(6.0, abs=1e-6)
-    assert len(inverse(F.relu, torch.zeros(0))) == 0
 
 
 def network():
@@ -36,11 +19,11 @@ def network():
 
 
 def test_batch_norms_are_found_in_order_with_the_reasons_for_the_others():
-    found, reasons = find_channels(network(), exclude="2")
+    found, reasons = find_units(network(), ["channel"], exclude="2")
     assert [candidate.name for candidate in found] == ["0", "1"]
     assert reasons == {"2": "left out by exclude=['2']", "3": "it has no scale and shift (affine=False)"}
     with pytest.raises(ValueError, match="matches no layer"):
-        find_channels(network(), include="conv*")
+        find_units(network(), ["channel"], include="conv*")
 
 
 FEATURES_OF = {
@@ -58,7 +41,9 @@ def test_f_of_every_feature_is_that_of_f_classif(feature, activated):
     network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)).double()
     nn.init.normal_(network[1].bias)
     x, labels = torch.randn(60, 1, 5, 5, dtype=torch.float64), torch.randint(3, (60,))
-    candidate = replace(find_channels(network)[0][0], activation=Activation(F.relu, F.relu_) if activated else None)
+    candidate = replace(
+        find_units(network, ["channel"])[0][0], activation=Activation(F.relu, F.relu_) if activated else None
+    )
     collector = ActivationCollector([candidate.probe(feature)], 3)
     collector.attach()
     network(x)
@@ -73,7 +58,7 @@ def test_f_of_every_feature_is_that_of_f_classif(feature, activated):
 
 
 def test_channels_coupled_to_what_is_left_out_stay_with_it():
-    found, _ = find_channels(network(), exclude="2")
+    found, _ = find_units(network(), ["channel"], exclude="2")
     gates = {
         "0": Gate("0", 3, 0, (7, 8, 9)),
         "1": Gate("1", 4, 1, (10, 11, 12, 13)),

@@ -1,0 +1,79 @@
+"""Which entries of which parameters belong to a candidate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Members:
+    """The parameters of one layer whose entries belong to its candidates.
+
+    Attributes:
+        weight: the parameter that is masked.
+        others: (candidates,) each, or of the weight's shape where each of its entries is a candidate: the parameters
+            that belong to the candidates, too.
+        zeroed: whether the others are zeroed with the weight.
+        dim: the dimension of the weight along which the candidates lie: each has one row of a matrix, for instance. By
+            default every entry is a candidate.
+    """
+
+    weight: nn.Parameter
+    others: tuple[nn.Parameter, ...] = ()
+    zeroed: bool = False
+    dim: int | None = None
+
+    def of(self, weight: nn.Parameter) -> Members:
+        """The same with another weight, of another size perhaps."""
+        return replace(self, weight=weight)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of a mask over the candidates."""
+        return self.weight.shape if self.dim is None else self.weight.shape[self.dim : self.dim + 1]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Dimensions of the weight that are those of a mask over the candidates."""
+        return tuple(range(self.weight.ndim)) if self.dim is None else (self.dim,)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the candidates at their entries of the weight: broadcastable to its shape."""
+        if self.dim is None:
+            return values
+        return values.view([-1 if dim == self.dim else 1 for dim in range(self.weight.ndim)])
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum, over its entries, for each candidate.
+
+        Args:
+            values: of the weight's shape.
+        """
+        if self.dim is None:
+            return values
+        rest = [dim for dim in range(self.weight.ndim) if dim != self.dim]
+        return values.sum(rest) if rest else values
+
+    def norm(self, values: Tensor) -> Tensor:
+        """√(Σ v²), over its entries, for each candidate.
+
+        Args:
+            values: of the weight's shape.
+        """
+        return values.abs() if self.dim is None else self.total(values.square()).sqrt()
+
+    def nonzero(self) -> Tensor:
+        """Whether a candidate has entries in the weight that are not zero."""
+        return self.total(self.weight.detach() != 0) > 0
+
+    def masks(self, kept: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """What is zeroed by a mask: each parameter, with the mask broadcastable to its shape."""
+        return [(self.weight, self.spread(kept)), *((other, kept) for other in self.others if self.zeroed)]
+
+    def affected(self, candidates: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """All entries of some candidates: each parameter, with a mask of its shape."""
+        entries = self.spread(candidates).expand(self.weight.shape)
+        return [(self.weight, entries), *((other, candidates) for other in self.others)]
