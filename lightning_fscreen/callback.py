@@ -44,55 +44,51 @@ class ScreeningPruningCallback(TrainingHooks):
     and the rest of the fit trains the smaller network. With "weight" (WLS) hidden units and channels left without
     incoming or outgoing weights are removed when the fit ends. Either way it computes the same function afterwards.
 
-    Moving averages of the network (`AveragedModel`, timm's `ModelEmaV3`, a mean teacher, Lightning's `WeightAveraging`
-    and `EMAWeightAveraging`) are pruned and become smaller with it; a copy that stands still, a fixed teacher, stays.
+    Moving averages of the network (`AveragedModel`, timm's `ModelEmaV3`, Lightning's `WeightAveraging`, a mean teacher)
+    become smaller with it; a copy that stands still, a fixed teacher, stays.
 
     Args:
         granularity: "channel": channels of batch norms; "unit": these, and the outputs of all other linear and
-            convolution layers: hidden units of multilayer perceptrons and of transformers' MLPs, channels of networks
-            without batch norms; "weight": connections of linear and convolution layers.
+            convolution layers (hidden units, channels without batch norms); "weight": connections of such layers.
         amount: fraction of the candidates pruned in the end, 0 ≤ amount < 1; met exactly (±1 candidate).
         screening_weight: λ of the screening criteria: 0 ranks by magnitude alone, 1 by the F-statistic alone.
-        schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable
+        schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable:
             progress ∈ [0, 1] → fraction of the amount.
         start_epoch: first epoch of the annealing window.
         end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
             training; 0 to prune at initialisation, by the first training step alone.
-        start_step: optimizer steps before the window, instead of epochs; they are counted as `max_steps` counts them:
-            one for several accumulated batches, and those of all optimizers where the module steps by itself.
+        start_step: optimizer steps before the window, instead of epochs, counted as `max_steps` counts them: one for
+            several accumulated batches, and those of all optimizers where the module steps by itself.
         end_step: optimizer steps after which the whole amount is pruned and fine-tuning begins; None for half of the
             training.
         prune_every: optimizer steps between two prunings, and those before each in which statistics are gathered; None
             for a tenth of the window. Any of these three makes it a window in steps.
-        scope: "global" ranks all layers together, "layer" prunes the same fraction of every layer: safer where much
-            goes at once, because it leaves no layer with next to nothing; "kind" prunes the same fraction of the
-            channels of batch norms and of the other units.
+        scope: "global" ranks all layers together; "layer" prunes the same fraction of every layer: safer where much
+            goes at once, because it leaves no layer with next to nothing; "kind", of batch norms and of other layers.
         criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
-            "magnitude", "activation", "gradient", "taylor", "random", or one registered by `register_criterion`.
+            "magnitude", "activation", "gradient", "taylor", "random", or your own (`register_criterion`).
         min_channels: candidates that every layer keeps at least; the others still meet the budget.
         include: glob patterns over module names, one of which a layer must match. Without it, weight pruning leaves
-            alone what is all zero at the start among layers that are not: the new head of a fine-tuning.
+            alone what is all zero at the start among others: the new head of a fine-tuning.
         exclude: glob patterns over module names, none of which a layer may match.
         num_classes: number of classes; None to find it in the datamodule, the module or its last linear layer.
-        labels: callable batch → class indices (N,) or class weights (N, C); by default found in (x, y), in dicts with
-            label/labels/target/targets/y, ….
+        labels: callable batch → class indices (N,) or weights (N, C); by default found in (x, y), dicts, ….
         slim: make the network physically smaller.
         collect_every: gather statistics in every so many-th training batch; "auto" for evenly spaced ones, as many as
             the tests need for this number of classes (3,200 instances for 10 classes): see `sampling`.
-        collect_epochs: epochs before each pruning over which statistics are gathered; none in the others.
+        collect_epochs: epochs before each pruning over which statistics are gathered.
         connections: "factored" keeps F per input of a layer, C × inputs numbers; "exact" per connection, C × weights,
             which differs by the weights' movement within an epoch. For weights only.
-        bias: output of pruned channels and units until training makes up for them: "zero" (γ = β = 0; weights and
-            bias zero); "fold", their shift β or bias, carried into the layers that read them; "mean", their mean
-            activation, likewise, where the layer has a shift or bias to take it. Not for weights.
-        feature: the feature that is screened, averaged over the positions: "activation", the channel or unit behind the
-            activation function that follows its layer, if one does; "activation_square", its square; "output" and
-            "output_square", the same of the layer's own output. Not for weights.
+        bias: output of pruned channels and units until training makes up for them: "zero" (γ = β = 0; weights and bias
+            0); "fold", their shift or bias, carried into the layers that read them; "mean", their mean activation,
+            likewise, if the layer has a shift or bias to take it. Not for weights.
+        feature: what is screened, averaged over the positions: "activation", the unit behind the activation function
+            after its layer; "activation_square", its square; "output" and "output_square", of the layer's own output.
+            Not for weights.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
-        rewind_weights: put the remaining weights, and the learning rates, back to where the fit began (lottery ticket).
-        soft: until the window ends, zero the lowest-ranked candidates after an epoch but let them grow again (soft
-            filter pruning, arXiv 1808.06866); of channels the scales γ, of other units the weights, so that those with
-            a positive shift can.
+        rewind_weights: put what remains, and the learning rates, back to where the fit began (lottery ticket).
+        soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
+            let them grow again (soft filter pruning, arXiv 1808.06866).
 
     Raises:
         ValueError: an argument outside its range; the message names the allowed values.
@@ -256,8 +252,7 @@ class ScreeningPruningCallback(TrainingHooks):
             if self.slim:
                 log.warning("nothing was physically removed: %s", reason)
             return
-        # Without an epoch of fine-tuning, even a granularity that slims in the fit has not done so.
-        if not pruner.granularity.slims_in_fit or pruner.pruned:
+        if not pruner.granularity.slims_in_fit or pruner.pruned:  # the latter without an epoch of fine-tuning
             self._slim(trainer)
             self._remove_hooks()
 

@@ -410,7 +410,7 @@ BAD_ARGUMENTS = [
     ({"criterion": "f-score"}, r"unknown criterion 'f-score'; choose one of .*magnitude.*random.*screening"),
     ({"schedule": "cosine"}, r"unknown schedule 'cosine'; choose one of .*cubic.*linear.*logistic.*one_shot"),
     ({"schedule": lambda progress: progress / 2}, "must return 1 at progress 1"),
-    ({"scope": "block"}, r"unknown scope 'block'; choose one of \['global', 'layer'\]"),
+    ({"scope": "block"}, r"unknown scope 'block'; choose one of \['global', 'kind', 'layer'\]"),
     ({"granularity": "neuron"}, "unknown granularity 'neuron'; choose one of"),
     ({"connections": "all"}, "unknown connections 'all'; choose one of"),
     ({"screening_weight": 1.5}, r"screening_weight .*\[0, 1\], got 1.5"),

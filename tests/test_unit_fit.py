@@ -185,3 +185,29 @@ def test_nothing_changes_where_nothing_is_pruned():
 def test_a_network_without_hidden_units_is_refused():
     with pytest.raises(ValueError, match="it is an output of the network"):
         fitted(Pruning(), net=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+
+
+class Windows(nn.Module):
+    """Its hidden layer runs on four windows of every image, one after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inside, self.mix, self.head = (nn.Linear(16, n) for n in (16, 12, 16, 10))
+        self.out = nn.Linear(12, 16)
+
+    def forward(self, x):
+        windows = F.unfold(x.view(-1, 1, 8, 8), 4, stride=4).transpose(1, 2)
+        windows = self.mix(F.relu(self.embed(windows)))
+        hidden = self.out(F.relu(self.inside(windows.flatten(0, 1))))
+        return self.head(F.relu(hidden.view(len(x), 4, 16).mean(1)))
+
+
+def test_layers_that_run_on_windows_are_ranked_by_magnitude():
+    callback = Pruning()
+    fitted(callback, net=Windows, max_epochs=3)
+    report = callback.report()
+    trusted = {layer.name: layer.evidence["trusted"] for layer in report.layers}
+    assert "ran on 256 instances, but the batch has 64 labels" in trusted["net.inside"]
+    assert "learned" in trusted["net.embed"] and 2 * report.kept == report.total
+    with pytest.raises(ValueError, match="leave the layer out with exclude='net.inside'"):
+        fitted(Pruning(criterion="screening_sum"), net=Windows, max_epochs=3)

@@ -126,9 +126,13 @@ def find_units(
         for name, (module, kind) in gates.items()
         if name not in reasons
     ]
-    layers = " or ".join(KINDS[name].layers for name in kinds)
-    require_candidates(found, type(model).__name__, layers, reasons)
+    require_candidates(found, type(model).__name__, _called(kinds), reasons)
     return found, reasons
+
+
+def _called(kinds: Collection[str]) -> str:
+    """Gates of these kinds, in messages."""
+    return " or ".join(KINDS[name].layers for name in kinds)
 
 
 def _grouped(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -262,7 +266,7 @@ class Units(Granularity[PrunableUnits]):
         self._learned[name] = _Learned(network, captured, [_numbered_from(layer, first) for layer in layers], excluded)
         self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
-        require_candidates(self._layers, where, "layers with units", self.not_pruned)
+        require_candidates(self._layers, where, _called(self.gates), self.not_pruned)
         return left_out
 
     def forget(self, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,11 @@ class Copies:
 
     Attributes:
         samples: the same.
+        candidates: layers of the model that are pruned: what holds one is a part of the network, and no copy, however
+            much it looks like another part (an auxiliary head that no loss reaches).
     """
+
+    candidates: Collection[str] = ()
 
     def __init__(self, trainer: Trainer, model: LightningModule, samples: Mapping[str, Tensor]) -> None:
         self._trainer, self._model = trainer, model
@@ -80,13 +84,20 @@ class Copies:
             average_exactly(outer)
 
     @property
+    def _copies(self) -> list[Found]:
+        def pruned(found: Found) -> bool:
+            return found.inside and any(_relative(layer, found.name) is not None for layer in self.candidates)
+
+        return [found for found in self._found if not pruned(found)]
+
+    @property
     def outside(self) -> list[nn.Module]:
         """Modules that callbacks hold, and that are copies of the model or of parts of it."""
         return held_copies(self._trainer, self._model)
 
     def reasons(self, layers: Sequence[str]) -> dict[str, str]:
         """Layers of the model that are in a copy, and why they have no candidates."""
-        inside = [found for found in self._found if found.inside]
+        inside = [found for found in self._copies if found.inside]
         return {
             layer: f"part of {found.name!r}, a copy of {found.original!r} that is not trained itself"
             for found in inside
@@ -101,7 +112,7 @@ class Copies:
             network: its name in the model.
         """
         copies = []
-        for found in self._found:
+        for found in self._copies:
             part = _relative(found.original, network)
             within = _relative(network, found.original)
             if part is None and within is None:

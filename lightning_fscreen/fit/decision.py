@@ -28,6 +28,8 @@ class Decision:
         masks: their masks until now.
         statistics: of activations, by layer.
         gradients: by layer.
+        unmatched: layers without statistics of activations because they ran on other numbers of instances than there
+            are labels; on which.
 
     Attributes:
         explained: why layers are ranked as they are; empty if the criterion does not say.
@@ -40,9 +42,11 @@ class Decision:
         masks: Masks,
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
+        unmatched: Mapping[str, str],
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
         inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
+        inputs |= {name: replace(inputs[name], unmatched=why) for name, why in unmatched.items() if name in inputs}
         context, explain = ScoringContext(inputs, settings.screening_weight), settings.resolved_criterion.explain
         self.explained: Mapping[str, Explained] = {} if explain is None else explain(context)
         self._context = replace(context, explained=self.explained)

@@ -149,6 +149,11 @@ class Collection:
         parts = [collector.statistics(merge) for collector in self._collectors.values()]
         return {name: found for part in parts for name, found in part.items()}
 
+    @property
+    def unmatched(self) -> dict[str, str]:
+        """Layers without statistics because they ran on other numbers of instances than there are labels; on which."""
+        return {name: why for collector in self._collectors.values() for name, why in collector.unmatched.items()}
+
     def reset(self) -> None:
         """Start the sums afresh."""
         self._gradients = None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -127,6 +127,11 @@ class Masks:
             nothing = torch.zeros_like(self._kept[name])
             self._kept[name] = self._kept[name] & self._full_size(name, torch.ones_like(present), nothing)
         self._num_kept = {name: int(mask.sum()) for name, mask in self._kept.items()}
+
+    def fit(self, masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether masks are of the size that the layers have in a network with these parameters, by name."""
+        found = {name: parameters.get(self._names.get(name, "")) for name in masks}
+        return all(p is not None and self.members[n].of(p).shape == masks[n].shape for n, p in found.items())
 
     def _check(self, present: Mapping[str, Tensor]) -> None:
         for name, own in self.members.items():

@@ -123,9 +123,10 @@ class Pruner:
         return self._make_masks()
 
     def _make_masks(self, kept: Mapping[str, Tensor] | None = None, held: bool = True) -> Masks:
-        members, names = self.granularity.members(), self.parameters
-        self._names = {layer: names[own.weight] for layer, own in members.items()}
-        return Masks(members, kept, held, self._applied_plan, self._names)
+        members, parameters = self.granularity.members(), self.parameters
+        self.copies.candidates = list(members)
+        names = {layer: parameters[own.weight] for layer, own in members.items()}
+        return Masks(members, kept, held, self._applied_plan, names)
 
     def _replace_masks(self, masks: Masks) -> None:
         """Enforce other masks from now on, or the same over other parameters, in the optimizers that are watched."""
@@ -224,10 +225,13 @@ class Pruner:
         return True
 
     def decide(
-        self, statistics: Mapping[str, FeatureStatistics], gradients: Mapping[str, GradientStatistics]
+        self,
+        statistics: Mapping[str, FeatureStatistics],
+        gradients: Mapping[str, GradientStatistics],
+        unmatched: Mapping[str, str],
     ) -> Decision:
-        """Rank the candidates, and note for the report why they are ranked so."""
-        decision = Decision(self._settings, self.granularity, self.masks, statistics, gradients)
+        """Rank the candidates, and note for the report why they are ranked so; see `Decision`."""
+        decision = Decision(self._settings, self.granularity, self.masks, statistics, gradients, unmatched)
         self._record.note(decision.explained)
         return decision
 
@@ -303,15 +307,11 @@ class Pruner:
         """As `state_dict`, for another fit; empty for another model, or if another size was loaded into this one."""
         if not set(self.granularity.modules).issubset(model.modules()):
             return {}
-        parameters, members = dict(model.named_parameters()), self.masks.members
-
-        def fit(masks: Mapping[str, Tensor]) -> bool:
-            found = {name: parameters.get(self._names.get(name, "")) for name in masks}
-            return all(p is not None and members[n].of(p).shape == masks[n].shape for n, p in found.items())
-
-        if fit(self.masks.present):
+        parameters, masks = dict(model.named_parameters()), self.masks
+        if masks.fit(masks.present, parameters):
             return self.state_dict()
-        return self.state_dict() | {"plan": "", "since": ""} if fit(self.masks.kept) else {}  # a dense one was loaded
+        dense = masks.fit(masks.kept, parameters)  # was loaded
+        return self.state_dict() | {"plan": "", "since": ""} if dense else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and inputs, as tensors and primitives."""

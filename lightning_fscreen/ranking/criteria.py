@@ -30,6 +30,8 @@ class ScoringInputs:
         spread: F-statistics of the activations' squared deviations from their means, like `f`.
         variance: variance of the activations, like `f`.
         learned: whether trained weight matrices had a part in these activations.
+        unmatched: why there are no statistics of activations although they were gathered: on how many instances the
+            layer ran, other than there are labels. None if there are.
     """
 
     weight: Tensor
@@ -42,6 +44,7 @@ class ScoringInputs:
     spread: Tensor | None = None
     variance: Tensor | None = None
     learned: bool = False
+    unmatched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,8 @@ def required(values: Tensor | None, kind: str, name: str) -> Tensor:
     """
     if values is None:
         raise ValueError(
-            f"the criterion needs the {kind} of layer {name!r}, and none were gathered; register it with "
+            f"the criterion needs the {kind} of layer {name!r}, and none were gathered: leave the layer out with "
+            f"exclude={name!r} if it runs on other numbers of instances than there are labels, or register it with "
             "needs_statistics= or needs_gradients="
         )
     return values

@@ -72,6 +72,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
 
     All features of a layer are trusted, not shrunk, where
 
+    - there are no statistics, because it ran on windows or patches that nobody can assign to the labels;
     - the network has learned them (`ScoringInputs.learned`): training itself shrinks the weights of those that do not
       help; to screen them as well made some networks worse, and only one, trained for a few hundred steps, better;
     - none is established: there is no telling relevant from irrelevant ones;
@@ -86,6 +87,10 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     Raises:
         ValueError: no statistics were gathered.
     """
+    if layer.unmatched is not None:
+        everything = torch.ones_like(layer.weight, dtype=torch.bool)
+        why = f"it {layer.unmatched}, and it is not known which belong to which"
+        return Evidence(significant=everything, features=0, mean=0, spread=0, joint=0, trusted=why)
     f = required(layer.f, "activations", name).double()
     between, within = layer.degrees or (1.0, math.inf)
     shape = f.shape if layer.variance is None else layer.variance.shape

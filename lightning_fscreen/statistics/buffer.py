@@ -38,13 +38,14 @@ class ActivationBuffer:
         """Probes whose layers ran in the running step."""
         return sorted(self._running)
 
-    def wrong_rows(self, rows: int) -> tuple[int, int] | None:
-        """The first probe with another number of instances, and that number."""
-        for index, runs in sorted(self._running.items()):
-            for values in runs:
-                if len(values) != rows:
-                    return index, len(values)
-        return None
+    def wrong_rows(self, rows: int) -> dict[int, int]:
+        """Probes with another number of instances, and that number."""
+        numbers = {index: [len(values) for values in runs] for index, runs in sorted(self._running.items())}
+        return {index: next(n for n in own if n != rows) for index, own in numbers.items() if set(own) != {rows}}
+
+    def drop(self, index: int) -> None:
+        """Forget a probe's activations of the running step."""
+        del self._running[index]
 
     def features(self) -> Tensor:
         """Activations of the running step (N, features of the probes that ran); means over several runs of a layer."""

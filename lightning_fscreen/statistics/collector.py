@@ -94,10 +94,15 @@ class ActivationCollector:
         probes: where to read.
         num_classes: C.
         exact: names of probes at the inputs of layers whose connections get sums of their own.
+
+    Attributes:
+        unmatched: layers that ran on another number of instances than there are labels, and on how many: their rows are
+            windows or patches, say, and it is not known which belong to which instance. They have no statistics.
     """
 
     def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[str] = ()) -> None:
         self.num_classes = num_classes
+        self.unmatched: dict[str, str] = {}
         self._probes = list(probes)
         places = {probe.name: index for index, probe in enumerate(self._probes)}
         self._exact = {places[name]: ConnectionSums(self._probes[places[name]].module, num_classes) for name in exact}
@@ -148,17 +153,17 @@ class ActivationCollector:
             labels: (N,) class indices or (N, C) class weights.
 
         Raises:
-            ValueError: bad labels, or a layer that ran with another number of instances; nothing is added then.
+            ValueError: bad labels, or all layers ran with another number of instances; nothing is added then.
         """
         buffer = self._buffer
-        ran = buffer.ran
-        if not ran:
+        if not buffer.ran:
             return
         try:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
                 check_proportions(labels)
-            self._check_rows(len(labels))
+            self._drop_unmatched(len(labels))
+            ran = buffer.ran
             if len(ran) == len(self._probes) and not self._exact:
                 if not buffer.has_room(len(labels)):
                     self._flush()
@@ -234,6 +239,7 @@ class ActivationCollector:
             "learned": list(self._learned),
             "batches": self._batches,
             "waiting": self._buffer.waiting(),
+            "unmatched": dict(self.unmatched),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,6 +252,7 @@ class ActivationCollector:
             sums.load(ClassSums(**state["exact"][self._probes[index].name]))
         self._learned = list(state["learned"])
         self._batches = state["batches"]
+        self.unmatched = dict(state.get("unmatched", {}))  # not in earlier versions
         self._buffer.restore(*state["waiting"])
 
     def _input_hook(self, index: int) -> Callable[..., None]:
@@ -289,14 +296,19 @@ class ActivationCollector:
             and weight.requires_grad
         )
 
-    def _check_rows(self, num_labels: int) -> None:
+    def _drop_unmatched(self, num_labels: int) -> None:
+        """Leave out the layers that ran on another number of instances, unless all did: then the labels are wrong."""
         wrong = self._buffer.wrong_rows(num_labels)
-        if wrong is not None:
-            name = self._probes[wrong[0]].name
-            raise ValueError(
-                f"layer {name!r} ran on {wrong[1]} instances, but the batch has {num_labels} labels; leave the layer "
-                f"out with exclude={name!r}, or pass labels= a function that returns one label per instance"
-            )
+        reasons = {
+            self._probes[index].name: f"ran on {rows} instances, but the batch has {num_labels} labels"
+            for index, rows in wrong.items()
+        }
+        if wrong and len(wrong) == len(self._buffer.ran):
+            name, reason = next(iter(reasons.items()))
+            raise ValueError(f"layer {name!r} {reason}; pass labels= a function that returns one label per instance")
+        for index in wrong:
+            self._buffer.drop(index)
+        self.unmatched |= {name: reason for name, reason in reasons.items() if name not in self.unmatched}
 
     def _flush(self) -> None:
         """Add the steps that wait to the sums."""

@@ -211,3 +211,32 @@ def test_copies_that_callbacks_make_follow_and_begin_again_with_rewound_weights(
     fitted(model, [callback, held, Look()])
     assert rewound == {"held": 0, "module": 0, "nested": 0}
     assert plan_of(held.average).is_like(plan_of(model)) and plan_of(model).cuts.keys() >= {"net.0.weight"}
+
+
+class Auxiliary(nn.Module):
+    """Two heads of the same class and size; in training it returns the outputs of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head, self.other = (
+            nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        return (self.head(x), self.other(x)) if self.training else self.head(x)
+
+
+def test_an_auxiliary_head_that_no_loss_reaches_is_no_copy_of_another_part():
+    class UsesOne(Classifier):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0])[0], batch[1])
+
+    model, callback = UsesOne(Auxiliary()), pruning()
+    fitted(model, [callback])
+    report = callback.report()
+    assert not report.not_removed
+    assert {layer.name for layer in report.layers} == {"net.stem.1", "net.head.1", "net.other.1"}
+    assert report.after.params == sum(p.numel() for p in model.parameters()) < report.before.params

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from sklearn import feature_selection
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, relu
 
@@ -302,6 +303,26 @@ def test_a_layer_that_never_ran_has_no_statistics_and_does_not_touch_the_others(
     assert set(found) == {probe.name for probe in probes(model)} - {"sometimes"}
     torch.testing.assert_close(found["head"].f, expected["head"].f)
     torch.testing.assert_close(found["head"].mean, expected["head"].mean)
+
+
+def test_layers_that_run_on_windows_have_no_statistics_and_the_others_have_theirs(attached):
+    """Nobody knows which of the rows belong to which instance."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1), nn.Linear(3, 3)).double()
+    collector = attached(ActivationCollector([Probe("0", model[0]), Probe("3", model[3])], 3))
+    x, labels = torch.randn(30, 6, dtype=torch.float64), torch.arange(30) % 3
+    for rows in torch.arange(30).split(10):
+        collector.attach()
+        model(x[rows])
+        collector.remove()
+        collector.update(labels[rows])
+    found = collector.statistics()
+    assert found.keys() == {"0"}
+    expected, _ = feature_selection.f_classif(x.numpy(), labels.numpy())
+    torch.testing.assert_close(found["0"].f, torch.from_numpy(expected))
+    assert collector.unmatched == {"3": "ran on 20 instances, but the batch has 10 labels"}
+    again = ActivationCollector([Probe("0", model[0]), Probe("3", model[3])], 3)
+    again.load_state_dict(collector.state_dict())
+    assert again.unmatched == collector.unmatched
 
 
 @pytest.mark.parametrize(
