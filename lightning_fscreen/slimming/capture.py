@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import in_mode, uncompiled
 
@@ -58,6 +60,7 @@ def capture(
             plain_norms(network),
             _without_cumulative_averages(network),
             _as_written(network),
+            plain_outputs(network),
             torch.no_grad(),
         ):
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
@@ -86,6 +89,42 @@ def plain_norms(network: nn.Module) -> Iterator[None]:
     finally:
         for module, own in norms:
             module.__class__ = own
+
+
+@contextlib.contextmanager
+def plain_outputs(network: nn.Module) -> Iterator[None]:
+    """Objects that torch does not know are returned as the tensors that they hold (the cache of a language model)."""
+    own, forward = vars(network).get("forward"), network.forward
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map(_known, forward(*args, **kwargs))
+
+    network.forward = plain
+    try:
+        yield
+    finally:
+        if own is None:
+            del network.forward
+        else:
+            network.forward = own
+
+
+def _known(value: Any) -> Any:
+    unknown = (
+        hasattr(value, "__dict__") and not isinstance(value, type) and not type(value).__module__.startswith("torch")
+    )
+    return list(_tensors_in(value, set())) if unknown else value
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, type | nn.Module):
+        seen.add(id(value))
+        inside = value.values() if isinstance(value, dict) else getattr(value, "__dict__", {}).values()
+        for item in value if isinstance(value, list | tuple) else inside:
+            yield from _tensors_in(item, seen)
 
 
 @contextlib.contextmanager

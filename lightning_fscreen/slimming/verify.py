@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import in_mode, named_tensors
-from lightning_fscreen.slimming.capture import plain_norms
+from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
 from lightning_fscreen.slimming.double import InDouble, let_go, without_tf32
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ class Verification:
             stack.enter_context(torch.no_grad())
             stack.enter_context(in_mode(self._network, training))
             stack.enter_context(plain_norms(self._network))
+            stack.enter_context(plain_outputs(self._network))
             if training:  # noise must be the same before and after
                 device_type = next(iter(devices)).type if devices else "cuda"
                 stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))

@@ -4,7 +4,7 @@
 
 Compares the magnitude of a unit (norm of its incoming weights, of its outgoing ones, their product, the standard
 deviation of its activation times the outgoing norm), F, Taylor and chance; how the two layers compare (as they are,
-relative to the mean of their layer, the same share of each); and what stands in for the removed units: nothing, their
+relative to the mean of the layer, LAMP, the same share of each); and what stands in for removed units: nothing, their
 mean, or a ridge regression on the units that stay, from the Gram matrix of 10,000 images. Error in % right after the
 removal and after three more epochs. Without results to add, SEED... left out, prints the table.
 """
@@ -26,6 +26,15 @@ TRAINED, TUNED, BATCH, RIDGE = 6, 3, 128, 1e-3
 LAYERS = (("fc1", "fc2"), ("fc2", "fc3"))
 AMOUNTS = (0.5, 0.7, 0.9)
 COMPENSATIONS = ("zero", "mean", "ridge")
+WAYS = {
+    "incoming": ("LAMP",),
+    "outgoing": ("LAMP",),
+    "product": ("as it is", "by the mean", "LAMP", "same share"),
+    "deviation · outgoing": ("by the mean", "LAMP", "same share"),
+    "F": ("LAMP", "same share"),
+    "Taylor": ("as it is", "LAMP"),
+    "random": ("LAMP",),
+}
 
 
 def hidden(network, images):
@@ -70,9 +79,21 @@ def scores_of(network, images, labels):
         "Taylor": taylor,
         "random": [torch.rand(300), torch.rand(100)],
     }
-    relative = {name: [values / values.mean() for values in both] for name, both in raw.items()}
-    ranks = {f"{name}, same share": [v.argsort().argsort() / len(v) for v in raw[name]] for name in ("product", "F")}
-    return relative | ranks | {"product, not relative": raw["product"]}, activations
+    ways = {
+        "as it is": lambda values: values,
+        "by the mean": lambda values: values / values.mean(),
+        "LAMP": lamp,
+        "same share": lambda values: values.argsort().argsort() / len(values),
+    }
+    scores = {f"{name}, {way}": [ways[way](values) for values in raw[name]] for name in raw for way in WAYS[name]}
+    return scores, activations
+
+
+def lamp(values):
+    """Lee et al. 2021 (arXiv 2010.07611): relative to what is left of the layer once all smaller ones are gone."""
+    ascending = values.square().sort()
+    left = ascending.values.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(values).index_copy(0, ascending.indices, (ascending.values / left).sqrt())
 
 
 def masks_of(scores, amount):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_fscreen import find_gates, slim
 from lightning_fscreen.modules import evaluating, named_tensors
 from lightning_fscreen.slimming.capture import CaptureError, capture
 from tests.slimming import snapshot, untouched
@@ -141,3 +142,36 @@ def test_shared_tensors_are_named_once_by_their_first_name() -> None:
     assert "0.weight" in names and "1.weight" not in names
     assert "2.running_mean" in names and "3.running_mean" not in names
     assert len({id(tensor) for tensor in names.values()}) == len(names)
+
+
+class Cache:
+    """As the key–value cache of a language model: torch knows nothing of it."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.layers, self.length, self.again = [{"keys": tensor} for tensor in tensors], 3, self
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        hidden = self.first(x).relu()
+        remembered = self.second(hidden).relu()
+        return {"logits": self.third(remembered), "cache": Cache(remembered)}
+
+
+def test_tensors_in_objects_that_torch_does_not_know_are_outputs() -> None:
+    network, x = Remembers(), torch.randn(3, 4)
+    gates = {gate.name: gate.excluded for gate in find_gates(network, x)}
+    assert gates["first"] is None and gates["second"] == "it is an output of the network"
+    keep = torch.arange(6) > 2
+    with torch.no_grad():
+        network.first.weight[~keep] = network.first.bias[~keep] = 0
+        before = network(x)
+    slim(network, {"first": keep}, x)
+    after = network(x)
+    assert isinstance(after["cache"], Cache) and "forward" not in vars(network) and network.first.out_features == 3
+    torch.testing.assert_close(after["logits"], before["logits"])
+    torch.testing.assert_close(after["cache"].layers[0]["keys"], before["cache"].layers[0]["keys"])
