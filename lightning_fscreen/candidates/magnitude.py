@@ -55,29 +55,30 @@ def unit_magnitude(members: Members, units: Tensor, readers: Sequence[Reader]) -
     return incoming * outgoing[torch.searchsorted(numbers, units)].sqrt()
 
 
-def relative(
+def comparable(
     magnitudes: Mapping[str, Tensor], kept: Mapping[str, Tensor], kinds: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Magnitudes that compare over all layers.
+    """Magnitudes that compare over layers of all kinds: ranks within the layer, from 0 to 1.
 
     How large a layer's weights are depends on how many each unit has, and can be moved from one layer to the next
-    without any change of what the network computes; so the magnitudes of neurons are divided by the mean over their
-    layer. The scales of batch norms compare as they are: they are divided by the mean over all of them. They are left
-    alone where there are no neurons to compare them with.
+    without any change of what the network computes. So a neuron counts by the share of the units left in its layer that
+    are not larger: ranked by magnitude, every layer loses the same share. Divided by the mean of their layer or by what
+    is left of it (LAMP, arXiv 2010.07611) magnitudes pruned no better, and at times left a layer with next to nothing
+    (`tests/benchmarks/unit_magnitude.py`). The scales of batch norms compare with each other, so that their ranks are
+    those among all of them; where there is nothing else to compare them with, they are left as they are.
 
     Args:
         magnitudes: layer → (units,).
-        kept: layer → (units,) bool; the means are over those that are left.
+        kept: layer → (units,) bool; only those count.
         kinds: layer → "channel" or "neuron".
     """
-    if set(kinds.values()) <= {"channel"}:
-        return dict(magnitudes)
     channels = [name for name, kind in kinds.items() if kind == "channel"]
-    groups = [*([name] for name in kinds if name not in channels), *([channels] if channels else [])]
+    if len(channels) == len(kinds):
+        return dict(magnitudes)
     result = dict(magnitudes)
-    for names in groups:
-        left = torch.cat([magnitudes[name][kept[name]].abs() for name in names])
-        mean = left.double().mean() if len(left) else left.new_zeros((), dtype=torch.float64)
+    for names in [*([name] for name in kinds if name not in channels), *([channels] if channels else [])]:
+        left = torch.cat([magnitudes[name][kept[name]].abs() for name in names]).sort().values
         for name in names:
-            result[name] = magnitudes[name] / torch.where(mean > 0, mean, 1.0).to(magnitudes[name])
+            not_larger = torch.searchsorted(left, magnitudes[name].abs().contiguous(), right=True)
+            result[name] = not_larger.to(torch.float32) / max(len(left), 1)
     return result

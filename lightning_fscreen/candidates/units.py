@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.candidates.inverse import inverse
-from lightning_fscreen.candidates.magnitude import Reader, relative, unit_magnitude
+from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import is_within, join, own_tensors, select
 from lightning_fscreen.ranking.criteria import ScoringInputs
@@ -314,9 +314,9 @@ class Units(Granularity[PrunableUnits]):
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
     ) -> dict[str, ScoringInputs]:
-        """As of all granularities; the values compare over layers of all kinds, see `relative`."""
+        """As of all granularities; the values compare over layers of all kinds, see `comparable`."""
         inputs = super().scoring_inputs(kept, statistics, gradients)
-        values = relative({name: layer.weight for name, layer in inputs.items()}, kept, self.kinds())
+        values = comparable({name: layer.weight for name, layer in inputs.items()}, kept, self.kinds())
         return {name: replace(layer, weight=values[name]) for name, layer in inputs.items()}
 
     def _members_of(self, layer: PrunableUnits) -> Members:

@@ -1,6 +1,7 @@
 """Networks to train and prune, and the Lightning module that trains them."""
 
 from lightning_fscreen.models.classifier import ImageClassifier
+from lightning_fscreen.models.convnext import ConvNeXt, convnext
 from lightning_fscreen.models.densenet import DenseNet, densenet40
 from lightning_fscreen.models.fully_connected import MLP, mlp
 from lightning_fscreen.models.lenet import LeNet300100, lenet300_100
@@ -10,10 +11,12 @@ from lightning_fscreen.models.vgg import VGG, vgg16_bn
 __all__ = [
     "MLP",
     "VGG",
+    "ConvNeXt",
     "DenseNet",
     "ImageClassifier",
     "LeNet300100",
     "PreActResNet",
+    "convnext",
     "densenet40",
     "lenet300_100",
     "mlp",

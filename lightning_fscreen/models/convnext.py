@@ -100,7 +100,7 @@ def convnext(
     depths: Sequence[int] = (2, 2, 2),
     patch: int = 4,
 ) -> ConvNeXt:
-    """Build a small ConvNeXt, with 1,032,000 parameters by default.
+    """Build a small ConvNeXt, with 910,618 parameters by default.
 
     Args:
         num_classes: number of logits C.

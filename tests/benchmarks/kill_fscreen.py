@@ -6,7 +6,7 @@ Every training is killed again and again, between its first moment and its last,
 trainings of every experiment as it takes for so many kills. In the end model.safetensors and metrics.csv must equal
 those of the run that nobody killed, and report.json all but the seconds. CIFAR is a folder of
 {train,test}/CLASS/*.jpg, of which resnet20_cifar10 trains two epochs on the first 60 images of every class; without
-it, two experiments are run.
+it, three experiments are run.
 """
 
 import csv
@@ -23,7 +23,7 @@ from pathlib import Path
 
 QUIET = ["extras.print_config=false", "extras.print_report=false", "extras.figures=false", "extras.latency=false"]
 COMMON = [*QUIET, "trainer.deterministic=true", "trainer.accelerator=cpu", "ckpt_path=last"]
-EXPERIMENTS = {"digits_weight": [], "digits_channel": ["trainer.max_epochs=6"]}
+EXPERIMENTS = {"digits_weight": [], "digits_channel": ["trainer.max_epochs=6"], "digits_unit": []}
 CIFAR = ["trainer.max_epochs=2", "data=image_folder", "data.crop_padding=4", "data.horizontal_flip=true"]
 
 

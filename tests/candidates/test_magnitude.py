@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from scipy.stats import percentileofscore
 from torch import nn
 
-from lightning_fscreen.candidates.magnitude import relative
+from lightning_fscreen.candidates.magnitude import comparable
 from lightning_fscreen.candidates.units import Units
 
 
@@ -17,8 +18,7 @@ def network(activation=nn.ReLU):
 def values_of(net):
     units = Units(net, None, None)
     units.learn(net, (torch.randn(2, 1, 6, 6, dtype=torch.float64),), {})
-    kept = {name: torch.ones(members.shape, dtype=torch.bool) for name, members in units.members().items()}
-    return {name: inputs.weight for name, inputs in units.scoring_inputs(kept, {}, {}).items()}
+    return {layer.name: units._values_of(layer) for layer in units._layers}
 
 
 def test_it_is_the_product_of_the_norms_of_incoming_and_outgoing_weights():
@@ -32,7 +32,7 @@ def test_it_is_the_product_of_the_norms_of_incoming_and_outgoing_weights():
     found = values_of(net)
     assert found.keys() == expected.keys()
     for name, magnitude in expected.items():
-        torch.testing.assert_close(found[name], magnitude / magnitude.mean())
+        torch.testing.assert_close(found[name], magnitude)
 
 
 @pytest.mark.parametrize(("layer", "reader", "repeats"), [(0, 2, 1), (2, 5, 4), (5, 7, 1)])
@@ -70,20 +70,22 @@ def test_units_that_are_read_several_times_add_up_and_coupled_ones_share_their_r
     assert units.names == ["a", "b"]
 
 
-def test_values_are_relative_to_the_layer_and_those_of_batch_norms_to_all_of_them():
-    values = {"a": torch.tensor([1.0, 3.0, 9.0]), "b": torch.tensor([-2.0, 4.0]), "c": torch.tensor([6.0])}
-    kept = {"a": torch.tensor([True, True, False]), "b": torch.ones(2, dtype=torch.bool), "c": torch.tensor([True])}
-    found = relative(values, kept, {"a": "neuron", "b": "channel", "c": "channel"})
-    assert found["a"].tolist() == [0.5, 1.5, 4.5]
-    assert found["b"].tolist() == [-0.5, 1.0] and found["c"].tolist() == [1.5]
-    assert relative(values, kept, dict.fromkeys(values, "channel")) == values
-    nothing = {"a": torch.zeros(2), "b": torch.ones(1)}
-    found = relative(
-        nothing,
-        {name: torch.zeros_like(v, dtype=torch.bool) for name, v in nothing.items()},
-        dict.fromkeys(nothing, "neuron"),
-    )
-    assert found["a"].tolist() == [0, 0] and found["b"].tolist() == [1]
+def test_neurons_are_ranked_in_their_layer_and_channels_among_all_channels():
+    torch.manual_seed(0)
+    values = {"a": torch.randn(20).abs(), "b": torch.randn(7), "c": torch.randn(9), "d": torch.tensor([3.0, 1.0, 3.0])}
+    kept = {name: torch.rand(value.shape) > 0.3 for name, value in values.items()}
+    kept["d"][:] = True
+    found = comparable(values, kept, {"a": "neuron", "b": "channel", "c": "channel", "d": "neuron"})
+    assert found["d"].tolist() == [1, pytest.approx(1 / 3), 1]
+    first = percentileofscore(values["a"][kept["a"]], values["a"], "weak") / 100
+    both = torch.cat([values[name][kept[name]].abs() for name in "bc"])
+    torch.testing.assert_close(found["a"].double(), torch.from_numpy(first), rtol=1e-6, atol=0)
+    for name in "bc":
+        expected = torch.from_numpy(percentileofscore(both, values[name].abs(), "weak") / 100)
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=0)
+    assert comparable(values, kept, dict.fromkeys(values, "channel")) == values
+    nothing = {"a": torch.zeros(2, dtype=torch.bool)}
+    assert comparable({"a": torch.tensor([0.0, 1.0])}, nothing, {"a": "neuron"})["a"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
