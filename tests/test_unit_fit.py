@@ -146,6 +146,28 @@ def test_a_convolution_in_front_of_a_batch_norm_has_no_units_of_its_own():
     assert callback.report().not_pruned["net.0"] == reason
 
 
+def test_recurrent_layers_and_attention_are_listed():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.attention = nn.LSTM(8, 12, batch_first=True), nn.MultiheadAttention(12, 2, batch_first=True)
+            self.hidden, self.head = nn.Linear(12, 16), nn.Linear(16, 10)
+
+        def forward(self, x):
+            x = self.lstm(x.view(-1, 8, 8))[0]
+            return self.head(F.relu(self.hidden(self.attention(x, x, x, need_weights=False)[0][:, -1])))
+
+    callback = Pruning()
+    fitted(callback, net=Recurrent, max_epochs=3)
+    report = callback.report()
+    assert {layer.name: layer.kept for layer in report.layers} == {"net.hidden": 8}
+    reasons = report.not_pruned
+    only = "only units of linear and convolution layers are candidates"
+    assert reasons["net.lstm.weight_ih_l0"] == f"a parameter of LSTM: {only}"
+    assert reasons["net.attention.in_proj_weight"] == f"a parameter of MultiheadAttention: {only}"
+    assert reasons["net.attention.out_proj"] == "attention uses this layer's weight without calling it"
+
+
 def test_a_floor_that_leaves_too_little_to_prune_is_refused():
     with pytest.raises(ValueError, match="at least 20 in each of 2 layers makes 40; lower amount or the floor"):
         fitted(Pruning(min_channels=20), net=convnext, max_epochs=3)

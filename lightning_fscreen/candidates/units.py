@@ -14,6 +14,7 @@ from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.candidates.inverse import inverse
 from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
+from lightning_fscreen.candidates.others import other_weights
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import is_within, join, own_tensors, select
 from lightning_fscreen.ranking.criteria import ScoringInputs
@@ -127,6 +128,8 @@ def find_units(
         if name not in reasons
     ]
     require_candidates(found, type(model).__name__, _called(kinds), reasons)
+    if "neuron" in kinds:
+        reasons |= other_weights(model, "units", {id(layer.weight): layer.name for layer in found})
     return found, reasons
 
 

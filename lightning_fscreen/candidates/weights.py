@@ -9,12 +9,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
+from lightning_fscreen.candidates.others import other_weights
 from lightning_fscreen.members import Members
-from lightning_fscreen.modules import is_within, join, select, why_fixed
+from lightning_fscreen.modules import is_within, select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
@@ -74,26 +73,9 @@ def find_weights(
         else:
             owners[id(module.weight)] = name
             found.append(PrunableWeight(name, module))
-    excluded |= _other_weights(model, owners)
+    excluded |= other_weights(model, "weights", owners)
     require_candidates(found, type(model).__name__, "linear and convolution layers", excluded)
     return found, excluded
-
-
-def _other_weights(model: nn.Module, owners: Mapping[int, str]) -> dict[str, str]:
-    """Parameters of two and more dimensions that belong to other layers, and why they are left alone."""
-    reasons = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | _ConvNd | ParametrizationList):
-            continue
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, UninitializedParameter) or parameter.ndim < 2:
-                continue
-            kind = type(module).__name__
-            reason = f"a parameter of {kind}: only weights of linear and convolution layers are candidates"
-            if other := owners.get(id(parameter)):
-                reason = f"{kind} shares it with {other!r}, which is pruned"
-            reasons[join(name, attribute)] = reason
-    return reasons
 
 
 def _why_not(module: nn.Linear | _ConvNd, owners: dict[int, str]) -> str | None:

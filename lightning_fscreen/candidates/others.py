@@ -1,0 +1,35 @@
+"""Parameters that belong to no candidates, for the list of what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_fscreen.modules import join
+
+
+def other_weights(model: nn.Module, noun: str, owners: Mapping[int, str]) -> dict[str, str]:
+    """Parameters of two and more dimensions that belong to no linear or convolution layer, and why they are left alone.
+
+    Args:
+        model: any module.
+        noun: how candidates are called.
+        owners: id of a weight → the layer that is pruned with it.
+    """
+    reasons = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | _ConvNd | ParametrizationList):
+            continue
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, UninitializedParameter) or parameter.ndim < 2:
+                continue
+            kind = type(module).__name__
+            reason = f"a parameter of {kind}: only {noun} of linear and convolution layers are candidates"
+            if other := owners.get(id(parameter)):
+                reason = f"{kind} shares it with {other!r}, which is pruned"
+            reasons[join(name, attribute)] = reason
+    return reasons
