@@ -134,6 +134,14 @@ def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
+def first_names(network: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer → the first name of that tensor."""
+    first: dict[int, str] = {id(tensor): name for name, tensor in reversed(list(named_tensors(network).items()))}
+    parameters, buffers = network.named_parameters, network.named_buffers
+    every = [*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in every}
+
+
 def parameters_by_name(model: nn.Module) -> Mapping[str, list[tuple[nn.Module, str]]]:
     """Tensor name (first one, where shared) → every (module, attribute) that holds that tensor."""
     first: dict[int, str] = {id(tensor): name for name, tensor in reversed(list(named_tensors(model).items()))}

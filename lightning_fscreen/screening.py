@@ -92,6 +92,9 @@ def screen(
     if collector is None:
         raise ValueError("the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last")
     found = {name: statistics.f for name, statistics in collector.statistics().items()}
+    if collector.unmatched:
+        name, reason = next(iter(collector.unmatched.items()))
+        raise ValueError(f"layer {name!r} {reason}; leave it out with exclude={list(collector.unmatched)}")
     if missing := [probe.name for probe in probes if probe.name not in found]:
         raise ValueError(
             f"layers {missing} never ran on an instance with a label, so they have no F-statistic: forward uses their "

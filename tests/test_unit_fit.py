@@ -146,6 +146,28 @@ def test_a_convolution_in_front_of_a_batch_norm_has_no_units_of_its_own():
     assert callback.report().not_pruned["net.0"] == reason
 
 
+def test_sequences_may_come_first_and_modules_and_weights_may_be_shared():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.last, self.head = (
+                nn.Linear(*size) for size in ((8, 12), (12, 12), (12, 8), (8, 10))
+            )
+            self.last.weight = nn.Parameter(self.first.weight.t().clone())
+            self.again = self.inner
+
+        def forward(self, x):
+            x = F.relu(self.first(x.view(-1, 8, 8).transpose(0, 1)))
+            return self.head(F.relu(self.last(F.relu(self.again(F.relu(self.inner(x)))))).mean(0))
+
+    callback = Pruning()
+    model, _ = fitted(callback, net=Shared, max_epochs=3)
+    report = callback.report()
+    assert {layer.name for layer in report.layers} == {"net.first", "net.inner", "net.last"} and not report.not_removed
+    assert report.after.params == sum(p.numel() for p in model.parameters()) < report.before.params
+    assert all("ran on 8 instances" in layer.evidence["trusted"] for layer in report.layers)
+
+
 def test_recurrent_layers_and_attention_are_listed():
     class Recurrent(nn.Module):
         def __init__(self):

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from lightning_fscreen.fit.clock import batches_per_round
 from lightning_fscreen.fit.distributed import merge_processes
@@ -114,15 +115,20 @@ class Collection:
     def add(self, trainer: Trainer) -> None:
         """Add the activations of the batch to the sums.
 
+        Where it holds inputs for as many instances as there are labels, these belong to them: layers that run on other
+        numbers of rows (sequences first, windows) have no statistics then, and are no error.
+
         Raises:
             ValueError: no labels in the batch, labels out of range or of the wrong form; names the batch.
         """
         if self._collectors and self._batch is not None:
             batch, batch_idx = self._batch
             with _naming_batch(batch_idx, trainer):
-                labels = self._labels(batch)
+                labels, given = self._labels(batch), self._settings.labels(batch)
+                tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf is not given]
+                belong = any(tensor.ndim > 1 and len(tensor) == len(labels) for tensor in tensors)
                 for collector in self._collectors.values():
-                    collector.update(labels)
+                    collector.update(labels, belong)
         self._batch = None
 
     def add_gradients(self, trainer: Trainer, make_sums: Callable[[], GradientSums], optimizer: Optimizer) -> None:

@@ -235,11 +235,11 @@ class TrainingHooks(HasSettings, Callback):
         statistics, gradients = self._collection.statistics(trainer), self._collection.gradients()
         unmatched = {name: why for name, why in self._collection.unmatched.items() if name not in statistics}
         ended = self._budget.window.name(round_end)
-        if not statistics and settings.resolved_criterion.needs_statistics(self.screening_weight):
+        if not statistics and not unmatched and settings.resolved_criterion.needs_statistics(self.screening_weight):
             raise ValueError(f"{ended} had no training batch, so there is nothing to rank by")
         if not gradients and settings.needs_gradients:
             raise ValueError(f"{ended} had no optimizer step, so there are no gradients to rank by")
-        seen = ({**statistics, **unmatched} if statistics else {}, _NOT_CALLED), (gradients, _NO_GRADIENT)
+        seen = ({**statistics, **unmatched}, _NOT_CALLED), (gradients, _NO_GRADIENT)
         if any([pruner.leave_out_unseen(found, reason) for found, reason in seen if found]):
             self._set_total()
         decision = pruner.decide(statistics, gradients, unmatched)

@@ -126,8 +126,8 @@ class Recorder:
         tried = "".join(f"; {reason}" for reason in self.left_out.values())
         raise ValueError(
             f"{self.describe()} was not called in training_step, nor a module inside it that holds layers to prune, so "
-            "it is not known how they are connected; call the module that holds them as a whole, self.net(x), or leave "
-            f"out those that are not called so by include={tried}"
+            "it is not known how they are connected; call the module that holds them as a whole, self.net(x) or "
+            f"self(x), not self.forward(x), or leave out those that are not called so by include={tried}"
         )
 
     def is_untrained(self, name: str) -> bool:

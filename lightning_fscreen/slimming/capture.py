@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.modules import in_mode, uncompiled
+from lightning_fscreen.modules import first_names, in_mode, uncompiled
 
 
 class CaptureError(RuntimeError):
@@ -26,7 +26,8 @@ class Capture:
 
     Attributes:
         graph: training IR of `torch.export`: conv2d, linear, batch_norm, add, cat, …, with shapes in node.meta["val"].
-        tensors: placeholder name → name of the parameter or buffer of the network that it stands for.
+        tensors: placeholder name → name of the parameter or buffer of the network that it stands for; the first, if it
+            has several.
         training: whether it is the train mode.
     """
 
@@ -37,7 +38,7 @@ class Capture:
     def unused(self) -> set[str]:
         """Names of the tensors that nothing reads."""
         nodes = [node for node in self.graph.nodes if node.op == "placeholder" and node.name in self.tensors]
-        return {self.tensors[node.name] for node in nodes if not node.users}
+        return {self.tensors[node.name] for node in nodes} - {self.tensors[node.name] for node in nodes if node.users}
 
 
 def capture(
@@ -70,7 +71,9 @@ def capture(
             f"(usual causes: control flow that depends on values, .item(), unsupported operators): {error}"
         ) from error
     signature = program.graph_signature
-    return Capture(program.graph, {**signature.inputs_to_parameters, **signature.inputs_to_buffers}, training)
+    names = first_names(network)
+    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training)
 
 
 class _PlainNorm(_BatchNorm):

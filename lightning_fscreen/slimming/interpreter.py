@@ -82,11 +82,7 @@ class Walk:
         self._handlers = handlers
         tensors = named_tensors(network)
         first_name = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
-        lookup = {
-            **dict(network.named_parameters(remove_duplicate=False)),
-            **dict(network.named_buffers(remove_duplicate=False)),
-        }
-        self.names = {placeholder: first_name[id(lookup[name])] for placeholder, name in captured.tensors.items()}
+        self.names = captured.tensors
         self._tensors = tensors
         self.layers: dict[str, list[tuple[str, str | None]]] = {}  # weight → (layer, its bias) that hold it
         for name, module in self.modules.items():

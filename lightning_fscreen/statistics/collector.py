@@ -96,8 +96,8 @@ class ActivationCollector:
         exact: names of probes at the inputs of layers whose connections get sums of their own.
 
     Attributes:
-        unmatched: layers that ran on another number of instances than there are labels, and on how many: their rows are
-            windows or patches, say, and it is not known which belong to which instance. They have no statistics.
+        unmatched: layers that ran on another number of instances than there are labels (on windows, say, of which it is
+            not known which belong to which), and on how many. They have no statistics.
     """
 
     def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[str] = ()) -> None:
@@ -146,14 +146,16 @@ class ActivationCollector:
         self._buffer.discard()
         self._weights.clear()
 
-    def update(self, labels: Tensor) -> None:
+    def update(self, labels: Tensor, belong: bool = False) -> None:
         """Add the activations gathered since the last update, whose instances have these labels.
 
         Args:
             labels: (N,) class indices or (N, C) class weights.
+            belong: whether they are known to belong to the instances of the batch, whatever rows the layers ran on.
 
         Raises:
-            ValueError: bad labels, or all layers ran with another number of instances; nothing is added then.
+            ValueError: bad labels, or all layers ran with another number of instances, unless `belong`; nothing is
+                added then.
         """
         buffer = self._buffer
         if not buffer.ran:
@@ -162,7 +164,7 @@ class ActivationCollector:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
                 check_proportions(labels)
-            self._drop_unmatched(len(labels))
+            self._drop_unmatched(len(labels), belong)
             ran = buffer.ran
             if len(ran) == len(self._probes) and not self._exact:
                 if not buffer.has_room(len(labels)):
@@ -170,7 +172,7 @@ class ActivationCollector:
                 buffer.keep(labels)
             else:
                 self._flush()
-                if len(labels):
+                if len(labels) and ran:
                     self._sums.add(ran, buffer.features(), [labels], self._batches, self._weights)
             self._batches += 1
         finally:
@@ -195,6 +197,8 @@ class ActivationCollector:
         places = list(zip(self._probes, self._buffer.columns, strict=True))
         ran = moments.counts.any(0)
         if not bool(ran.any()):
+            if self.unmatched:
+                return {}
             raise ValueError(
                 f"none of the layers {[probe.name for probe in self._probes]} ran on an instance with a label, so "
                 f"there is no F-statistic; check the labels if all of them are {IGNORED}"
@@ -296,14 +300,11 @@ class ActivationCollector:
             and weight.requires_grad
         )
 
-    def _drop_unmatched(self, num_labels: int) -> None:
-        """Leave out the layers that ran on another number of instances, unless all did: then the labels are wrong."""
-        wrong = self._buffer.wrong_rows(num_labels)
-        reasons = {
-            self._probes[index].name: f"ran on {rows} instances, but the batch has {num_labels} labels"
-            for index, rows in wrong.items()
-        }
-        if wrong and len(wrong) == len(self._buffer.ran):
+    def _drop_unmatched(self, num_labels: int, belong: bool) -> None:
+        """Leave out layers that ran on another number of instances, unless all did: then the labels may be wrong."""
+        wrong, said = self._buffer.wrong_rows(num_labels), f"instances, but the batch has {num_labels} labels"
+        reasons = {self._probes[index].name: f"ran on {rows} {said}" for index, rows in wrong.items()}
+        if wrong and len(wrong) == len(self._buffer.ran) and not belong:
             name, reason = next(iter(reasons.items()))
             raise ValueError(f"layer {name!r} {reason}; pass labels= a function that returns one label per instance")
         for index in wrong:
