@@ -62,6 +62,7 @@ class Recorder:
         self._divided: set[str] = set()  # left out because of modules inside, which says nothing of the others there
         self._running: list[str] = []
         self._handles: list[RemovableHandle] = []
+        self._observed: Callable[..., Any] | None = None  # the model's forward, while it is watched
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with the networks of a state; in earlier versions there was one, and none before it was called."""
@@ -126,8 +127,8 @@ class Recorder:
         tried = "".join(f"; {reason}" for reason in self.left_out.values())
         raise ValueError(
             f"{self.describe()} was not called in training_step, nor a module inside it that holds layers to prune, so "
-            "it is not known how they are connected; call the module that holds them as a whole, self.net(x) or "
-            f"self(x), not self.forward(x), or leave out those that are not called so by include={tried}"
+            "it is not known how they are connected; call the module that holds them as a whole, self.net(x), or leave "
+            f"out those that are not called so by include={tried}"
         )
 
     def is_untrained(self, name: str) -> bool:
@@ -140,7 +141,10 @@ class Recorder:
         """From now on, call `on_call` before a network that has just been found runs."""
         if self._handles:
             return
-        for name, module in self._holders().items():
+        holders = self._holders()
+        if "" in holders:
+            self._observe_forward(on_call)
+        for name, module in holders.items():
             enter = functools.partial(self._enter, on_call, name)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(functools.partial(self._leave, name), always_call=True))
@@ -151,6 +155,27 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self._running.clear()
+        if self._observed is not None and vars(self._model).get("forward") is self._observed:
+            del self._model.forward
+        self._observed = None
+
+    def _observe_forward(self, on_call: OnCall) -> None:
+        """See a training step that calls self.forward(x), which runs no hooks, as if it called self(x)."""
+        model, forward = self._model, self._model.forward
+        if "forward" in vars(model):  # somebody else's
+            return
+
+        @functools.wraps(forward)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            if self._running:  # of self(x)
+                return forward(*args, **kwargs)
+            self._enter(on_call, "", model, args, kwargs)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._leave("", model, None, None)
+
+        model.forward = self._observed = observed
 
     def _holders(self) -> dict[str, nn.Module]:
         """Modules around the candidates; without those of torch.compile."""
@@ -167,7 +192,8 @@ class Recorder:
         self, on_call: OnCall, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         # Lightning lets DistributedDataParallel call training_step through a replaced forward.
-        if name in self.left_out or "forward" in vars(module) or examined.get():
+        own = vars(module).get("forward")
+        if name in self.left_out or (own is not None and own is not self._observed) or examined.get():
             return
         if self._innermost and self._running and self._holds_all(name, self._running[0]):
             outer = self._running[0]

@@ -197,6 +197,30 @@ def test_the_innermost_of_equals() -> None:
         recorder.stop()
 
 
+@pytest.mark.parametrize("called", [True, False])
+def test_a_model_whose_forward_is_called_by_name_is_a_network_too(called: bool) -> None:
+    model, seen = Model(), []
+    recorder = Recorder(model, NORMS)
+    recorder.start(lambda network: seen.append(network.name))
+    x = torch.randn(4, 2)
+    outputs = [model(x) if called else model.forward(x) for _ in range(2)]
+    assert seen == [""] and list(recorder.networks) == [""] and recorder.is_complete
+    args, _ = recorder.networks[""].inputs or ((), {})
+    assert torch.equal(args[0], x[:2])
+    recorder.stop()
+    assert "forward" not in vars(model) and torch.equal(outputs[0], model(x))
+
+
+def test_a_forward_of_somebody_else_stays() -> None:
+    model = Model()
+    model.forward = forward = lambda x: x  # type: ignore[method-assign]
+    recorder = Recorder(model, NORMS)
+    recorder.start()
+    assert model.forward is forward
+    recorder.stop()
+    assert vars(model)["forward"] is forward
+
+
 def test_what_is_not_trained_is_no_network() -> None:
     model = Model()
     recorder = Recorder(model, NORMS)
