@@ -30,9 +30,9 @@ def unit_magnitude(members: Members, units: Tensor, readers: Sequence[Reader]) -
     """‖incoming weights‖ · ‖outgoing weights‖ of every unit.
 
     A network with ReLU computes the same if the incoming weights of a unit are multiplied by any a > 0 and its outgoing
-    ones by 1/a; the product stays the same, too, which neither norm does. Of what was compared (see
-    `tests/benchmarks/unit_magnitude.py`) nothing that needs no statistics ranks better. Where no dense layer reads the
-    units (but a grouped convolution, say), it is the norm of the incoming weights alone.
+    ones by 1/a; the product stays the same, too, which neither norm does. (Trained networks lose as much accuracy by
+    one as by the others: `tests/benchmarks/unit_magnitude.py`.) Where no dense layer reads the units (but a grouped
+    convolution, say), it is the norm of the incoming weights alone.
 
     Args:
         members: the weight whose slices belong to the units.

@@ -1,12 +1,12 @@
 """Which hidden units of a trained network can go? LeNet-300-100 on MNIST; 50,000 images train it, 10,000 others tell.
 
-    python tests/benchmarks/unit_magnitude.py RESULTS.jsonl DATA SEED...
+    PYTHONPATH=. python tests/benchmarks/unit_magnitude.py RESULTS.jsonl DATA SEED...
 
 Compares the magnitude of a unit (norm of its incoming weights, of its outgoing ones, their product, the standard
 deviation of its activation times the outgoing norm), F, Taylor and chance; how the two layers compare (as they are,
 relative to the mean of the layer, LAMP, the same share of each); and what stands in for removed units: nothing, their
 mean, or a ridge regression on the units that stay, from the Gram matrix of 10,000 images. Error in % right after the
-removal and after three more epochs. Without results to add, SEED... left out, prints the table.
+removal and after three more epochs. Without SEED... it prints the table of what is there.
 """
 
 import copy
@@ -153,18 +153,20 @@ def run(seed, data):
             yield result
 
 
-def table(results):
+def table(path):
+    """The committed results as Markdown."""
+    results = [json.loads(line) for line in path.read_text().splitlines()]
     rows = {}
     for result in results:
         if "score" in result:
-            rows.setdefault((result["amount"], result["score"]), []).append(result)
+            score, way = result["score"].split(", ")
+            rows.setdefault((result["amount"], score, way), []).append(result)
     columns = [*COMPENSATIONS, *(f"{name}, tuned" for name in COMPENSATIONS)]
-    dense = [result["dense"] for result in results if "dense" in result]
-    print(f"Dense: {_spread(dense)}, {len(dense)} seeds.\n")
-    print("| gone | score | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
-    for (amount, score), runs in rows.items():
+    lines = ["| units gone | score | layers compare | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    for (amount, score, way), runs in sorted(rows.items(), key=lambda row: row[0][0]):
         cells = [_spread([run[column] for run in runs]) for column in columns]
-        print(f"| {amount:.0%} | {score} | " + " | ".join(cells) + " |")
+        lines.append(f"| {amount:.0%} | {score} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _spread(values):
@@ -178,4 +180,4 @@ if __name__ == "__main__":
             with path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
     if not seeds:
-        table([json.loads(line) for line in path.read_text().splitlines()])
+        sys.stdout.write(table(path))

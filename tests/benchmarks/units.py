@@ -51,7 +51,7 @@ def build(library: str, name: str) -> tuple[nn.Module, int]:
             for attribute in ("p", "drop_prob"):
                 if hasattr(module, attribute):
                     setattr(module, attribute, 0.0)
-        if getattr(module, "dropout", None).__class__ is float:
+        if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
         if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
