@@ -32,13 +32,14 @@ def layers_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[int
     return _layer_profile(names, total, kept)
 
 
-def channels_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[int]) -> Figure:
-    """Draw how many channels every layer had and has (the paper's Fig. 3).
+def units_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[int], noun: str) -> Figure:
+    """Draw how many units every layer had and has (the paper's Fig. 3).
 
     Args:
         names: the layers, in the order of the network.
-        total: channels per layer before.
-        kept: channels per layer that remain.
+        total: units per layer before.
+        kept: units per layer that remain.
+        noun: how they are called, "channels" for instance.
     """
     figure = new_figure(10.0, 4.8)
     axes = figure.subplots()
@@ -46,8 +47,8 @@ def channels_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[i
     axes.bar(where, total, width=0.85, color=LIGHT, label=f"before: {sum(total):,}")
     axes.bar(where, kept, width=0.85, color=BLUE, label=f"after: {sum(kept):,}")
     _name_layers(axes, names)
-    axes.set_ylabel("channels")
-    axes.set_title("Channels of every layer")
+    axes.set_ylabel(noun)
+    axes.set_title(f"{noun.capitalize()} of every layer")
     finish(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure

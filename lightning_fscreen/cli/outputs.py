@@ -19,8 +19,9 @@ from rich.tree import Tree
 from torch import Tensor, nn
 
 from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.candidates.granularity import GRANULARITIES
 from lightning_fscreen.cli.figures import connections_figure, save_figures, schedule_figure, weights_figure
-from lightning_fscreen.cli.layer_figures import channels_figure, layers_figure
+from lightning_fscreen.cli.layer_figures import layers_figure, units_figure
 from lightning_fscreen.costs.latency import measure_latency
 from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.ranking.schedule import scheduled_fraction
@@ -127,10 +128,12 @@ def write_figures(
     }
     first = next(iter(pruning.masks.values()))
     if first.ndim == 1:
-        figures["channels"] = channels_figure(
+        noun = GRANULARITIES[report.granularity].noun
+        figures[noun] = units_figure(
             [layer.name for layer in report.layers],
             [layer.total for layer in report.layers],
             [layer.kept for layer in report.layers],
+            noun,
         )
     elif first.ndim == 2:
         figures["connections"] = connections_figure(first, image_shape)

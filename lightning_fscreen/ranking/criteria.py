@@ -20,13 +20,15 @@ class ScoringInputs:
     """The candidates of one layer, as a criterion sees them.
 
     Attributes:
-        weight: the values: connection weights w, or scales γ of batch-norm channels.
+        weight: the values: connection weights w, scales γ of batch-norm channels, or what stands for the magnitude of
+            other units (see `candidates.magnitude`).
         kept: boolean mask of the same shape, False where a candidate is pruned already.
         f: F-statistics of the activations, broadcastable to the same shape; None if no statistics were collected.
         degrees: degrees of freedom of F, between and within classes: (C − 1, n − C).
         mean_square: mean squared activation, like `f`.
-        gradient: mean |∂L/∂w| over the steps gathered, of the weight's shape; None if no gradients were.
-        taylor: mean |w·∂L/∂w|, likewise; of batch-norm channels |γ·∂L/∂γ + β·∂L/∂β|.
+        gradient: mean |∂L/∂w| over the steps gathered, of the weight's shape; None if no gradients were. Of a unit, the
+            norm over its incoming weights.
+        taylor: mean |w·∂L/∂w|, likewise; of units the sum over all that goes with them, |γ·∂L/∂γ + β·∂L/∂β|.
         spread: F-statistics of the activations' squared deviations from their means, like `f`.
         variance: variance of the activations, like `f`.
         learned: whether trained weight matrices had a part in these activations.
