@@ -33,6 +33,7 @@ from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.fit.test_distributed import compressed
 from tests.test_channel_fit import residual_net
 
+FUSED = "lightning_fscreen.ranking.fused"
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -258,6 +259,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
     ("amount that is no number", using(amount=float("nan")), ValueError, "amount .*nan", r"must lie in \[0, 1\)"),
     ("unknown granularity", using(granularity="neuron"), ValueError, "granularity 'neuron'", "choose one of.*channel"),
     ("unknown criterion", using(criterion="f-score"), ValueError, "criterion 'f-score'", "choose one of.*screening"),
+    ("no such function", using(criterion=f"{FUSED}:screenin"), ValueError, "criterion 'screenin'", "choose one of"),
     ("unknown schedule", using(schedule="cosine"), ValueError, "schedule 'cosine'", "choose one of.*cubic"),
     ("schedule of another type", using(schedule=3), TypeError, "schedule .*3", "callable"),
     ("schedule that never ends", using(schedule=lambda p: p / 2), ValueError, "returns 0.5", "must return 1"),
@@ -274,6 +276,7 @@ TABLE: list[tuple[str, Callable[[World], Any], type[Exception], str, str]] = [
     ("negative min_channels", using(min_channels=-1), ValueError, "min_channels.*-1", "at least 0"),
     ("min_channels beyond the budget", using(min_channels=8), ValueError, "at least 8", "lower amount or the floor"),
     ("collect_every of 0", using(collect_every=0), ValueError, "collect_every.*0", "at least 1"),
+    ("collect_every in words", using(collect_every="always"), ValueError, "every .*'always'", '"auto" or a num'),
     ("collect_epochs of 0", using(collect_epochs=0), ValueError, "collect_epochs.*0", "at least 1"),
     ("one class", using(num_classes=1), ValueError, "num_classes.*1", "at least 2"),
     ("negative start_epoch", using(start_epoch=-1), ValueError, "start_epoch.*-1", "at least 0"),
