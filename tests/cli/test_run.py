@@ -145,6 +145,7 @@ def test_overrides_take_effect(overrides, check, tmp_path):
 )
 def test_every_experiment_goes_through_all_stages(experiment, tmp_path):
     short = ["data=digits", "data.batch_size=16", "debug=fdr"]
+    short += ["model.net.patch=2"] if experiment == "convnext_cifar10" else []  # 8 × 8 pixels, halved twice
     run(composed(f"experiment={experiment}", *short, f"paths.output_dir={tmp_path}"))
     report = json.loads((tmp_path / "report.json").read_text())
     total, kept = (report["candidates"][key] for key in ("total", "kept"))
