@@ -300,7 +300,7 @@ def test_optimizers_with_factored_state_are_refused():
         ({"bias": "none"}, r"unknown bias 'none'; choose one of \['zero', 'fold', 'mean'\]"),
         ({"collect_epochs": 0}, "collect_epochs must be at least 1"),
         ({"connections": "exact"}, 'is for granularity="weight"'),
-        ({"granularity": "weight", "bias": "fold"}, 'is for granularity="channel"'),
+        ({"granularity": "weight", "bias": "fold"}, 'is for granularity="unit" or "channel"'),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
