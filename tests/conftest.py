@@ -1,5 +1,6 @@
 """Small real classifiers and data, shared by the tests."""
 
+import functools
 import os
 import warnings
 
@@ -80,9 +81,12 @@ def mlp(inputs=64, hidden=32, classes=10):
     )
 
 
+read_digits = functools.cache(load_digits)
+
+
 def digits(count=256):
     """Images (N, 1, 8, 8) in [0, 1] and labels of scikit-learn's handwritten digits."""
-    data = load_digits()
+    data = read_digits()
     images = torch.tensor(data.images[:count], dtype=torch.float32).unsqueeze(1) / 16
     return images, torch.tensor(data.target[:count], dtype=torch.int64)
 

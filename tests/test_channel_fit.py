@@ -2,9 +2,6 @@
 
 import copy
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +14,7 @@ from lightning_fscreen import ScreeningPruningCallback, load_slimmed, save_slimm
 from lightning_fscreen.ranking.schedule import SCHEDULES
 from lightning_fscreen.slimming import CaptureError
 from tests.conftest import Classifier, digits, loader, trainer
+from tests.processes import run_ranks
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -41,7 +39,7 @@ class Block(nn.Module):
 
 def residual_net():
     return nn.Sequential(
-        nn.Unflatten(1, (1, 8)) if digits()[0].ndim == 3 else nn.Identity(),
+        nn.Identity(),
         nn.Conv2d(1, 8, 3, padding=1, bias=False),
         Block(8, 8),
         Block(8, 16, 2),
@@ -69,6 +67,7 @@ def post_net():
     return nn.Sequential(Sum(), *tail, nn.Linear(30, 10))
 
 
+SCOPES = [("global", 1), ("layer", 1), ("layer", 3)]
 Pruning = functools.partial(ScreeningPruningCallback, granularity="channel", amount=0.5)
 
 
@@ -142,9 +141,10 @@ def test_a_run_that_slims_equals_the_run_with_masks_only(optimizer, schedule):
     assert first.report().layers == second.report().layers
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("min_channels", [1, 3])
+@pytest.mark.parametrize(
+    ("schedule", "scope", "min_channels"),
+    [*((schedule, "global", 3) for schedule in SCHEDULES), *(("logistic", *rest) for rest in SCOPES)],
+)
 def test_the_budget_is_met_at_every_epoch(schedule, scope, min_channels):
     kept = []
 
@@ -237,22 +237,16 @@ def test_channels_parameters_and_macs_are_logged(tmp_path):
     assert float(column["fscreen/channels"][-1]) == report.kept
 
 
-LOAD = """
-import sys, torch
-from lightning_fscreen import load_slimmed
-from tests.test_channel_fit import residual_net, digits
-
-net = load_slimmed(residual_net(), sys.argv[1]).eval()
-torch.save(net(digits()[0]), sys.argv[2])
-"""
+def load(folder):
+    """In another process."""
+    net = load_slimmed(residual_net(), folder / "model.safetensors").eval()
+    torch.save(net(digits()[0]), folder / "out.pt")
 
 
 def test_another_process_loads_the_same_network_bit_by_bit(tmp_path):
     model, _ = fitted(Pruning(end_epoch=2, bias="fold"))
     save_slimmed(model.net, tmp_path / "model.safetensors")
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", LOAD, tmp_path / "model.safetensors", tmp_path / "out.pt"]
-    subprocess.run(command, check=True, cwd=root, timeout=300)
+    run_ranks(1, load, tmp_path)
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), model.net.eval()(digits()[0]))
     whole = Classifier(residual_net())
     save_slimmed(model, tmp_path / "whole.safetensors")
@@ -306,7 +300,7 @@ def test_optimizers_with_factored_state_are_refused():
         ({"bias": "none"}, r"unknown bias 'none'; choose one of \['zero', 'fold', 'mean'\]"),
         ({"collect_epochs": 0}, "collect_epochs must be at least 1"),
         ({"connections": "exact"}, 'is for granularity="weight"'),
-        ({"granularity": "weight", "bias": "fold"}, 'is for granularity="channel"'),
+        ({"granularity": "weight", "bias": "fold"}, 'is for granularity="unit" or "channel"'),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

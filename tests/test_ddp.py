@@ -1,10 +1,7 @@
 """Two processes decide the same, end the same, and do it again the same way."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +9,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_fscreen import ScreeningPruningCallback, register_criterion, slim
+from lightning_fscreen.ranking.criteria import CRITERIA
 from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.resize import reattach
 from tests.conftest import Classifier, ConvNet, loader, trainer
+from tests.processes import run_ranks
 from tests.saving.test_checkpoints import equal
 from tests.test_channel_fit import residual_net
 
@@ -54,7 +53,6 @@ class Unused(nn.Module):
 SEEN = {}
 
 
-@register_criterion("remember", lambda screening_weight: True)
 def remember(ranked, screening_weight, generator):
     """Magnitude, which keeps the F-statistics that it is shown (the first process decides)."""
     SEEN.update({name: one.f.clone() for name, one in ranked.items()})
@@ -100,9 +98,11 @@ def f_statistics(granularity, processes):
 
     torch.manual_seed(0)
     model = Still(NETS[granularity](), lambda p: torch.optim.SGD(p, lr=0.0))
-    callback = ScreeningPruningCallback(granularity, criterion="remember", end_epoch=1, schedule="one_shot")
     strategy = {"strategy": "ddp", "devices": processes} if processes > 1 else {}
-    trainer([callback], max_epochs=1, precision="64-true", **strategy).fit(model, loader(batch_size=24, count=250))
+    with mock.patch.dict(CRITERIA):
+        register_criterion("remember", lambda screening_weight: True)(remember)
+        callback = ScreeningPruningCallback(granularity, criterion="remember", end_epoch=1, schedule="one_shot")
+        trainer([callback], max_epochs=1, precision="64-true", **strategy).fit(model, loader(batch_size=24, count=250))
     return dict(SEEN)
 
 
@@ -114,15 +114,13 @@ def main(folder):
             runs = 2 if option == "ddp" else 1
             results[f"{granularity} {option}"] = [train(granularity, option) for _ in range(runs)]
         results[f"{granularity} f"] = f_statistics(granularity, 2)
-    torch.save(results, Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "tests.test_ddp", folder], check=True, cwd=root, env=environment, timeout=600)
+    run_ranks(2, main, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -167,7 +165,3 @@ def test_synchronised_batch_norms_are_slimmed_without_talking_to_other_processes
         torch.distributed.destroy_process_group()
     assert type(network[2].norm1) is nn.SyncBatchNorm
     assert torch.equal(network.eval()(x), plain.eval()(x))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -158,7 +158,7 @@ class Around(pl.Callback):
 def test_a_compiled_lightning_module():
     model, amount = plain(residual_net()), AMOUNT["weight"]
     callback = ScreeningPruningCallback("weight", amount=amount, end_epoch=2)
-    trainer([callback]).fit(torch.compile(model, backend="aot_eager"), loader(batch_size=48))
+    trainer([callback], max_epochs=3).fit(torch.compile(model, backend="aot_eager"), loader(48, 96))
     report = callback.report()
     assert abs(report.kept - round((1 - amount) * report.total)) <= 1
     assert callback.plan and report.after.params == sum(p.numel() for p in model.parameters()) < report.before.params
@@ -187,9 +187,9 @@ def test_the_fit_ends_on_budget_and_slimming_changes_nothing(cell, granularity):
     amount = AMOUNT[granularity]
     callback = ScreeningPruningCallback(granularity, amount=amount, end_epoch=2, **arguments)
     around = Around(callback)
-    defaults = {"barebones": True, "max_epochs": 4, "accelerator": "cpu", "callbacks": [callback, around]}
-    fit = pl.Trainer(**defaults) if cell == "barebones" else trainer([callback, around], **options)
-    fit.fit(model, several_loaders() if cell == "several loaders" else loader(batch_size=48))
+    defaults = {"barebones": True, "max_epochs": 3, "accelerator": "cpu", "callbacks": [callback, around]}
+    fit = pl.Trainer(**defaults) if cell == "barebones" else trainer([callback, around], max_epochs=3, **options)
+    fit.fit(model, several_loaders() if cell == "several loaders" else loader(48, 144))
     report = callback.report()
     assert abs(report.kept - round((1 - amount) * report.total)) <= 1
     assert callback.plan and report.after.params == sum(p.numel() for p in model.parameters()) < report.before.params

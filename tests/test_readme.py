@@ -115,10 +115,10 @@ def commands():
         while words and re.match(r"\w+=", words[0]):
             del words[0]
         if words and words[0].startswith("fscreen") and "--help" not in words:
-            yield words
+            yield tuple(words)
 
 
-@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+@pytest.mark.parametrize("command", sorted(set(commands())), ids=" ".join)
 def test_the_commands_have_valid_overrides(command):
     program, *overrides = command
     single = [re.sub(r"=([^=,]*),.*", r"=\1", override) for override in overrides if override != "-m"]

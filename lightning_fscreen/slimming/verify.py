@@ -133,6 +133,8 @@ class Verification:
         devices = {tensor.device for tensor in pytree.tree_leaves((own, args, kwargs)) if _is_elsewhere(tensor)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            # To compile it for float64 and two sizes would take longer than everything else.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(in_mode(self._network, training))
             stack.enter_context(plain_norms(self._network))
             stack.enter_context(plain_outputs(self._network))

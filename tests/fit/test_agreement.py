@@ -1,10 +1,7 @@
 """Where a network cannot become smaller in one process, it stays as it is in all, and training goes on."""
 
 import os
-import subprocess
-import sys
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,6 +15,7 @@ from lightning_fscreen.fit.distributed import all_or_none
 from lightning_fscreen.slimming import SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.verify import Verification
 from tests.conftest import Classifier, ConvNet, loader, trainer
+from tests.processes import run_ranks
 from tests.test_channel_fit import residual_net
 
 NETS = {"channel": residual_net, "weight": ConvNet}
@@ -37,7 +35,7 @@ def main(folder):
         callback = ScreeningPruningCallback(granularity, amount=0.5 if granularity == "channel" else 0.98, end_epoch=1)
         strategy = DDPStrategy(timeout=timedelta(seconds=20))
         run = trainer([callback], max_epochs=3, strategy=strategy, devices=2)
-        failing = int(os.environ.get("LOCAL_RANK", 0)) == 1
+        failing = os.environ["LOCAL_RANK"] == "1"
         check = fails if failing else Verification.check
         with mock.patch.object(Verification, "check", check):
             run.fit(model, loader(batch_size=24, count=120))
@@ -48,16 +46,13 @@ def main(folder):
             "steps": run.global_step,
             "parameters": {name: p.detach() for name, p in model.named_parameters()},
         }
-    torch.save(results, Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("agreement")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fit.test_agreement", folder]
-    subprocess.run(command, check=True, cwd=root, env=environment, timeout=240)
+    run_ranks(2, main, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -134,7 +129,3 @@ def test_all_that_succeed_alike_go_on():
 def test_if_one_fails_all_do(others, attempt, error, message):
     with pytest.raises(error, match=message):
         agree_with(others, attempt)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

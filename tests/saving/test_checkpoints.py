@@ -16,7 +16,7 @@ from tests.conftest import Classifier, ConvNet, digits, loader, trainer
 from tests.test_channel_fit import residual_net
 from tests.test_unit_fit import convnext
 
-EPOCHS = 5
+EPOCHS = 4
 BATCHES = 4
 
 

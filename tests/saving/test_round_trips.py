@@ -1,11 +1,7 @@
 """A slim network is readable by a fresh full-size one, however it became slim, was trained and was saved."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +13,7 @@ from lightning_fscreen.slimming import PlanError
 from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.state import PLAN_KEY
 from tests.conftest import Classifier, loader, trainer
+from tests.processes import run_ranks
 
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 KEEP = {"body.1.norm": torch.arange(6) > 1, "body.1.inner": torch.arange(4) < 3, "body.3": torch.arange(5) > 0}
@@ -176,13 +173,7 @@ def check_all(folder):
 @pytest.mark.slow
 def test_the_table_of_round_trips(tmp_path):
     write_all(tmp_path)
-    root = Path(__file__).parents[2]
-    code = (
-        "import sys, pathlib; from tests.saving.test_round_trips import check_all; check_all(pathlib.Path(sys.argv[1]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(1, check_all, tmp_path)
     assert len(list(tmp_path.glob("*/*/outputs.pt"))) == len(SLIM) * len(TRAIN)
 
 

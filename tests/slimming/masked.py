@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import lightning_fscreen
 from lightning_fscreen.slimming import SlimmingPlan, slim
+from lightning_fscreen.slimming.gates import STAYS
 from tests.slimming import difference, outputs
 from tests.slimming.networks import (
     ACTIVATIONS,
@@ -76,20 +77,36 @@ def randomize(network: nn.Module) -> None:
                 module.running_var.uniform_(0.2, 2.0)
 
 
-def masks(network: nn.Module, example: Any, rng: random.Random, share: float, together: bool) -> dict[str, Tensor]:
+def called_norms(network: nn.Module, example: Tensor) -> dict[str, _BatchNorm]:
+    """Batch norms that the network calls in one of its modes."""
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+    copied, called = copy.deepcopy(network), set()
+    for name in norms:
+        copied.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    for training in (True, False):
+        with torch.no_grad():
+            copied.train(training)(example.clone())
+    return {name: norm for name, norm in norms.items() if name in called}
+
+
+def masks(network: nn.Module, example: Tensor, rng: random.Random, share: float, together: bool) -> dict[str, Tensor]:
     """Random masks of all gates, of at least one channel; arbitrary ones, or such that prune whole units."""
+    if together:
+        units = {gate.name: gate.units for gate in find_gates(network, example) if not gate.excluded}
+    else:  # nothing needs to be known about the graph
+        units = {name: (STAYS,) * norm.num_features for name, norm in called_norms(network, example).items()}
     decided: dict[int, bool] = {}
     keep = {}
-    for gate in find_gates(network, example):
-        if network.get_submodule(gate.name).weight is None or (together and gate.excluded):
+    for name, channels in units.items():
+        if network.get_submodule(name).weight is None:
             continue
         kept = [
-            decided.setdefault(unit, rng.random() >= share) if together and unit >= 0 else rng.random() >= share
-            for unit in gate.units
+            decided.setdefault(unit, rng.random() >= share) if unit != STAYS else rng.random() >= share
+            for unit in channels
         ]
         if not any(kept):
-            kept[rng.randrange(gate.channels)] = True
-        keep[gate.name] = torch.tensor(kept)
+            kept[rng.randrange(len(kept))] = True
+        keep[name] = torch.tensor(kept)
     return keep
 
 

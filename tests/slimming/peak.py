@@ -1,10 +1,10 @@
 """How much memory slimming takes beside what a training holds, as a share of the parameters' bytes.
 
-    MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=. python tests/slimming/peak.py DTYPE MEGABYTES KEPT
+    MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=. python tests/slimming/peak.py MEGABYTES KEPT DTYPE…
 
-Peak of the resident memory (Linux), in a process of its own, after a small network has been slimmed so that what is
-imported and compiled once does not count. With gradients, an optimizer and its momentum. The variable lets malloc of
-glibc give back what is freed, instead of keeping it for later.
+Peak of the resident memory (Linux) in a process of its own, a line for every dtype, after a small network has been
+slimmed so that what is imported and compiled once does not count. With gradients, an optimizer and its momentum. The
+variable lets malloc of glibc give back what is freed, instead of keeping it for later.
 """
 
 import sys
@@ -47,8 +47,9 @@ def measure(width: int, depth: int, dtype: torch.dtype, kept: float) -> float:
 
 
 if __name__ == "__main__":
-    kind, megabytes, share = getattr(torch, sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    megabytes, share = map(float, sys.argv[1:3])
     torch.set_num_threads(1)
-    depth = round(megabytes * 1e6 / (kind.itemsize * 9 * WIDTH**2))
-    measure(16, depth, kind, share)
-    print(f"{measure(WIDTH, depth, kind, share):.2f}")
+    for kind in (getattr(torch, name) for name in sys.argv[3:]):
+        depth = round(megabytes * 1e6 / (kind.itemsize * 9 * WIDTH**2))
+        measure(16, depth, kind, share)
+        print(f"{measure(WIDTH, depth, kind, share):.2f}")

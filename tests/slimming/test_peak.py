@@ -13,10 +13,9 @@ from tests.slimming import peak
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_slimming_takes_no_copy_of_the_network(dtype: str) -> None:
+def test_slimming_takes_no_copy_of_the_network() -> None:
     """With half of the channels kept; whole copies in float64 took 2.6 and 5.1 times the parameters."""
-    command = [sys.executable, str(Path(peak.__file__)), dtype, "60", "0.5"]
+    command = [sys.executable, str(Path(peak.__file__)), "60", "0.5", "float32", "bfloat16"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert float(out.stdout) <= 1.2
+    assert all(share <= 1.2 for share in map(float, out.stdout.split())) and out.stdout.count("\n") == 2

@@ -371,3 +371,18 @@ def test_a_network_without_room_that_needs_its_device_is_verified_there_in_its_o
 
     with pretending():
         verified(Net().to("cuda"), x=X.to("cuda")).check({})
+
+
+def test_a_compiled_network_is_run_as_it_was_written() -> None:
+    compiled = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    network = mlp(nn.ReLU())
+    network.compile(backend=backend)
+    verified(network).check({})
+    assert not compiled
+    network(X)
+    assert compiled

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import socket
 import warnings
 
 import matplotlib
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,6 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_fscreen import FStatistic
 from lightning_fscreen.functional import f_statistic
+from tests.processes import run_ranks
 from tests.test_functional import assert_equals_sklearn, labelled_data
 
 matplotlib.use("Agg")
@@ -293,11 +292,10 @@ def _shards(features, labels, world_size):
     ]
 
 
-def _worker(rank, port, folder):
-    torch.set_num_threads(1)
+def _worker(folder):
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
-    pair = dist.new_group([0, 1])
+    dist.init_process_group("gloo")
+    rank, pair = dist.get_rank(), dist.new_group([0, 1])
     features, labels = gaussian(100)
     features += 1e3
     for world_size, group in ((3, None), (2, pair)):
@@ -317,10 +315,7 @@ def _worker(rank, port, folder):
 @pytest.fixture(scope="module")
 def process_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.spawn(_worker, (port, str(folder)), nprocs=3)
+    run_ranks(3, _worker, folder)
     return lambda world_size, rank: torch.load(folder / f"{world_size}-{rank}.pt")
 
 
