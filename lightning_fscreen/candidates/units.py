@@ -148,7 +148,8 @@ def refine(
 ) -> tuple[list[PrunableUnits], dict[str, str]]:
     """Add the coupled units and the activations that a captured network shows.
 
-    Units that are coupled to a gate that is no candidate stay with it.
+    Units that are coupled to a gate that is no candidate stay with it. So do those that could only go with a whole
+    layer.
 
     Args:
         candidates: from `find_units`.
@@ -159,7 +160,8 @@ def refine(
         The candidates that are left, and {name: reason} of the others.
     """
     named = {candidate.name for candidate in candidates}
-    bound = {unit: name for name, gate in gates.items() if name not in named for unit in gate.units}
+    whole = {name for name, gate in gates.items() if gate.channels > 1 and len(set(gate.units)) == 1}
+    bound = {unit: name for name, gate in gates.items() if name not in named or name in whole for unit in gate.units}
     left, reasons = [], {}
     for candidate in candidates:
         gate = gates.get(candidate.name)
@@ -169,6 +171,8 @@ def refine(
         units = [STAYS if unit in bound else unit for unit in gate.units]
         if gate.excluded is not None:
             reasons[candidate.name] = gate.excluded
+        elif candidate.name in whole:
+            reasons[candidate.name] = "its units can only be pruned all together, and a layer keeps at least one"
         elif set(units) == {STAYS}:
             other = next(bound[unit] for unit in gate.units if unit != STAYS)
             reasons[candidate.name] = f"it is coupled to {other!r}, which is not pruned"

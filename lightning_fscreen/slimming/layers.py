@@ -20,7 +20,19 @@ def linear(walk: Walk, node: Any) -> Value:
     weight, bias = _parameters(walk, node)
     if len(walk.shape(weight)) != 2:
         raise Unsupported("its weight is no matrix")
-    return _dense(walk, node, weight, bias, channel_dim=-1)
+    return _dense(walk, node, node.args[0], weight, bias, channel_dim=-1)
+
+
+def product(walk: Walk, node: Any) -> Value:
+    """Times a parameter that is a matrix, (in, out): a linear layer that is written as a product."""
+    given = arguments(node)
+    source, matrix = (given[key] for key in (("mat1", "mat2") if "mat1" in given else list(given)[:2]))
+    weight, bias = walk.name(matrix), walk.name(given["self"]) if "mat1" in given else None
+    if weight is None or len(walk.shape(weight)) != 2:
+        raise Unsupported
+    if "mat1" in given and (bias is None or given["beta"] != 1 or given["alpha"] != 1):
+        raise Unsupported("what is added is no parameter")
+    return _dense(walk, node, source, weight, bias, channel_dim=-1, transposed=True)
 
 
 def convolution(walk: Walk, node: Any, transposed: bool = False) -> Value:
@@ -32,7 +44,7 @@ def convolution(walk: Walk, node: Any, transposed: bool = False) -> Value:
     padded = transposed or (padding != "valid" if isinstance(padding, str) else any(padding))
     channel_dim = 1 if len(walk.value(node.args[0]).shape) == len(shape) else 0
     if groups == 1:
-        return _dense(walk, node, weight, bias, channel_dim, padded, transposed)
+        return _dense(walk, node, node.args[0], weight, bias, channel_dim, padded, transposed)
     if not walk.layers.get(weight):
         raise Unsupported("its weight belongs to no layer")
     per_group = shape[0] // groups if transposed else shape[1]
@@ -54,6 +66,7 @@ def _parameters(walk: Walk, node: Any) -> tuple[str, str | None]:
 def _dense(
     walk: Walk,
     node: fx.Node,
+    source: Any,
     weight: str,
     bias: str | None,
     channel_dim: int,
@@ -66,7 +79,7 @@ def _dense(
     broadcast = bias is not None and walk.shape(bias) in ((), (1,)) and len(outputs) > 1  # one bias for all
     if bias is not None and not broadcast and walk.shape(bias) != (len(outputs),):
         raise Unsupported("its bias is no vector of as many elements as it has outputs")
-    labels, constant, known = walk.slots.along(walk.value(node.args[0]), channel_dim)
+    labels, constant, known = walk.slots.along(walk.value(source), channel_dim)
     walk.slots.cut(weight, 1 - input_dim, outputs)
     walk.slots.cut(weight, input_dim, labels)
     if bias is not None and broadcast:
@@ -232,6 +245,7 @@ def _select(walk: Walk, module: str, channels: int) -> Tensor:
 
 HANDLERS: dict[str, Handler] = {
     "linear": linear,
+    **dict.fromkeys(("matmul", "mm", "addmm"), product),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
     **dict.fromkeys(
         ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), partial(convolution, transposed=True)

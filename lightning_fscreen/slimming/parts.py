@@ -36,6 +36,20 @@ def chunk(walk: Walk, node: Any) -> list[Value]:
     return [_compressed(part) for part in parts]
 
 
+def glu(walk: Walk, node: Any) -> Value:
+    """The first half times the sigmoid of the second: both lose the same channels."""
+    value = walk.value(node.args[0])
+    dim, shape = arguments(node)["dim"] % len(value.shape), tuple(node.meta["val"].shape)
+    first, second = (
+        [part if part.shape[dim] == 1 else part.narrow(dim, start, shape[dim]) for part in value.fields()]
+        for start in (0, shape[dim])
+    )
+    walk.slots.unify(first[0], second[0])
+    zero = first[2] & (first[1] == 0)
+    constant = torch.where(zero, 0.0, first[1] * second[1].sigmoid())
+    return Value(shape, first[0], constant, zero | (first[2] & second[2]))
+
+
 def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
     """The dimension that is divided, and the values of the parts, not yet compressed."""
     dim = arguments(node)["dim"] % len(value.shape)
@@ -154,6 +168,7 @@ def stack(walk: Walk, node: Any) -> Value:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("split", "split_with_sizes"), split),
     "chunk": chunk,
+    "glu": glu,
     "slice": slice_,
     "select": select,
     "unbind": unbind,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, operator_name
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, operator_name
 from lightning_fscreen.slimming.slots import Value, compress
 
 
@@ -107,6 +107,30 @@ def expand_as(walk: Walk, node: Any) -> Value:
     return Value(shape, *(part.reshape(new + list(part.shape)) for part in value.fields()))
 
 
+def channel_shuffle(walk: Walk, node: Any) -> Value:
+    """As `move`; all groups lose the same channels."""
+    labels, _, _ = walk.slots.along(walk.value(node.args[0]), 1)
+    by_group = labels.reshape(arguments(node)["groups"], -1)
+    walk.slots.unify(by_group, by_group[:1])
+    return move(walk, node)
+
+
+def pixel_shuffle(walk: Walk, node: Any) -> Value:
+    """Some channels become the positions of one: they go together."""
+    labels, constant, known = walk.slots.along(walk.value(node.args[0]), 1)
+    parts = [part.reshape(-1, arguments(node)["upscale_factor"] ** 2) for part in (labels, constant, known)]
+    walk.slots.unify(parts[0], parts[0][:, :1])
+    same = parts[2].all(1) & (parts[1] == parts[1][:, :1]).all(1)
+    return by_channel(node, 1, parts[0][:, 0], parts[1][:, 0], same)
+
+
+def pixel_unshuffle(walk: Walk, node: Any) -> Value:
+    """Positions of a channel become channels, which go together."""
+    every = arguments(node)["downscale_factor"] ** 2
+    parts = walk.slots.along(walk.value(node.args[0]), 1)
+    return by_channel(node, 1, *(part.repeat_interleave(every) for part in parts))
+
+
 def pad(walk: Walk, node: Any) -> Value:
     """Positions are added at the border."""
     value = walk.value(node.args[0])
@@ -153,6 +177,9 @@ HANDLERS: dict[str, Handler] = {
     "unflatten": unflatten,
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand_as": expand_as,
+    "channel_shuffle": channel_shuffle,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
     "pad": pad,
     **dict.fromkeys(_NEW, new),
     **dict.fromkeys(("empty_like", "rand_like", "randn_like"), new_like),
