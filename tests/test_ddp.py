@@ -16,6 +16,7 @@ from tests.conftest import Classifier, ConvNet, loader, trainer
 from tests.processes import run_ranks
 from tests.saving.test_checkpoints import equal
 from tests.test_channel_fit import residual_net
+from tests.test_unit_fit import convnext
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,8 @@ RECIPES = {
     "accumulation": {"end_epoch": None, "end_step": 3, "prune_every": 1},  # slims within an epoch of two steps
 }
 TRAINER = {"accumulation": {"accumulate_grad_batches": 3}, "clipping": {"gradient_clip_val": 0.1}}
-NETS = {"channel": residual_net, "weight": ConvNet}
+NETS = {"channel": residual_net, "weight": ConvNet, "unit": convnext}
+AMOUNT = {"channel": 0.5, "weight": 0.98, "unit": 0.5}
 
 
 class Unused(nn.Module):
@@ -69,10 +71,9 @@ def train(granularity, option, processes=2):
     torch.manual_seed(0)
     net = NETS[granularity]()
     model = Classifier(Unused(net) if option == "find-unused" else net, momentum)
-    amount = 0.5 if granularity == "channel" else 0.98
     exclude = "*unused" if (granularity, option) == ("weight", "find-unused") else None
     recipe = {"end_epoch": 2, **RECIPES.get(option, {})}
-    callback = ScreeningPruningCallback(granularity, amount=amount, exclude=exclude, **recipe)
+    callback = ScreeningPruningCallback(granularity, amount=AMOUNT[granularity], exclude=exclude, **recipe)
     strategy = {"strategy": DDPStrategy(**OPTIONS[option]), "devices": processes} if processes > 1 else {}
     run = trainer([callback], **strategy, **TRAINER.get(option, {}))
     run.fit(model, loader(batch_size=24, count=250))
@@ -132,7 +133,7 @@ def test_both_processes_end_the_same_and_twice_the_same(granularity, option, res
     for part in ("parameters", "masks", "plan", "pruned", "moved"):
         assert equal(first[0][part], second[0][part]), part
     assert first[0]["moved"]
-    assert abs(first[0]["pruned"] - (0.5 if granularity == "channel" else 0.98)) < 0.02
+    assert abs(first[0]["pruned"] - AMOUNT[granularity]) < 0.02
 
 
 @pytest.mark.parametrize("granularity", list(NETS))
