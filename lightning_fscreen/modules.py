@@ -78,6 +78,12 @@ def uncompiled(module: Module) -> Module:
     return module if original is None else original  # type: ignore[return-value]
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is (in, out): GPT-2's `Conv1D`, of transformers."""
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
+
+
 def num_inputs(module: nn.Module) -> int:
     """Number of input features or channels of a linear, convolution or batch-norm layer."""
     if isinstance(module, nn.Linear):
@@ -93,6 +99,8 @@ def num_outputs(module: nn.Module) -> int:
     """Number of output features or channels of such a layer."""
     if isinstance(module, nn.Linear):
         return module.out_features
+    if is_transposed_linear(module):
+        return module.get_parameter("weight").shape[1]
     return module.out_channels if isinstance(module, _ConvNd) else num_inputs(module)
 
 

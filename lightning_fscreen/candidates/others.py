@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_fscreen.modules import join
 
 
-def other_weights(model: nn.Module, noun: str, owners: Mapping[int, str]) -> dict[str, str]:
-    """Parameters of two and more dimensions that belong to no linear or convolution layer, and why they are left alone.
+def other_weights(
+    model: nn.Module, is_layer: Callable[[nn.Module], bool], noun: str, owners: Mapping[int, str]
+) -> dict[str, str]:
+    """Parameters of two and more dimensions that belong to no layer with candidates, and why they are left alone.
 
     Args:
         model: any module.
+        is_layer: whether a module is a layer with candidates.
         noun: how candidates are called.
         owners: id of a weight → the layer that is pruned with it.
     """
     reasons = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | _ConvNd | ParametrizationList):
+        if is_layer(module) or isinstance(module, ParametrizationList):
             continue
         for attribute, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, UninitializedParameter) or parameter.ndim < 2:

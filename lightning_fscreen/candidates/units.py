@@ -129,7 +129,8 @@ def find_units(
     ]
     require_candidates(found, type(model).__name__, _called(kinds), reasons)
     if "neuron" in kinds:
-        reasons |= other_weights(model, "units", {id(layer.weight): layer.name for layer in found})
+        owners = {id(layer.weight): layer.name for layer in found}
+        reasons |= other_weights(model, lambda module: kind_of(module) is not None, "units", owners)
     return found, reasons
 
 

@@ -73,7 +73,7 @@ def find_weights(
         else:
             owners[id(module.weight)] = name
             found.append(PrunableWeight(name, module))
-    excluded |= other_weights(model, "weights", owners)
+    excluded |= other_weights(model, lambda module: isinstance(module, nn.Linear | _ConvNd), "weights", owners)
     require_candidates(found, type(model).__name__, "linear and convolution layers", excluded)
     return found, excluded
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.modules import named_tensors, own_tensors
+from lightning_fscreen.modules import is_transposed_linear, named_tensors, own_tensors
 from lightning_fscreen.slimming.aliases import Aliases
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.slots import Assumption, SlotGraph, Value
@@ -87,7 +87,8 @@ class Walk:
         self.layers: dict[str, list[tuple[str, str | None]]] = {}  # weight → (layer, its bias) that hold it
         for name, module in self.modules.items():
             weight, bias = own_tensors(module)
-            if isinstance(module, nn.Linear | _ConvNd) and id(weight) in first_name:
+            layer = isinstance(module, nn.Linear | _ConvNd) or is_transposed_linear(module)
+            if layer and id(weight) in first_name:
                 own_bias = None if bias is None else first_name[id(bias)]
                 self.layers.setdefault(first_name[id(weight)], []).append((name, own_bias))
         self.opaque: dict[str, str] = {}  # tensors that some operator uses whole, and why

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_fscreen.modules import own_tensors, why_fixed
+from lightning_fscreen.modules import is_transposed_linear, num_outputs, own_tensors, why_fixed
 from lightning_fscreen.slimming.kinds import Kind, register_kind
 
 
@@ -22,13 +23,13 @@ class Neurons(Kind):
 
     def is_gate(self, module: nn.Module) -> bool:
         """Linear layers and all convolutions."""
-        return isinstance(module, nn.Linear | _ConvNd)
+        return isinstance(module, nn.Linear | _ConvNd) or is_transposed_linear(module)
 
-    def units(self, module: nn.Linear | _ConvNd) -> int:
+    def units(self, module: nn.Module) -> int:
         """Number of outputs."""
-        return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        return num_outputs(module)
 
-    def fixed_reasons(self, modules: Mapping[str, nn.Linear | _ConvNd]) -> dict[str, str]:
+    def fixed_reasons(self, modules: Mapping[str, Any]) -> dict[str, str]:
         """Without a weight of their own, frozen, or used by attention without being called."""
         reasons: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -43,14 +44,16 @@ class Neurons(Kind):
                 owners[id(module.weight)] = name
         return reasons
 
-    def dim(self, module: nn.Linear | _ConvNd) -> int:
-        """Rows; those of transposed convolutions stand in the second dimension."""
-        return 1 if isinstance(module, _ConvTransposeNd) else 0
+    def dim(self, module: nn.Module) -> int:
+        """Rows; those of transposed layers stand in the second dimension."""
+        return 1 if isinstance(module, _ConvTransposeNd) or is_transposed_linear(module) else 0
 
     def entries(self, module: nn.Module, units: Tensor) -> Tensor:
         """All weights that lead to the units; those of transposed convolutions stand in the second dimension."""
         weight = own_tensors(module)[0]
         assert weight is not None
+        if is_transposed_linear(module):
+            return units.expand(weight.shape)
         if not isinstance(module, _ConvTransposeNd):
             return units.reshape(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
         by_group = units.reshape(module.groups, 1, -1).expand(-1, weight.shape[0] // module.groups, -1)

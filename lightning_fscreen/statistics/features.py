@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_fscreen.modules import is_transposed_linear
+
 # Values transformed at a time on CPUs: in float32 they stay in the cache until their mean is taken.
 _CHUNK = 2**19
 
@@ -54,7 +56,7 @@ class PositionMeans:
             square: whether to square then.
         """
         activation = activation.detach()
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_transposed_linear(module):
             if activation.ndim == 1:
                 activation = activation.unsqueeze(0)
             positions = tuple(range(1, activation.ndim - 1))

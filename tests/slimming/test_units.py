@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_fscreen import find_gates, slim
+from lightning_fscreen import find_gates, load_slimmed, save_slimmed, slim
 from lightning_fscreen.slimming import Gate
 from tests.slimming.masked import CASES
 
@@ -63,6 +64,19 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, as transformers writes it: its weight is (in, out), its size an attribute."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.nx, self.nf = inputs, outputs
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size_out = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
 
 
 def convolutions(rank: int) -> tuple[type[nn.Module], type[nn.Module]]:
@@ -136,6 +150,10 @@ NETWORKS = {
         ),
         (6,),
     ),
+    "GPT-2's layers": (
+        lambda: nn.Sequential(nn.Linear(3, 8), Residual(Conv1D(8, 20), nn.GELU(), Conv1D(20, 8)), nn.Linear(8, 2)),
+        (5, 3),
+    ),
     "shuffled channels": (
         lambda: nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.ChannelShuffle(3), nn.Conv2d(12, 2, 1)),
         (3, 5, 5),
@@ -194,6 +212,8 @@ def masked(net: nn.Module, masks: dict[str, Tensor], bias: str) -> nn.Module:
                 outputs, inputs = module.out_channels // module.groups, module.in_channels // module.groups
                 group, column = divmod(unit, outputs)
                 module.weight[group * inputs : (group + 1) * inputs, column] = 0
+            elif isinstance(module, Conv1D):
+                module.weight[:, unit] = 0
             else:
                 module.weight[unit] = 0
             if bias == "zero" and module.bias is not None:
@@ -234,6 +254,7 @@ def test_what_is_left_computes_what_the_masked_network_does(name: str, bias: str
         "a batch norm in a part": ["1", "4"],
         "gated linear units": ["0", "2"],
         "products": ["0", "3"],
+        "GPT-2's layers": ["0", "1.inner.0", "1.inner.2"],
         "shuffled channels": ["0"],
         "shuffled pixels": ["0", "3", "6"],
     }.items(),
@@ -252,6 +273,15 @@ def test_half_of_the_neurons_leave_half_of_every_layer() -> None:
     plan = slim(net, keep, inputs)
     assert [tuple(net[index].weight.shape[:2]) for index in (0, 3, 6)] == [(4, 3), (4, 1), (8, 4)]
     assert list(plan.kept_for) == ["6"] and "together with" in plan.kept_for["6"]  # a grouped convolution reads it
+
+
+def test_a_fresh_network_with_sizes_in_attributes_takes_the_size_of_a_slim_one(tmp_path: Path) -> None:
+    net, inputs = build("GPT-2's layers")
+    slim(net, {"1.inner.0": torch.arange(20) % 3 > 0}, inputs)
+    assert net[1].inner[0].nf == 13 and net[1].inner[0].weight.shape == (8, 13)
+    save_slimmed(net, tmp_path / "slim.safetensors")
+    again = load_slimmed(build("GPT-2's layers")[0], tmp_path / "slim.safetensors")
+    torch.testing.assert_close(again(inputs), net(inputs))
 
 
 def test_branches_of_a_gated_layer_share_their_units() -> None:
