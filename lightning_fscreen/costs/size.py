@@ -69,7 +69,8 @@ def measure_size(
     macs = None
     if inputs is not None:
         counter = FlopCounterMode(display=False)
-        with evaluating(network), torch.no_grad(), counter, _counting_by_module(network, counter, operations):
+        # With gradients, because the counter looks for those of parameters that are passed to modules.
+        with evaluating(network), torch.enable_grad(), counter, _counting_by_module(network, counter, operations):
             network(*inputs[0], **inputs[1])
         macs = round(counter.get_total_flops() / 2 / instances)
     seen: set[nn.Parameter] = set()

@@ -214,6 +214,7 @@ def _trained(trainer: Trainer) -> set[int]:
 def _twins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules with parts of which there is another one of the same class, with the same tensors."""
     parts = [(name, part) for name, part in model.named_modules() if name and any(True for _ in part.children())]
+    parts = [(name, part) for name, part in parts if any(True for _ in part.parameters())]
     kinds = {name: (type(part), signature(part)) for name, part in parts}
     counts = Counter(kinds.values())
     done: list[str] = []

@@ -88,3 +88,17 @@ def test_a_fused_layer_is_counted_by_its_parts() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     layers = measure_size(encoder, ((torch.randn(2, 5, 8),), {}), 2).layers
     assert layers["linear1"].macs == layers["linear2"].macs == 5 * 8 * 16
+
+
+def test_parameters_may_be_passed_to_modules() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.inner = nn.Parameter(torch.ones(1, 6)), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.inner(self.token)
+
+    network = Token()
+    assert measure_size(network, ((torch.randn(2, 6),), {}), 2).macs == 36
+    assert all(parameter.grad is None for parameter in network.parameters())

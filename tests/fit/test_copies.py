@@ -219,6 +219,7 @@ class Auxiliary(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.pools = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Identity()) for _ in range(2))  # without parameters
         self.head, self.other = (
             nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
             for _ in range(2)
