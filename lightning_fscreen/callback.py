@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_fscreen.candidates.granularity import Patterns
-from lightning_fscreen.candidates.units import Bias, Feature
+from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.fit import clock
 from lightning_fscreen.fit.copies import Copies, resize_held_copies

@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, overload
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
-from lightning_fscreen.candidates.units import Bias, Feature
+from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.ranking.budgeted import Scope

@@ -1,4 +1,4 @@
-"""Units as candidates."""
+"""The layers whose units can be pruned."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from sklearn.feature_selection import f_classif
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_fscreen.candidates.units import FEATURES, find_units, refine
+from lightning_fscreen.candidates.prunable import FEATURES, find_units, refine
 from lightning_fscreen.slimming import Gate
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.features import Activation
@@ -72,3 +72,11 @@ def test_channels_coupled_to_what_is_left_out_stay_with_it():
     _, reasons = refine(found, gates, {})
     assert reasons == {"0": "a reason", "1": "it is coupled to '2', which is not pruned"}
     assert refine(found, {}, {})[1]["0"] == "it is not part of the network that the training step calls"
+
+
+def test_units_that_could_only_go_all_together_stay():
+    found, _ = find_units(network(), ["channel"], exclude="2")
+    gates = {"0": Gate("0", 3, 0, (7, 7, 7)), "1": Gate("1", 4, 0, (7, 11, 12, 13))}
+    left, reasons = refine(found, gates, {})
+    assert [candidate.units.tolist() for candidate in left] == [[-1, 11, 12, 13]]
+    assert reasons == {"0": "its units can only be pruned all together, and a layer keeps at least one"}
