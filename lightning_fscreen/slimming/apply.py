@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_fscreen.slimming.capture import Capture
@@ -161,8 +160,8 @@ class _Follower:
                 f"{self.copy.name} would lose other channels than the network that it is a copy of, because values "
                 "that are constant there are not constant here; it cannot follow"
             )
-        for name in self.change.exact.keys() - self.copy.restrict(self.change.exact).keys():
-            if not torch.allclose(self.change.tensors[name], own.tensors[name]):
+        for name, exact in self.change.exact.items():
+            if not self.copy.has(name) and not exact.is_close(own.exact.get(name)):
                 raise VerificationError(
                     f"constants of {self.copy.name} would have to be carried into {name!r}, which is no part of the "
                     "copy; it cannot follow"

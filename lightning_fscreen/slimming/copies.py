@@ -62,14 +62,13 @@ class Copy:
             for module, attribute, tensor in old:
                 put_tensor(module, attribute, tensor)
 
-    def restrict(self, tensors: Tensors) -> Tensors:
-        """Those of a network's tensors that the copy has, too, by the names that they have there."""
-        prefix = f"{self.part}." if self.part else ""
-        return tensors.only(lambda name: name.startswith(prefix))
+    def has(self, name: str) -> bool:
+        """Whether a tensor of the network is one of the copy's, too."""
+        return not self.part or name.startswith(f"{self.part}.")
 
     def install(self, plan: SlimmingPlan, tensors: Tensors) -> Undo:
         """Make it as small as the network, by a plan and new tensors with names as in the network."""
-        own = {name.removeprefix(f"{self.part}."): name for name in self.restrict(tensors)}
+        own = {name.removeprefix(f"{self.part}."): name for name in tensors if self.has(name)}
         makers = {name: partial(tensors.__getitem__, full) for name, full in own.items()}
         return install(self.module, plan.within(self.part), Tensors(makers))
 

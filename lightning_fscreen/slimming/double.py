@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-BLOCK = 2**22  # elements of a weight that are converted at a time, where rows of it can be taken by themselves
+BLOCK = 2**20  # elements of a layer's weight that are converted at a time
 _DEVICE = Tensor.device.__get__
+_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _SIZES = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.numel, _DEVICE}  # type: ignore[attr-defined]
 
 
@@ -37,61 +38,104 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._makers)
 
-    def only(self, names: Callable[[str], bool]) -> Tensors:
-        """Some of them."""
-        return Tensors({name: make for name, make in self._makers.items() if names(name)})
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """A tensor's values in float64, with digits that its own dtype rounds away.
+
+    Attributes:
+        values: of the whole tensor or, with `dim`, of one index of this dimension, which they lack.
+        dim, index: where they stand in the tensor.
+    """
+
+    values: Tensor
+    dim: int | None = None
+    index: int = 0
+
+    def put(self, tensor: Tensor, first: int = 0) -> None:
+        """Write them into the tensor, or into a block of its rows that begins with the row `first`."""
+        part = tensor if self.dim is None else tensor.select(self.dim, self.index)
+        part.copy_(self.values[first : first + len(part)])
+
+    def is_close(self, other: Exact | None) -> bool:
+        """Whether another one writes the same into the same place."""
+        if other is None or (self.dim, self.index) != (other.dim, other.index):
+            return False
+        return torch.allclose(self.values, other.values)
 
 
 class InDouble(TorchFunctionMode):
     """Within this mode operators get floating parameters in float64, one operator's at a time.
 
-    Code that operators do not show to Python (an autograd function's `forward`, TorchScript) gets them as they are.
+    Linear and convolution layers get theirs by blocks of rows, all in the same room: one layer can hold most of a
+    network, and rooms of many sizes would leave the heap in pieces. Code that operators do not show to Python (an
+    autograd function's `forward`, TorchScript) gets them as they are.
 
     Args:
         network: the network.
-        exact: parameters by name, more exact than those in the network; they are used instead.
+        exact: values of parameters by name, more exact than those in the network; they are used instead.
         device: where the operators get them.
     """
 
-    def __init__(self, network: nn.Module, exact: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+    def __init__(self, network: nn.Module, exact: Mapping[str, Exact], device: torch.device | None = None) -> None:
         super().__init__()
-        parameters = {name: tensor for name, tensor in network.named_parameters() if tensor.is_floating_point()}
-        self._makers: dict[int, Callable[[], Tensor]] = {
-            id(parameter): partial(exact.__getitem__, name) if name in exact else parameter.detach
-            for name, parameter in parameters.items()
-        }
-        self._exact = {id(parameters[name]) for name in exact if name in parameters}
-        self._device = device
+        self._names = {id(tensor): name for name, tensor in network.named_parameters() if tensor.is_floating_point()}
+        self._exact, self._device = exact, device
+        self._room = torch.empty(0)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _DEVICE and self._device is not None and id(args[0]) in self._makers:
+        if func == _DEVICE and self._device is not None and id(args[0]) in self._names:
             return self._device
-        if func in _SIZES or not any(id(leaf) in self._makers for leaf in pytree.tree_leaves((args, kwargs))):
+        if func in _SIZES or not any(id(leaf) in self._names for leaf in pytree.tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
-        if func is F.linear and self._is_large(weight := _argument(args, kwargs, 1, "weight")):
-            bias = _argument(args, kwargs, 2, "bias")
-            return self._linear(_argument(args, kwargs, 0, "input"), weight, bias)
+        if func in _LAYERS and _argument(args, kwargs, 6, "groups") in (None, 1):
+            weight = _argument(args, kwargs, 1, "weight")
+            if id(weight) in self._names and weight.dtype != torch.float64 and weight.numel():
+                return self._by_rows(func, *args, **kwargs)
         args, kwargs = pytree.tree_map(self._convert, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _is_large(self, weight: Any) -> bool:
-        return id(weight) in self._makers.keys() - self._exact and weight.ndim == 2 and weight.numel() > BLOCK
+    def _by_rows(
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The outputs of a layer, block by block."""
+        input, bias, exact = self._convert(input), self._convert(bias), self._exact.get(self._names[id(weight)])
+        rows = max(1, BLOCK // weight[0].numel())
+        outputs = []
+        for first in range(0, len(weight), rows):
+            block = self._in_room(weight.detach()[first : first + rows])
+            if exact is not None:
+                exact.put(block, first)
+            outputs.append(func(input, block, None if bias is None else bias[first : first + rows], *args, **kwargs))
+        return torch.cat(outputs, 1 - weight.ndim)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A linear layer by blocks of rows: one layer can hold most of a network."""
-        rows = max(1, BLOCK // weight.shape[1])
-        out = torch.cat([F.linear(x, self._double(block)) for block in weight.detach().split(rows)], -1)
-        return out if bias is None else out.add_(self._convert(bias))
+    def _in_room(self, block: Tensor) -> Tensor:
+        """In float64, until the next one comes."""
+        if self._room.numel() < block.numel():
+            device = self._device or block.device
+            self._room = torch.empty(max(BLOCK, block.numel()), dtype=torch.float64, device=device)
+        return self._room[: block.numel()].view(block.shape).copy_(block)
 
     def _convert(self, value: Any) -> Any:
-        make = self._makers.get(id(value))
-        return value if make is None else self._double(make())
+        name = self._names.get(id(value))
+        return value if name is None else to_double(value.detach(), self._exact.get(name), self._device)
 
-    def _double(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device or tensor.device, torch.float64)
+
+def to_double(tensor: Tensor, exact: Exact | None, device: torch.device | None = None) -> Tensor:
+    """A tensor in float64, with its exact values."""
+    double = tensor.to(device or tensor.device, torch.float64)
+    if exact is not None and tensor.dtype != torch.float64:  # that has them already, and may be the network's own
+        exact.put(double)
+    return double
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:

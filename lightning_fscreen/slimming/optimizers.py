@@ -34,10 +34,10 @@ class Move:
 
     def carry(self, values: Tensor) -> Tensor:
         """What remains of a tensor of the old shape, with the new one's strides: fused steps go by memory order."""
-        new = self.new
-        return torch.empty_strided(new.shape, new.stride(), dtype=values.dtype, device=values.device).copy_(
-            self.cut(values)
-        )
+        new, cut = self.new, self.cut(values)
+        if cut.stride() == new.stride() and cut is not values:
+            return cut
+        return torch.empty_strided(new.shape, new.stride(), dtype=values.dtype, device=values.device).copy_(cut)
 
 
 def unwrapped(optimizers: Any) -> list[Optimizer]:

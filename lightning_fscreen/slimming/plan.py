@@ -16,7 +16,7 @@ from lightning_fscreen.slimming.summary import plan_table
 from lightning_fscreen.tables import Table
 
 _FORMAT = 1
-_LARGE = 2**22  # elements
+_LARGE, _BLOCK = 2**20, 2**18  # elements
 
 
 class PlanError(ValueError):
@@ -170,7 +170,7 @@ class SlimmingPlan:
             cuts = {place: cuts[dim] for place, dim in enumerate(dims) if dim in cuts}
         indices = {dim: torch.tensor(kept, dtype=torch.int64, device=tensor.device) for dim, kept in cuts.items()}
         if cuts.keys() == {0, 1} and tensor.numel() > _LARGE:  # one after the other would need room for both results
-            return tensor[indices[0].unsqueeze(1), indices[1]]
+            return _cut_rows_and_columns(tensor, indices[0], indices[1])
         for dim, index in indices.items():
             tensor = tensor.index_select(dim, index)
         return tensor
@@ -223,6 +223,15 @@ class SlimmingPlan:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"this is not a slimming plan: {type(error).__name__}: {error}") from error
+
+
+def _cut_rows_and_columns(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A part of a large tensor, by blocks of rows: all room that it takes beside the result is that of a block."""
+    result = tensor.new_empty(len(rows), len(columns), *tensor.shape[2:])
+    size = max(1, _BLOCK // tensor[0].numel())
+    for block, chosen in zip(result.split(size), rows.split(size), strict=True):
+        block.copy_(tensor.index_select(0, chosen).index_select(1, columns))
+    return result
 
 
 def _integer(value: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name
 from lightning_fscreen.slimming.attributes import Attributes, followed, proposed_attributes
-from lightning_fscreen.slimming.double import Tensors
+from lightning_fscreen.slimming.double import Exact, Tensors
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.leftovers import kept_for
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
@@ -30,12 +30,12 @@ class Change:
         plan: the indices that stay of every tensor.
         tensors: the cut tensors and the new ones. They are made when they are asked for: all together would take as
             much memory as the smaller network.
-        exact: those of them that carry constants, in float64: with digits that the network's own dtype rounds away.
+        exact: those values of them that carry constants.
     """
 
     plan: SlimmingPlan
     tensors: Tensors = field(repr=False)
-    exact: Tensors = field(repr=False)
+    exact: Mapping[str, Exact] = field(repr=False)
 
 
 def make_change(
@@ -71,11 +71,18 @@ def make_change(
         ),
     )
 
-    def new(name: str) -> Tensor:
-        return plan.cut(name, folds[name]() if name in folds else tensors[name].detach())
+    exact = {name: _cut_exact(plan, name, fold) for name, fold in folds.items()}
 
-    new_tensors = Tensors({name: partial(new, name) for name in [*folds, *cuts]})
-    return Change(plan, new_tensors, new_tensors.only(folds.__contains__))
+    def new(name: str) -> Tensor:
+        if name not in exact:
+            return plan.cut(name, tensors[name].detach())
+        if exact[name].dim is None:
+            return exact[name].values
+        carrying = plan.cut(name, tensors[name].detach())  # its own, since inputs are gone
+        exact[name].put(carrying)
+        return carrying
+
+    return Change(plan, Tensors({name: partial(new, name) for name in [*exact, *cuts]}), exact)
 
 
 def carriable(network: nn.Module, slots: SlotGraph) -> list[Reader]:
@@ -118,12 +125,9 @@ def _cuts(slots: SlotGraph, kept: Tensor) -> dict[str, dict[int, tuple[int, ...]
 
 def _folds(
     tensors: Mapping[str, Tensor], dense: Sequence[DenseReader], live: Tensor, kept: Tensor
-) -> tuple[dict[str, Callable[[], Tensor]], tuple[str, ...]]:
-    """What makes weights and biases, before they are cut, that carry the constants that go.
-
-    Also the layers that get a bias.
-    """
-    folds: dict[str, Callable[[], Tensor]] = {}
+) -> tuple[dict[str, Exact], tuple[str, ...]]:
+    """Weights and biases, before they are cut, that carry the constants that go; and the layers that get a bias."""
+    folds: dict[str, Exact] = {}
     biases = []
     for reader in dense:
         gone, carrier = removed_constants(reader, live, kept)
@@ -135,27 +139,25 @@ def _folds(
         taken = weight.index_select(reader.input_dim, columns).double().movedim(reader.input_dim, -1)
         lost = taken @ constants[columns]
         if carrier is not None:
-            folds[reader.weight] = partial(_carrying, weight, reader.input_dim, carrier, lost / constants[carrier])
+            carrying = weight.select(reader.input_dim, carrier).double() + lost / constants[carrier]
+            folds[reader.weight] = Exact(carrying, reader.input_dim, carrier)
             continue
         assert reader.module is not None  # it is foldable
         addition = lost.flatten(1).sum(1) if lost.ndim > 1 else lost
         if reader.bias is None:  # the new one is not cut by the plan, so it has its final length here
             biases.append(reader.module)
-            folds[join(reader.module, "bias")] = partial(_same, addition[kept[reader.outputs].to(weight.device)])
+            folds[join(reader.module, "bias")] = Exact(addition[kept[reader.outputs].to(weight.device)])
         else:
-            folds[reader.bias] = partial(_same, tensors[reader.bias].detach().double() + addition)
+            folds[reader.bias] = Exact(tensors[reader.bias].detach().double() + addition)
     return folds, tuple(biases)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _carrying(weight: Tensor, input_dim: int, carrier: int, addition: Tensor) -> Tensor:
-    """A weight in float64, with more of one of its inputs."""
-    carrying = weight.to(torch.float64, copy=True)
-    carrying.select(input_dim, carrier).add_(addition)
-    return carrying
+def _cut_exact(plan: SlimmingPlan, name: str, fold: Exact) -> Exact:
+    """What stays of the exact values of a tensor."""
+    if fold.dim is None:
+        return Exact(plan.cut(name, fold.values))
+    others = [dim for dim in range(fold.values.ndim + 1) if dim != fold.dim]
+    return Exact(plan.cut(name, fold.values, others), fold.dim, plan.cuts[name][fold.dim].index(fold.index))
 
 
 def _groups(slots: SlotGraph, kept: Tensor) -> dict[str, int]:

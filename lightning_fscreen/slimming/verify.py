@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
-from lightning_fscreen.slimming.double import InDouble, let_go, without_tf32
+from lightning_fscreen.slimming.double import Exact, InDouble, let_go, to_double, without_tf32
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +69,18 @@ class Verification:
                     log.info("%s does not run in %s mode in %s: %s", type(network).__name__, mode, self._way, error)
         raise VerificationError(f"{type(network).__name__} fails on random inputs: {reason}") from reason
 
-    def check(self, new: Mapping[str, Tensor]) -> None:
+    def check(self, exact: Mapping[str, Exact]) -> None:
         """Compare with the outputs of the network as it is now.
 
         Args:
-            new: tensors by name, in float64, more exact than those in the network.
+            exact: values of tensors by name, more exact than those in the network.
 
         Raises:
             VerificationError: the outputs differ, or forward fails.
         """
         name = type(self._network).__name__
         try:
-            after = self._run_where_there_is_room(new)
+            after = self._run_where_there_is_room(exact)
         except Exception as error:  # whatever forward raises
             let_go(error)
             raise VerificationError(
@@ -99,29 +99,27 @@ class Verification:
                     "the captured graph does not show"
                 )
 
-    def _run_where_there_is_room(self, new: Mapping[str, Tensor]) -> list[list[Any]]:
+    def _run_where_there_is_room(self, exact: Mapping[str, Exact]) -> list[list[Any]]:
         """On the network's own device; on the CPU if that has no room for it."""
         try:
-            return self._run_all(new)
+            return self._run_all(exact)
         except torch.OutOfMemoryError as error:
             if self._way != _AS_USED:
                 raise
             let_go(error)
             log.info("%s is verified on the CPU: %s", type(self._network).__name__, error)
         self._device = torch.device("cpu")
-        return self._run_all(new)
+        return self._run_all(exact)
 
-    def _run_all(self, new: Mapping[str, Tensor]) -> list[list[Any]]:
+    def _run_all(self, exact: Mapping[str, Exact]) -> list[list[Any]]:
         copies = named_tensors(self._network) if self._way == _COPIED else dict(self._network.named_buffers())
-        if self._way != _OWN:
-            copies |= {name: new[name] for name in copies.keys() & new.keys()}
-        copies = {name: self._convert(tensor) for name, tensor in copies.items()}
-        return [self._run(copies, new, args, kwargs, training) for (args, kwargs), training in self._runs]
+        copies = {name: self._convert(tensor, exact.get(name)) for name, tensor in copies.items()}
+        return [self._run(copies, exact, args, kwargs, training) for (args, kwargs), training in self._runs]
 
     def _run(
         self,
         copies: Mapping[str, Tensor],
-        new: Mapping[str, Tensor],
+        exact: Mapping[str, Exact],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         training: bool,
@@ -144,14 +142,15 @@ class Verification:
                 torch.manual_seed(0)
                 stack.enter_context(_WithoutDropout())
             if self._way == _AS_USED:
-                stack.enter_context(InDouble(self._network, new, self._device))
+                stack.enter_context(InDouble(self._network, exact, self._device))
             elif self._way == _OWN:
                 stack.enter_context(without_tf32())
             return pytree.tree_leaves(torch.func.functional_call(self._network, own, args, kwargs))
 
-    def _convert(self, tensor: Tensor) -> Tensor:
-        dtype = torch.float64 if self._way != _OWN and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(self._device or tensor.device, dtype)
+    def _convert(self, tensor: Tensor, exact: Exact | None = None) -> Tensor:
+        if self._way == _OWN or not tensor.is_floating_point():
+            return tensor.detach().to(self._device or tensor.device)
+        return to_double(tensor.detach(), exact, self._device)
 
 
 class _WithoutDropout(TorchFunctionMode):

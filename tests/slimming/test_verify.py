@@ -134,7 +134,7 @@ def test_new_tensors_are_used_in_float64() -> None:
     verification = verified(network)
     exact = network[1].bias.detach().double()
     network[1].bias = nn.Parameter(network[1].bias.detach() + 1e-3)
-    verification.check({"1.bias": exact})
+    verification.check({"1.bias": double.Exact(exact)})
     with pytest.raises(VerificationError):
         verification.check({})
 
@@ -284,6 +284,16 @@ def test_a_large_layer_is_converted_in_blocks(monkeypatch: pytest.MonkeyPatch) -
         out = network(X.double())
     expected = network.double()(X.double())
     assert out.dtype == torch.float64 and torch.allclose(out, expected, rtol=1e-12)
+
+
+def test_blocks_of_a_convolution_carry_exact_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(double, "BLOCK", 20)
+    layer, x, column = nn.Conv1d(3, 7, 3, padding=1), torch.randn(2, 3, 5).double(), torch.randn(7, 3).double()
+    with torch.no_grad(), double.InDouble(layer, {"weight": double.Exact(column, 1, 2)}):
+        out = layer(x)
+    expected = layer.double()
+    expected.weight.data[:, 2] = column
+    assert torch.allclose(out, expected(x), rtol=1e-12)
 
 
 class Scaled(torch.autograd.Function):
