@@ -124,7 +124,8 @@ class Collection:
         if self._collectors and self._batch is not None:
             batch, batch_idx = self._batch
             with _naming_batch(batch_idx, trainer):
-                labels, given = self._labels(batch), self._settings.labels(batch)
+                given = self._settings.labels(batch)
+                labels = class_labels(given)
                 tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf is not given]
                 belong = any(tensor.ndim > 1 and len(tensor) == len(labels) for tensor in tensors)
                 for collector in self._collectors.values():
