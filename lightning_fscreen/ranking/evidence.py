@@ -28,7 +28,7 @@ class Evidence:
         mean: how many the test of means speaks for.
         spread: how many of the others the test of spread speaks for.
         joint: how many of the others the test of joint effects speaks for.
-        dead: how many are zero on all instances.
+        dead: how many of those with candidates left are zero on all instances.
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
@@ -114,7 +114,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
         why = "too few instances for any test"
         return Evidence(significant=torch.ones_like(f, dtype=torch.bool), joint=0, trusted=why, **counts)
     alive = torch.ones_like(f, dtype=torch.bool) if layer.mean_square is None else layer.mean_square != 0
-    counts["dead"] = int((~_by_feature(alive, shape)).sum())
+    counts["dead"] = int((~_by_feature(alive, shape) & _by_feature(layer.kept, shape)).sum())
     if layer.learned:
         return Evidence(significant=alive, joint=0, trusted="the network has learned these features", **counts)
     strict = f_critical(LEVEL / number, between, within)

@@ -89,10 +89,13 @@ def test_features_that_are_always_zero_are_never_trusted(learned):
     features, labels, weight = noise(used=())
     features[:, [3, 40]] = 0
     features[:, 5] = 1
-    evidence = gather_evidence(layer_of(features, labels, weight, learned=learned), "a")
+    layer = layer_of(features, labels, weight, learned=learned)
+    evidence = gather_evidence(layer, "a")
     assert sorted(set(range(60)) - set(strong(evidence))) == [3, 40]
     assert evidence.trusted and evidence.to_dict()["shrunk"] == 2
     assert str(evidence).endswith("; 2 that are always zero are shrunk")
+    layer.kept[:, 3] = False
+    assert gather_evidence(layer, "a").dead == 1
 
 
 def test_where_no_feature_is_significant_among_so_many_all_are_trusted():
