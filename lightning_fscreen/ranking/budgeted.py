@@ -163,11 +163,19 @@ def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
 def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     """Mask of the `count` lowest eligible scores; among equal ones the first positions."""
     # Several times faster than to pick the eligible ones out.
-    threshold = torch.where(eligible, scores, torch.inf).kthvalue(count).values
-    lowest = eligible & (scores < threshold)
-    tied = (eligible & (scores == threshold)).nonzero().flatten()
-    lowest[tied[: count - int(lowest.sum())]] = True
+    threshold = _smallest_(torch.where(eligible, scores.detach(), torch.inf), count)
+    lowest = eligible & (scores <= threshold)
+    if excess := int(lowest.sum()) - count:
+        lowest[(eligible & (scores == threshold)).nonzero().flatten()[-excess:]] = False
     return lowest
+
+
+def _smallest_(values: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest value; on CPUs the values are rearranged, which takes half the time of `kthvalue`."""
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.kthvalue(count).values
+    values.numpy().partition(count - 1)
+    return values[count - 1]
 
 
 def _shares(

@@ -22,12 +22,13 @@ class Evidence:
     """Results of the tests for the features that one layer reads (or, with channels, for its outputs).
 
     Attributes:
-        significant: boolean, broadcastable to the weight: whether a test speaks for the feature. True everywhere where
-            `trusted`.
+        significant: boolean, broadcastable to the weight: whether a test speaks for the feature. Where `trusted`, True
+            of all that are not dead.
         features: number of features.
         mean: how many the test of means speaks for.
         spread: how many of the others the test of spread speaks for.
         joint: how many of the others the test of joint effects speaks for.
+        dead: how many of those with candidates left are zero on all instances.
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
@@ -36,6 +37,7 @@ class Evidence:
     mean: int
     spread: int
     joint: int
+    dead: int = 0
     trusted: str | None = None
 
     @property
@@ -43,9 +45,15 @@ class Evidence:
         """Features that no test speaks for."""
         return self.features - self.mean - self.spread - self.joint
 
+    @property
+    def shrunk(self) -> int:
+        """Features whose weights go before the others."""
+        return self.dead if self.trusted else self.silent
+
     def __str__(self) -> str:
         if self.trusted:
-            return f"ranked by magnitude alone, for {self.trusted}"
+            dead = f"; {self.dead} that are always zero are shrunk" if self.dead else ""
+            return f"ranked by magnitude alone, for {self.trusted}{dead}"
         return (
             f"of {self.features} features {self.mean} are spoken for by class means, {self.spread} more by spread, "
             f"{self.joint} more by joint effects; {self.silent} are shrunk"
@@ -54,8 +62,7 @@ class Evidence:
     def to_dict(self) -> dict[str, int | str | None]:
         """The counts, as in a report."""
         counts: dict[str, int | str | None] = {name: getattr(self, name) for name in ("features", "mean", "spread")}
-        shrunk = 0 if self.trusted else self.silent
-        return counts | {"joint": self.joint, "shrunk": shrunk, "trusted": self.trusted}
+        return counts | {"joint": self.joint, "shrunk": self.shrunk, "trusted": self.trusted}
 
 
 def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
@@ -80,8 +87,11 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
       for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
       the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident.
 
+    *Dead* features are never trusted: where x = 0 on all instances, nothing depends on w·x, and the size of w says only
+    where it started. (Where instances are too few for any test, they are too few for this, too.)
+
     Args:
-        layer: with `f` and `degrees`; without `spread` or `variance` those tests are left out.
+        layer: with `f` and `degrees`; without `spread`, `variance` or `mean_square` what needs them is left out.
         name: of the layer, for messages.
 
     Raises:
@@ -100,9 +110,13 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     marginal = f if layer.spread is None else torch.maximum(f, layer.spread.double().nan_to_num(nan=0, posinf=math.inf))
     spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
     counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
-    if layer.learned or math.isinf(critical):
-        why = "the network has learned these features" if layer.learned else "too few instances for any test"
+    if math.isinf(critical):
+        why = "too few instances for any test"
         return Evidence(significant=torch.ones_like(f, dtype=torch.bool), joint=0, trusted=why, **counts)
+    alive = torch.ones_like(f, dtype=torch.bool) if layer.mean_square is None else layer.mean_square != 0
+    counts["dead"] = int((~_by_feature(alive, shape) & _by_feature(layer.kept, shape)).sum())
+    if layer.learned:
+        return Evidence(significant=alive, joint=0, trusted="the network has learned these features", **counts)
     strict = f_critical(LEVEL / number, between, within)
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
@@ -121,7 +135,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
         trusted = "no feature stands out"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
-    significant = torch.ones_like(f, dtype=torch.bool) if trusted else (marginal > critical) | (joint > 1)
+    significant = alive if trusted else (marginal > critical) | (joint > 1)
     return Evidence(significant=significant, trusted=trusted, **counts)
 
 

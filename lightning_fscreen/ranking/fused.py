@@ -36,9 +36,10 @@ def screening(context: ScoringContext) -> Scores:
 
     There is evidence if one of the tests of `gather_evidence` speaks for it (the classes' means, their spread, joint
     effects), or if the features of the layer are trusted (because the network has learned them, or because nothing
-    tells them apart): then magnitude decides. t is the `progress` of pruning, the share of the amount that is pruned
-    already: at first a silent feature is ranked like the others, since a joint effect may be learned late; in the end
-    its weights go before nearly all others. With λ = 1, the score is F alone.
+    tells them apart) and this one is not dead, that is, zero on all instances: then magnitude decides. t is the
+    `progress` of pruning, the share of the amount that is pruned already: at first a silent feature is ranked like the
+    others, since a joint effect may be learned late; in the end its weights go before nearly all others. With λ = 1,
+    the score is F alone.
 
     The score is the root of that product of order max(λ, 1 − λ), which ranks alike: with λ ≤ ½ it is |w|·s^(λ/(1 − λ)),
     magnitude itself where there is evidence, and takes no power of every weight.
@@ -52,7 +53,7 @@ def screening(context: ScoringContext) -> Scores:
     scores = {name: value.pow((1 - screening_weight) / largest) for name, value in _magnitudes(layers).items()}
     shrunken = _SILENT ** (context.progress * screening_weight / largest)
     for name, evidence in (context.explained or _explain(context)).items():
-        if not evidence.trusted:
+        if evidence.dead or not evidence.trusted:
             scores[name] = torch.where(evidence.significant.to(scores[name].device), 1.0, shrunken) * scores[name]
     return scores
 

@@ -32,6 +32,7 @@ def layer_of(features, labels, weight, num_classes=2, module=None, learned=False
         degrees=found.degrees,
         spread=spread_over(found.spread),
         variance=spread_over(found.variance),
+        mean_square=spread_over(found.mean_square),
         learned=learned,
     )
 
@@ -80,6 +81,21 @@ def test_learned_features_are_trusted():
     assert evidence.significant.all()
     assert evidence.mean == 1 and evidence.to_dict()["shrunk"] == 0
     assert str(evidence) == "ranked by magnitude alone, for the network has learned these features"
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_features_that_are_always_zero_are_never_trusted(learned):
+    """Constant ones are: what reads them may need them as a bias."""
+    features, labels, weight = noise(used=())
+    features[:, [3, 40]] = 0
+    features[:, 5] = 1
+    layer = layer_of(features, labels, weight, learned=learned)
+    evidence = gather_evidence(layer, "a")
+    assert sorted(set(range(60)) - set(strong(evidence))) == [3, 40]
+    assert evidence.trusted and evidence.to_dict()["shrunk"] == 2
+    assert str(evidence).endswith("; 2 that are always zero are shrunk")
+    layer.kept[:, 3] = False
+    assert gather_evidence(layer, "a").dead == 1
 
 
 def test_where_no_feature_is_significant_among_so_many_all_are_trusted():
