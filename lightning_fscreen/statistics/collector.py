@@ -306,7 +306,8 @@ class ActivationCollector:
         reasons = {self._probes[index].name: f"ran on {rows} {said}" for index, rows in wrong.items()}
         if wrong and len(wrong) == len(self._buffer.ran) and not belong:
             name, reason = next(iter(reasons.items()))
-            raise ValueError(f"layer {name!r} {reason}; pass labels= a function that returns one label per instance")
+            advice = "pass labels= a function that returns one label per instance"
+            raise ValueError(f"layer {name!r} {reason}; {advice}, or leave it out with exclude={name!r}")
         for index in wrong:
             self._buffer.drop(index)
         self.unmatched |= {name: reason for name, reason in reasons.items() if name not in self.unmatched}
