@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +20,14 @@ class Members:
         zeroed: whether the others are zeroed with the weight.
         dim: the dimension of the weight along which the candidates lie: each has one row of a matrix, for instance. By
             default every entry is a candidate.
+        size: how many neighbours in that dimension belong to each (the columns that read a head).
     """
 
     weight: nn.Parameter
     others: tuple[nn.Parameter, ...] = ()
     zeroed: bool = False
     dim: int | None = None
+    size: int = 1
 
     def of(self, weight: nn.Parameter) -> Members:
         """The same with another weight, of another size perhaps."""
@@ -33,17 +36,24 @@ class Members:
     @property
     def shape(self) -> torch.Size:
         """Shape of a mask over the candidates."""
-        return self.weight.shape if self.dim is None else self.weight.shape[self.dim : self.dim + 1]
+        return self.weight.shape if self.dim is None else torch.Size([self.weight.shape[self.dim] // self.size])
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Dimensions of the weight that are those of a mask over the candidates."""
-        return tuple(range(self.weight.ndim)) if self.dim is None else (self.dim,)
+    def cut(self, values: Tensor, cut: Callable[[Tensor, Sequence[int]], Tensor]) -> Tensor:
+        """The part that is left of values over all candidates.
+
+        Args:
+            values: of the shape of a mask.
+            cut: cuts a tensor as the weight is cut along these of its dimensions.
+        """
+        if self.dim is None:
+            return cut(values, range(values.ndim))
+        return cut(values.repeat_interleave(self.size), (self.dim,))[:: self.size]
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the candidates at their entries of the weight: broadcastable to its shape."""
         if self.dim is None:
             return values
+        values = values.repeat_interleave(self.size) if self.size > 1 else values
         return values.view([-1 if dim == self.dim else 1 for dim in range(self.weight.ndim)])
 
     def total(self, values: Tensor) -> Tensor:
@@ -55,7 +65,8 @@ class Members:
         if self.dim is None:
             return values
         rest = [dim for dim in range(self.weight.ndim) if dim != self.dim]
-        return values.sum(rest) if rest else values
+        total = values.sum(rest) if rest else values
+        return total.view(-1, self.size).sum(1) if self.size > 1 else total
 
     def norm(self, values: Tensor) -> Tensor:
         """√(Σ v²), over its entries, for each candidate.

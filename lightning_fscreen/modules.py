@@ -33,24 +33,41 @@ def is_within(name: str, outer: str) -> bool:
 
 
 def select(
-    names: Iterable[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    names: Iterable[str],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    kinds: Mapping[str, str] | None = None,
+    others: Iterable[str] | None = (),
 ) -> dict[str, str]:
     """Apply include/exclude glob patterns; returns {name: reason} of the names they leave out.
+
+    Args:
+        names: of layers.
+        include: patterns; a name must match one. All if None.
+        exclude: patterns; a name must match none.
+        kinds: name → kind, which patterns may name as "kind=head".
+        others: what else a pattern may match; None if anything.
 
     Raises:
         ValueError: a pattern matches no name.
     """
     names = list(names)
+    said = {name: (name, *([f"kind={kinds[name]}"] if kinds else [])) for name in names}
     left_out: dict[str, str] = {}
+
+    def match(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(word, pattern) for word in said[name] for pattern in patterns)
+
     for argument, patterns in (("include", include), ("exclude", exclude)):
         if patterns is None:
             continue
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            elsewhere = others is None or any(fnmatchcase(other, pattern) for other in others)
+            if not elsewhere and not any(match(name, [pattern]) for name in names):
                 raise ValueError(f"{argument}={pattern!r} matches no layer; the layers are {names}")
         for name in names:
-            if any(fnmatchcase(name, pattern) for pattern in patterns) != (argument == "include"):
+            if match(name, patterns) != (argument == "include"):
                 left_out.setdefault(name, f"left out by {argument}={patterns}")
     return left_out
 
@@ -92,6 +109,8 @@ def num_inputs(module: nn.Module) -> int:
         return module.in_channels
     if isinstance(module, _BatchNorm):
         return int(module.num_features)
+    if is_transposed_linear(module):
+        return module.get_parameter("weight").shape[0]
     raise TypeError(f"no linear, convolution or batch-norm layer: {type(module).__name__}")
 
 

@@ -130,6 +130,14 @@ class Granularity(ABC, Generic[Layer]):
             self.keep_only([name for name in self.names if name not in reasons], reasons)
             require_candidates(self._layers, "the model", "layers", self.not_pruned)
 
+    def structure(self) -> dict[str, Any]:
+        """What `learn` has found beside what the model shows by itself, as primitives."""
+        return {}
+
+    def restore(self, structure: Mapping[str, Any]) -> None:
+        """Go on with what `structure` gave."""
+        return
+
     def fresh(self) -> dict[str, str]:
         """Layers that had better be left alone in a fit that begins now, and why."""
         return {}

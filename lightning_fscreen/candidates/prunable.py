@@ -9,13 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.candidates.granularity import require_candidates
 from lightning_fscreen.candidates.inverse import inverse
 from lightning_fscreen.candidates.magnitude import Reader
 from lightning_fscreen.candidates.others import other_weights
 from lightning_fscreen.members import Members
-from lightning_fscreen.modules import own_tensors, select
+from lightning_fscreen.modules import join, select
 from lightning_fscreen.slimming.gates import STAYS, Gate
 from lightning_fscreen.slimming.kinds import KINDS, kind_of
 from lightning_fscreen.statistics.collector import Probe
@@ -29,7 +30,11 @@ FEATURES: tuple[Feature, ...] = get_args(Feature)
 _NO_GATE = {
     "channel": "it is not part of the network that the training step calls",
     "neuron": "a batch norm normalises its outputs, and the channels of that are the units",
+    "head": "it is not part of the network that the training step calls",
 }
+
+INSIDE = "computes its heads inside nn.MultiheadAttention"
+"""Why there are no statistics of some heads."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,10 @@ class PrunableUnits:
 
     Attributes:
         name: name of the layer in the model.
-        module: the layer.
-        kind: of its gate, "channel" or "neuron".
+        module: the layer, of heads the one that projects them.
+        kind: of its gate, "channel", "neuron" or "head".
         units: (units,) int64, equal for units that are pruned together, -1 where one has to stay.
+        size: how many of the weight's columns read a head.
         activation: the element-wise function that follows it; None if there is none, or more than one reader.
         readers: the weights that its units are multiplied by.
     """
@@ -51,6 +57,7 @@ class PrunableUnits:
     units: Tensor
     activation: Activation | None = None
     readers: tuple[Reader, ...] = ()
+    size: int = 1
 
     @property
     def weight(self) -> nn.Parameter:
@@ -60,15 +67,19 @@ class PrunableUnits:
     @property
     def shift(self) -> nn.Parameter | None:
         """β, or the bias, (units,)."""
-        return own_tensors(self.module)[1]
+        shift = KINDS[self.kind].shift(self.module)
+        return shift if isinstance(shift, nn.Parameter) else None
 
     def members(self, zeroed: bool) -> Members:
         """The parameters whose entries belong to the units; `zeroed`: the shift is zeroed with the weight."""
         dim = None if self.weight.ndim == 1 else KINDS[self.kind].dim(self.module)
-        return Members(self.weight, () if self.shift is None else (self.shift,), zeroed, dim)
+        return Members(self.weight, () if self.shift is None else (self.shift,), zeroed, dim, self.size)
 
-    def probe(self, feature: Feature = "activation") -> Probe:
-        """Where its activations are read, for one of `FEATURES`."""
+    def probe(self, feature: Feature = "activation") -> Probe | None:
+        """Where its activations are read, for one of `FEATURES`; None where nobody else sees them."""
+        if self.kind == "head":
+            inside = isinstance(self.module, NonDynamicallyQuantizableLinear)
+            return None if inside else Probe(self.name, self.module, "input", None, square=feature.endswith("square"))
         activation = self.activation if feature.startswith("activation") else None
         return Probe(self.name, self.module, "output", activation, square=feature.endswith("square"))
 
@@ -102,14 +113,17 @@ def find_units(
         exclude: glob patterns over module names; a gate must match none.
 
     Returns:
-        The gates whose units can be pruned, and {name: reason} of those that cannot.
+        The gates whose units can be pruned, and {name: reason} of those that cannot. If there is none, but heads may be
+        found, all that are left out by patterns, until the network is known.
 
     Raises:
         ValueError: a pattern that matches no gate; nothing to prune.
     """
     known = {name: (module, kind_of(module)) for name, module in model.named_modules()}
     gates = {name: (module, kind) for name, (module, kind) in known.items() if kind is not None and kind.name in kinds}
-    reasons = select(gates, include, exclude)
+    reasons = select(
+        gates, include, exclude, {name: kind.name for name, (_, kind) in gates.items()}, _possible(model, kinds)
+    )
     for name in kinds:
         modules = {layer: module for layer, (module, kind) in gates.items() if kind.name == name}
         fixed = KINDS[name].fixed_reasons(modules) | _grouped(modules)
@@ -119,11 +133,63 @@ def find_units(
         for name, (module, kind) in gates.items()
         if name not in reasons
     ]
+    if not found and "head" in kinds:  # they are in networks that hold such layers, whatever the patterns say of these
+        found = [
+            PrunableUnits(name, module, kind.name, torch.arange(kind.units(module)))
+            for name, (module, kind) in gates.items()
+            if reasons[name].startswith("left out by")
+        ]
     require_candidates(found, type(model).__name__, called(kinds), reasons)
     if "neuron" in kinds:
         owners = {id(layer.weight): layer.name for layer in found}
         reasons |= other_weights(model, lambda module: kind_of(module) is not None, "units", owners)
     return found, reasons
+
+
+def _possible(model: nn.Module, kinds: Collection[str]) -> list[str]:
+    """What patterns may match beside layers: the names of heads, which only a captured network shows."""
+    if "head" not in kinds:
+        return []
+    names = [name for name, _ in model.named_modules()]
+    return [*names, *(f"{name}.heads" for name in names), "kind=head"]
+
+
+def heads_of(
+    model: nn.Module,
+    network: str,
+    gates: Mapping[str, Gate],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> tuple[list[PrunableUnits], dict[str, str]]:
+    """The heads of a captured network, and {name: reason} of those that `include` or `exclude` leaves out.
+
+    Args:
+        model: the model.
+        network: name of the network in it.
+        gates: gates of the network, by name in the model.
+        include: glob patterns over names of gates.
+        exclude: likewise.
+    """
+    heads = {name: gate for name, gate in gates.items() if gate.kind == "head" and gate.projection is not None}
+    reasons = select(heads, include, exclude, dict.fromkeys(heads, "head"), None)
+    wanted = {name: (join(network, gate.projection or ""), gate.channels) for name, gate in heads.items()}
+    return [head(model, name, *own) for name, own in wanted.items() if name not in reasons], reasons
+
+
+def head(model: nn.Module, name: str, projection: str, count: int | None = None, size: int = 1) -> PrunableUnits:
+    """The heads of one attention, as candidates.
+
+    Args:
+        model: the model.
+        name: of the gate.
+        projection: name of the layer that projects them.
+        count: how many there are.
+        size: or how many columns of the projection read each of them.
+    """
+    module = model.get_submodule(projection)
+    columns = module.get_parameter("weight").shape[KINDS["head"].dim(module)]
+    size = size if count is None else columns // count
+    return PrunableUnits(name, module, "head", torch.arange(columns // size), size=size)
 
 
 def called(kinds: Collection[str]) -> str:

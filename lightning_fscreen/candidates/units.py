@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
-from lightning_fscreen.candidates.prunable import Bias, Feature, PrunableUnits, called, find_units, refine
+from lightning_fscreen.candidates.prunable import (
+    INSIDE,
+    Bias,
+    Feature,
+    PrunableUnits,
+    called,
+    find_units,
+    head,
+    heads_of,
+    refine,
+)
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import is_within, join
 from lightning_fscreen.ranking.criteria import ScoringInputs
@@ -37,7 +47,7 @@ class _Learned:
 
 
 def _readers(network: nn.Module, gate: Gate) -> tuple[Reader, ...]:
-    if gate.kind == "channel":
+    if gate.kind != "neuron":
         return ()
     reading = gate.readers.items()
     return tuple(Reader(network.get_parameter(name), dim, torch.tensor(labels)) for name, (dim, labels) in reading)
@@ -51,11 +61,13 @@ def _numbered_from(layer: PrunableUnits, first: int) -> PrunableUnits:
 
 @register_granularity("unit")
 class Units(Granularity[PrunableUnits]):
-    """Channels of batch norms, and outputs of those linear and convolution layers that no batch norm normalises.
+    """Channels of batch norms, outputs of those linear and convolution layers that no batch norm normalises, and heads.
+
+    Heads are found when the network is captured, and so become candidates later than layers.
 
     Args:
         model: any module.
-        include, exclude: glob patterns over names of such layers.
+        include, exclude: glob patterns over names of such layers; "kind=head" and the like stand for all of a kind.
         bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation).
         feature: the feature of their activations that is screened, one of `FEATURES`.
 
@@ -66,7 +78,7 @@ class Units(Granularity[PrunableUnits]):
     noun = "units"
     slims_in_fit = True
     options = ("bias", "feature")
-    gates: ClassVar[tuple[str, ...]] = ("channel", "neuron")
+    gates: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head")
     """The kinds of gates whose units are candidates."""
 
     def __init__(
@@ -77,7 +89,9 @@ class Units(Granularity[PrunableUnits]):
         bias: Bias = "zero",
         feature: Feature = "activation",
     ) -> None:
+        self._model, self._include, self._exclude = model, include, exclude
         self._found, self._fixed = find_units(model, self.gates, include, exclude)
+        self._wanted: Collection[str] | None = None  # None if all layers are
         self._learned: dict[str, _Learned] = {}
         self._bias, self._feature = bias, feature
         self._combine()
@@ -86,13 +100,27 @@ class Units(Granularity[PrunableUnits]):
         """The candidates found, as the networks have shown them."""
         shown = {layer.name: layer for learned in self._learned.values() for layer in learned.layers}
         excluded = {name: why for learned in self._learned.values() for name, why in learned.excluded.items()}
-        self._layers = [shown.get(layer.name, layer) for layer in self._found if layer.name not in excluded]
+        left_out = {*excluded, *(self._fixed if self._learned else ())}
+        self._layers = [shown.get(layer.name, layer) for layer in self._found if layer.name not in left_out]
         self.not_pruned = self._fixed | excluded
 
     def keep_only(self, names: Collection[str], reasons: Mapping[str, str] | None = None) -> None:
         """Forget the candidates of all other layers; `reasons` says why."""
+        self._wanted = list(names) if self._wanted is None else [name for name in self._wanted if name in names]
         self._found = [layer for layer in self._found if layer.name in names]
         self._fixed |= reasons or {}
+        self._combine()
+
+    def structure(self) -> dict[str, Any]:
+        """The heads: gate → the layer that projects them, and how many of its columns read each."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        return {layer.name: (names[id(layer.module)], layer.size) for layer in self._layers if layer.kind == "head"}
+
+    def restore(self, structure: Mapping[str, Any]) -> None:
+        """Go on with these heads."""
+        known = {layer.name for layer in self._found}
+        restored = {name: found for name, found in structure.items() if name not in known}
+        self._found += [head(self._model, name, layer, size=size) for name, (layer, size) in restored.items()]
         self._combine()
 
     def learn(
@@ -110,7 +138,12 @@ class Units(Granularity[PrunableUnits]):
         inside = [layer for layer in self._found if is_within(layer.name, name)]
         unused = {join(name, tensor) for tensor in captured.unused()}
         left_out = {layer.name for layer in inside if join(layer.name, "weight") in unused}
-        inside = [layer for layer in inside if layer.name not in left_out]
+        inside = [layer for layer in inside if layer.name not in left_out and layer.name not in self._fixed]
+        heads, unwanted = heads_of(self._model, name, gates, self._include, self._exclude)
+        self._fixed |= unwanted
+        known = {layer.name for layer in self._found}
+        new = [own for own in heads if own.name not in known and (self._wanted is None or own.name in self._wanted)]
+        self._found, inside = [*self._found, *new], [*inside, *new]
         layers, excluded = refine(inside, gates, activations)
         layers = [replace(layer, readers=_readers(network, gates[layer.name])) for layer in layers]
         others = [layer for layer in self._layers if layer.name not in {own.name for own in inside}]
@@ -158,7 +191,10 @@ class Units(Granularity[PrunableUnits]):
         if network in self._learned:
             used = {layer.name for layer in self._learned[network].layers}
             layers = [layer for layer in layers if layer.name in used]
-        return ActivationCollector([layer.probe(self._feature) for layer in layers], num_classes)
+        probes = {layer.name: layer.probe(self._feature) for layer in layers}
+        collector = ActivationCollector([probe for probe in probes.values() if probe is not None], num_classes)
+        collector.unmatched |= {name: INSIDE for name, probe in probes.items() if probe is None}
+        return collector
 
     def scoring_inputs(
         self,
@@ -173,6 +209,10 @@ class Units(Granularity[PrunableUnits]):
 
     def _members_of(self, layer: PrunableUnits) -> Members:
         return layer.members(zeroed=self._bias == "zero")
+
+    def _per_candidate(self, layer: PrunableUnits, values: Tensor) -> Tensor:
+        """Of a head, the mean over its channels."""
+        return values.view(-1, layer.size).mean(1) if layer.size > 1 else values
 
     def _values_of(self, layer: PrunableUnits) -> Tensor:
         if layer.kind == "channel":

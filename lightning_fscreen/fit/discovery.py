@@ -42,6 +42,7 @@ class Discovery:
         self._model, self._settings = model, settings
         self._refused: CaptureError | None = None  # the innermost one
         self.granularity: Granularity[Any] = settings.find_candidates(model)
+        self.granularity.restore(state.get("structure", {}))
         self.granularity.leave_out(copies.reasons(self.granularity.names))
         # In a fit that goes on, layers no longer look as they did when it began.
         self._fresh = state.get("fresh", {}) if "kept" in state else self.granularity.fresh()
@@ -110,8 +111,9 @@ class Discovery:
 
     def find_again(self, names: Collection[str]) -> None:
         """Go on with the candidates of these layers, in a model that has become smaller."""
-        not_pruned = self.granularity.not_pruned
+        not_pruned, structure = self.granularity.not_pruned, self.granularity.structure()
         self.granularity = self._settings.find_candidates(self._model)
+        self.granularity.restore(structure)
         self.granularity.keep_only(names, not_pruned)
         self._learn_again()
 
@@ -164,6 +166,7 @@ class Discovery:
         """What is known, as tensors and primitives."""
         return {
             "not_pruned": dict(self.granularity.not_pruned),
+            "structure": self.granularity.structure(),
             "fresh": dict(self._fresh),
             "never_ran": dict(self._never_ran),
             "settled": self.recorder.closed,

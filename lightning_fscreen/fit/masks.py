@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class Masks:
 
     def _cut(self, name: str, full: Tensor) -> Tensor:
         """The part of a tensor over all candidates of a layer that is physically left."""
-        return self._plan.cut(self._names[name], full, self.members[name].dims)
+        return self.members[name].cut(full, partial(self._plan.cut, self._names[name]))
 
     def _record(self, present: Mapping[str, Tensor]) -> None:
         self._kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
@@ -166,11 +167,9 @@ class Masks:
         masked = [both for name, mask in pruned.items() for both in self.members[name].masks(mask)]
         self._factors = [(parameter, mask.to(parameter.dtype)) for parameter, mask in masked]
         self.apply()
-        by_parameter: dict[Tensor, Tensor] = dict(masked)
         for optimizer in optimizers:
-            for tensor, state in optimizer.state.items():
-                if tensor in by_parameter:
-                    _mask_state(state, tensor.shape, by_parameter[tensor])
+            for parameter, mask in masked:  # one may have the rows of some candidates and the columns of others
+                _mask_state(optimizer.state.get(parameter, {}), parameter.shape, mask)
 
     @torch.no_grad()
     def apply(self) -> None:

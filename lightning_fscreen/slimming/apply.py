@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
+import torch
 from torch import nn
 
+from lightning_fscreen.modules import in_mode
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.double import let_go
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.plan import SlimmingPlan
-from lightning_fscreen.slimming.planning import Change, make_change
+from lightning_fscreen.slimming.planning import Change, Numbers, make_change
 from lightning_fscreen.slimming.rewrite import Undo, install
+from lightning_fscreen.slimming.sizes import Sizes, stale_sizes
 from lightning_fscreen.slimming.slots import Assumption
 from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import Verification, VerificationError
@@ -62,15 +66,19 @@ def remove_dead_slots(
             other slots; network and copies are untouched then, as after an error of `agree`.
     """
 
-    def change(literal: Collection[str] = (), attributes: bool = False) -> tuple[Change, Mapping[str, Assumption]]:
+    def change(literal: Collection[str] = (), numbers: Numbers = "computed") -> tuple[Change, Mapping[str, Assumption]]:
         switched = off and off()
         slots = find_slots(network, captured, switched, literal)
-        return make_change(network, slots, switched, attributes), slots.assumed
+        return make_change(network, slots, switched, numbers), slots.assumed
 
-    def carry_out(own: Change, literal: Collection[str] = (), attributes: bool = False) -> Undo:
+    def carry_out(own: Change, literal: Collection[str] = (), numbers: Numbers = "computed") -> Undo:
         for follower in followers:
-            follower.plan(lambda: change(literal, attributes)[0], own)
+            follower.plan(lambda: _replace_sizes(change(literal, numbers)[0], own.plan.sizes), own)
         return _apply(network, own, verification, followers)
+
+    def run() -> None:
+        with torch.no_grad(), in_mode(network, captured.training):
+            network(*args, **kwargs)
 
     own, assumed = change()
     if not own.plan:
@@ -85,9 +93,10 @@ def remove_dead_slots(
         let_go(error)
         log.info("sizes seem to be written into forward: %s", error)
 
-        def attempt(literal: Collection[str]) -> tuple[Change, Undo]:
-            own, _ = change(literal, attributes=True)
-            return own, carry_out(own, literal, attributes=True) if own.plan else _nothing
+        def attempt(literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
+            own, _ = change(literal, numbers)
+            own = _with_stale_sizes(network, own, run)
+            return own, carry_out(own, literal, numbers) if own.plan else _nothing
 
         own, undo = _take_literally(attempt, assumed)
     try:
@@ -101,28 +110,52 @@ def remove_dead_slots(
     return own.plan
 
 
+def _with_stale_sizes(network: nn.Module, change: Change, run: Callable[[], None]) -> Change:
+    """The change, with those of its sizes that do not follow by themselves.
+
+    Raises:
+        VerificationError: the smaller network does not run.
+    """
+    if not change.plan.sizes:
+        return change
+    undo = install(network, replace(change.plan, sizes={}), change.tensors)
+    try:
+        return _replace_sizes(change, stale_sizes(network, change.plan.sizes, run))
+    except Exception as error:  # whatever forward raises
+        let_go(error)
+        raise VerificationError(f"forward of {type(network).__name__} fails on the smaller network: {error}") from error
+    finally:
+        undo()
+
+
+def _replace_sizes(change: Change, sizes: Sizes) -> Change:
+    """A change with other sizes."""
+    return replace(change, plan=replace(change.plan, sizes=sizes))
+
+
 def _nothing() -> None:
     """Undo nothing."""
 
 
 def _take_literally(
-    attempt: Callable[[Collection[str]], tuple[Change, Undo]], assumed: Mapping[str, Assumption]
+    attempt: Callable[[Collection[str], Numbers], tuple[Change, Undo]], assumed: Mapping[str, Assumption]
 ) -> tuple[Change, Undo]:
-    """Find the lines of the source that have sizes written as numbers, by trying; their channels stay.
+    """Let numbers follow the channels that they count: as attributes of their module, or where calls are given them.
 
-    Numbers that are attributes of their module are changed with the channels.
+    Where neither does, find the lines of the source that have them, by trying; their channels stay.
     """
 
-    def literally(lines: Collection[str]) -> tuple[Change, Undo]:
-        return attempt({name for name, assumption in assumed.items() if assumption.line in lines})
+    def literally(lines: Collection[str], numbers: Numbers = "attributes") -> tuple[Change, Undo]:
+        return attempt({name for name, assumption in assumed.items() if assumption.line in lines}, numbers)
 
-    lines: list[str] = []
-    try:
-        own, undo = literally(lines)
-    except VerificationError as error:
-        let_go(error)
-        lines = list(dict.fromkeys(assumption.line for assumption in assumed.values()))
-        own, undo = literally(lines)
+    for numbers in get_args(Numbers)[1:]:
+        try:
+            return literally([], numbers)
+        except VerificationError as error:
+            let_go(error)
+            log.info("numbers in forward do not follow as %s: %s", numbers, error)
+    lines = list(dict.fromkeys(assumption.line for assumption in assumed.values()))
+    own, undo = literally(lines)
     for line in list(lines) if len(lines) > 1 else []:
         undo()
         try:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import first_names, in_mode, uncompiled
+from lightning_fscreen.slimming.multihead import by_sizes
 
 
 class CaptureError(RuntimeError):
@@ -61,6 +62,7 @@ def capture(
             plain_norms(network),
             _without_cumulative_averages(network),
             _as_written(network),
+            by_sizes(network),
             plain_outputs(network),
             torch.no_grad(),
         ):

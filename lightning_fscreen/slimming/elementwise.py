@@ -18,8 +18,8 @@ ACTIVATIONS = """
     clamp clamp_ clamp_min clamp_max threshold
 """.split()
 _POINTWISE = """
-    abs neg exp sqrt square pow erf add add_ sub sub_ div div_ rsub maximum minimum clone contiguous alias detach
-    detach_
+    abs neg exp sqrt rsqrt square pow floor erf add add_ sub sub_ div div_ rsub maximum minimum clone contiguous alias
+    detach detach_
 """.split()
 
 
@@ -34,7 +34,7 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False) -> Value:
     Raises:
         Unsupported: an argument is a number computed from values, or there is more than one output.
     """
-    operands = [_operand(walk, source) for source in node.all_input_nodes]
+    operands = [operand_of(walk, source) for source in node.all_input_nodes]
     if not isinstance(node.meta["val"], Tensor):
         raise Unsupported("it has more than one output")
     shape = tuple(node.meta["val"].shape)
@@ -60,9 +60,17 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False) -> Value:
     return Value(shape, labels, constant, known)
 
 
+def masked(walk: Walk, node: Any) -> Value:
+    """Some elements are replaced by a number, or by those of another tensor, as a mask says."""
+    shape = tuple(node.meta["val"].shape)
+    labels = unify_operands(walk, [operand_of(walk, source) for source in node.all_input_nodes], shape)
+    ones = [1] * len(shape)
+    return Value(shape, labels, torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool))
+
+
 def copy(walk: Walk, node: Any) -> Value:
     """What is copied into a tensor takes the place of its elements, and goes with them."""
-    target, source = (_operand(walk, item) for item in node.args[:2])
+    target, source = (operand_of(walk, item) for item in node.args[:2])
     labels = unify_operands(walk, [target, source], target.shape)
     rank = len(target.shape)
     return Value(target.shape, labels, _with_rank(source.constant, rank), _with_rank(source.known, rank))
@@ -79,7 +87,7 @@ def fill(walk: Walk, node: Any) -> Value:
 
 def cast(walk: Walk, node: Any) -> Value:
     """Another dtype or device; constants are rounded where it is one of integers."""
-    value = _operand(walk, node.args[0])
+    value = operand_of(walk, node.args[0])
     dtype = node.meta["val"].dtype
     exact = dtype.is_floating_point or dtype.is_complex
     constant = value.constant if exact else value.constant.to(dtype).double()
@@ -118,8 +126,12 @@ def noise(walk: Walk, node: Any) -> Value:
     return Value(value.shape, value.labels, value.constant, torch.zeros_like(value.known))
 
 
-def _operand(walk: Walk, source: Any) -> Value:
-    """The value of a tensor argument; a parameter gets slots along its only long dimension."""
+def operand_of(walk: Walk, source: Any) -> Value:
+    """The value of a tensor argument; a parameter gets slots along its only long dimension.
+
+    Raises:
+        Unsupported: the argument is no tensor.
+    """
     name, value = walk.name(source), walk.values[source]
     if not isinstance(value, Value):
         raise Unsupported("one of its arguments is computed from values")
@@ -166,6 +178,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys((*ACTIVATIONS, *_POINTWISE), pointwise),
     **dict.fromkeys(("mul", "mul_"), partial(pointwise, zero_absorbs=True)),
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
+    **dict.fromkeys(("masked_fill", "masked_fill_", "where"), masked),
     "copy_": copy,
     **dict.fromkeys(("fill_", "zero_"), fill),
     "prelu": prelu,

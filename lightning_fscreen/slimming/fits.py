@@ -59,6 +59,14 @@ def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
                 )
             if attribute.startswith("_") or not _is_smaller(after, before):
                 raise PlanError(f"the plan sets {join(name, attribute)!r} to {after}, which is no size below {before}")
+    for name, sizes in plan.sizes.items():
+        if name not in modules:
+            raise PlanError(f"the plan changes sizes in {name!r}, which {type(network).__name__} does not have")
+        for (call, place), (before, after) in sizes.items():
+            if min(call, place) < 0 or not 1 <= after < before:
+                raise PlanError(
+                    f"the plan makes {after} of size {before} in call {call} of {name!r}, which is no smaller size"
+                )
     for name in plan.selects:
         _check_select(plan, name, modules.get(name), type(network).__name__, first)
     norms = [name for name in plan.removed if isinstance(modules[name], _BatchNorm)]

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.modules import coupled_layers, join, uncompiled
-from lightning_fscreen.slimming import norms, rows  # noqa: F401  # they register their kinds
+from lightning_fscreen.modules import coupled_layers, join, uncompiled, why_fixed
+from lightning_fscreen.slimming import heads, norms, rows  # noqa: F401  # they register their kinds
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
+from lightning_fscreen.slimming.heads import mute
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.kinds import KINDS, kind_of, off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
 from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
-from lightning_fscreen.slimming.slots import SlotGraph
+from lightning_fscreen.slimming.slots import Heads, SlotGraph
 
 STAYS = -1
 """Unit of a channel that cannot be pruned."""
@@ -36,9 +37,10 @@ class Gate:
         excluded: why none of the units can be pruned; None if some can.
         kind: "channel": the layer is a batch norm; γ = β = 0 switches a channel off. "neuron": it is a linear or
             convolution layer; a row of zeros in the weight does (a column, where the convolution is transposed), and a
-            zero in the bias.
+            zero in the bias. "head": it is an attention; zeros in those columns of its projection that read a head do.
         readers: the weights of linear and convolution layers that multiply the units: name of the weight → its
             dimension over the inputs and, for each input, the number of the unit that it carries.
+        projection: of heads, the name of the layer whose weight's columns read them, divided evenly in their order.
     """
 
     name: str
@@ -48,19 +50,21 @@ class Gate:
     excluded: str | None = None
     kind: str = "channel"
     readers: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    projection: str | None = None
 
 
 def find_gates(model: nn.Module, example_inputs: Any, kinds: Collection[str] | None = None) -> list[Gate]:
     """Layers of a model whose units can be switched off, in the order of its modules.
 
-    These are the batch norms, and those linear and convolution layers whose outputs no batch norm normalises: where one
-    does, its channels are the units.
+    These are the batch norms, those linear and convolution layers whose outputs no batch norm normalises (where one
+    does, its channels are the units), and attention, whose heads are the units: all that makes a head goes with it.
 
     Args:
         model: any module that `torch.export` can capture; untouched.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
             instances.
-        kinds: "channel" or "neuron" or both; all by default. What no gate of these kinds switches off counts as fixed.
+        kinds: some of "channel", "neuron", "head"; all by default. What no gate of these kinds switches off counts as
+            fixed.
 
     Returns:
         All gates; those that cannot be pruned say why.
@@ -130,12 +134,18 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
     slots = find_slots(
         network, captured, {name: _all_off(part) for name, part in modules.items() if name not in reasons}
     )
+    found = slots.heads if "head" in kinds else {}
+    mute(slots, {name: torch.ones(len(own.labels), dtype=torch.bool) for name, own in found.items()})
     _couple(slots)
     root = slots.components(pinned=False)
     why_not = _why_not(network, slots, root)
+    reasons |= _fixed_heads(network, slots, found, root)
+    counts = {name: KINDS[_kind(module)].units(module) for name, module in modules.items()}
+    counts |= {name: len(own.labels) for name, own in found.items()}
+    order = {name: place for place, (name, _) in enumerate(network.named_modules())}
     units: dict[str, tuple[int, ...]] = {}
-    for name, module in modules.items():
-        units[name] = (STAYS,) * KINDS[_kind(module)].units(module)
+    for name in sorted(counts, key=lambda name: order.get(name, order.get(name.removesuffix(".heads"), -1))):
+        units[name] = (STAYS,) * counts[name]
         if name not in slots.gates:
             unused = join(name, "weight") in captured.unused()
             why = "the example inputs do not reach it" if unused else "forward uses its weight in a way of its own"
@@ -148,9 +158,33 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
     groups = _groups(units)
     readers = _readers(slots, root)
     return [
-        Gate(name, len(own), groups[name], own, reasons.get(name), _kind(modules[name]), _reading(readers, own))
+        Gate(
+            name,
+            len(own),
+            groups[name],
+            own,
+            reasons.get(name),
+            "head" if name in found else _kind(modules[name]),
+            _reading(readers, own),
+            found[name].projection if name in found else None,
+        )
         for name, own in units.items()
     ]
+
+
+def _fixed_heads(network: nn.Module, slots: SlotGraph, found: Mapping[str, Heads], root: Tensor) -> dict[str, str]:
+    """Heads that cannot be switched off, and layers whose outputs are heads, which go as a whole; with the reasons."""
+    reasons: dict[str, str] = {}
+    for name, own in found.items():
+        projection = network.get_submodule(own.projection)
+        if len(own.labels) == 1:
+            reasons[name] = "it has a single head"
+        elif reason := why_fixed(projection, {}):
+            reasons[name] = f"the layer that projects its heads, {own.projection!r}: {reason}"
+        for layer, outputs in slots.layers.items():
+            if bool(torch.isin(root[outputs], root[own.labels]).any()):
+                reasons[layer] = f"its outputs belong to the heads of {name!r}, which are pruned as a whole"
+    return reasons
 
 
 Readers = dict[str, tuple[int, tuple[int, ...]]]
@@ -177,7 +211,7 @@ def _all_off(module: nn.Module) -> Off:
     """All units of a gate switched off, silent."""
     kind = kind_of(module)
     assert kind is not None
-    return off(module, torch.ones(kind.units(module), dtype=torch.bool), silent=True)
+    return off(module, kind, torch.ones(kind.units(module), dtype=torch.bool), silent=True)
 
 
 def _normalised(network: nn.Module, captured: Capture) -> list[str]:
@@ -205,7 +239,10 @@ def _why_not(network: nn.Module, slots: SlotGraph, root: Tensor) -> dict[int, st
     for reader in slots.readers:
         # A batch norm that is called twice cannot select: its inputs go with its outputs.
         itself = root[reader.inputs] == root[reader.outputs] if isinstance(reader, NormReader) else False
-        for label in root[reader.inputs[~reader.known & ~torch.as_tensor(itself)]].unique().tolist():
+        read = ~reader.known & ~torch.as_tensor(itself)
+        if isinstance(reader, DenseReader) and reader.muted is not None:
+            read = read & ~reader.muted
+        for label in root[reader.inputs[read]].unique().tolist():
             reasons.setdefault(label, f"{reader.layer!r} reads it mixed with channels that no gate can switch off")
     for reader, carried in zip(slots.readers, carriable(network, slots), strict=True):
         lost = reader.known & ~(carried.silent() if isinstance(reader, GroupedReader) else carried.known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_fscreen.modules import is_transposed_linear, named_tensors, own_tensors
 from lightning_fscreen.slimming.aliases import Aliases
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.sizes import Call, numbered_calls
 from lightning_fscreen.slimming.slots import Assumption, SlotGraph, Value
 
 Handler = Callable[["Walk", Any], Any]
@@ -61,6 +63,8 @@ class Walk:
         off: batch norm → its channels that are switched off.
         literal: operators (names of nodes: `view` and the like) whose sizes are numbers written into forward, which
             must stay; others' are taken for computed from the input's shape.
+        head_dims: operators that take channels apart into heads → the dimension of the heads. None where it is to be
+            found out (see `attention.py`): then nothing is unified.
     """
 
     def __init__(
@@ -70,8 +74,12 @@ class Walk:
         handlers: Mapping[str, Handler],
         off: Mapping[str, Off] | None = None,
         literal: Collection[str] = (),
+        head_dims: Mapping[str, int] | None = MappingProxyType({}),
     ) -> None:
         self.slots = SlotGraph()
+        self.head_dims = head_dims
+        self.splits: dict[str, Tensor] = {}  # where head_dims are to be found out: operator → labels of its output
+        self.contracted: list[tuple[Tensor, tuple[int, ...]]] = []  # labels of what is multiplied, and its batch
         self.modules = dict(network.named_modules())
         self.off = off
         self._literal = literal
@@ -79,6 +87,7 @@ class Walk:
         self._aliases = Aliases(self.values)
         self.streams: dict[fx.Node, Tensor] = {}  # selects of ours → the channels of the stream that they select from
         self._graph = captured.graph
+        self._calls = numbered_calls(captured.graph, operator_name)
         self._handlers = handlers
         tensors = named_tensors(network)
         first_name = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
@@ -149,17 +158,19 @@ class Walk:
             self.opaque.setdefault(self.names[node.name], reason)
         pytree.tree_map_only(Value, lambda value: self.slots.pin(value.labels, reason), self.values[node])
 
-    def is_computed(self, node: fx.Node, *values: Value) -> bool:
+    def is_computed(self, node: fx.Node, *values: Value, counted: Mapping[int, Tensor] | None = None) -> bool:
         """Whether the sizes of a call are taken for computed from its input's shape.
 
         Args:
             node: the call.
             values: what it takes and gives.
+            counted: place of a size → slots that it counts.
         """
         if node.name in self._literal:
             return False
+        call = Call(*self._calls[node.name], counted) if counted and node.name in self._calls else None
         line = "\n".join((node.meta.get("stack_trace") or node.name).strip().splitlines()[-2:]).strip()
-        self.slots.assumed[node.name] = Assumption(line, module_of(node), values)
+        self.slots.assumed[node.name] = Assumption(line, module_of(node), values, call)
         return True
 
     def keep_all(self, node: fx.Node, labels: Tensor, reason: str) -> None:
@@ -181,6 +192,8 @@ class Walk:
                 raise Unsupported("it writes to an argument that it does not return")
         except Unsupported as unsupported:
             result = self._pinned(node, unsupported)
+            if self.head_dims is None:
+                result = self._passed_on(node, result)
         except GuardOnDataDependentSymNode:  # raised by torch where a size is only known when forward runs
             result = self._pinned(node, Unsupported("a size depends on values"))
         for source in written(node):  # whoever reads the argument later sees the result
@@ -188,6 +201,14 @@ class Walk:
             self._aliases.write(source, result if isinstance(result, Value) else Value.pinned(shape))
         self._aliases.note(node)
         return result
+
+    def _passed_on(self, node: Any, result: Any) -> Any:
+        """Where heads are looked for, what is of the shape of the first argument is taken for arranged like it."""
+        first = self.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+        if not isinstance(first, Value) or not isinstance(result, Value):
+            return result
+        known = all(type(size) is int for size in (*first.shape, *result.shape))  # others depend on values
+        return first if known and first.shape == result.shape else result
 
     def _item(self, node: Any) -> Any:
         items, index = node.args

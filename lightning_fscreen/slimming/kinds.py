@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_fscreen.modules import own_tensors
 from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.slots import Heads
 
 
 class Kind(ABC):
@@ -48,6 +49,10 @@ class Kind(ABC):
     def entries(self, module: nn.Module, units: Tensor) -> Tensor:
         """The entries of the weight that belong to some units, (units,) bool: a mask of the weight's shape."""
 
+    def shift(self, module: nn.Module) -> Tensor | None:
+        """The constant that is left of units when their weights are zero, (units,); None without one."""
+        return own_tensors(module)[1]
+
     def lacking(self, module: nn.Module) -> str | None:
         """The tensor that a layer uses, or would need, but does not hold itself."""
         weight, shift = own_tensors(module)
@@ -76,23 +81,39 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS.values() if kind.is_gate(module)), None)
 
 
-def off(module: nn.Module, units: Tensor, silent: bool = False) -> Off:
+def switch_of(network: nn.Module, name: str, heads: Mapping[str, Heads]) -> tuple[nn.Module, Kind]:
+    """The layer whose weights switch the units of a gate off, and the kind of the gate.
+
+    Args:
+        network: the network.
+        name: of the gate.
+        heads: the heads of the network.
+    """
+    if name in heads:
+        return network.get_submodule(heads[name].projection), KINDS["head"]
+    module = network.get_submodule(name)
+    kind = kind_of(module)
+    assert kind is not None
+    return module, kind
+
+
+def off(module: nn.Module, kind: Kind, units: Tensor, silent: bool = False) -> Off:
     """Units of a gate switched off.
 
     Args:
-        module: the gate.
+        module: the layer that switches them off.
+        kind: the kind of the gate.
         units: (units,) bool, True where switched off.
         silent: whether their shift is, too; else they go on with the shift that the module has.
     """
     pruned = units.detach().cpu()
-    shift = None if silent else own_tensors(module)[1]
+    shift = None if silent else kind.shift(module)
     constant = torch.zeros(len(units), dtype=torch.float64) if shift is None else shift.detach().cpu().double()
     return Off(pruned, torch.where(pruned, constant, 0.0))
 
 
-def parameters_off(module: nn.Module, units: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+def parameters_off(module: nn.Module, kind: Kind, units: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     """The weight and the shift of a gate, each with the mask, of its shape, of what belongs to some units."""
-    kind, (weight, shift) = kind_of(module), own_tensors(module)
-    assert kind is not None
+    weight, shift = own_tensors(module)[0], kind.shift(module)
     both = ((weight, kind.entries(module, units)), (shift, units)) if weight is not None else ((shift, units),)
-    return [(parameter, mask) for parameter, mask in both if parameter is not None]
+    return [(parameter, mask) for parameter, mask in both if isinstance(parameter, nn.Parameter)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_fscreen.slimming.elementwise import operand_of
 from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel
 from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
 from lightning_fscreen.slimming.select import SELECT, selected
@@ -17,10 +18,46 @@ from lightning_fscreen.slimming.slots import Stream, Value
 
 def linear(walk: Walk, node: Any) -> Value:
     """Features are the last dimension."""
-    weight, bias = _parameters(walk, node)
+    given = arguments(node)
+    part = walk.values[given["weight"]]
+    weight, rows = part.rows if isinstance(part, Value) and part.rows else (walk.name(given["weight"]), None)
+    if weight is None:
+        raise Unsupported("its weight is no parameter")
     if len(walk.shape(weight)) != 2:
         raise Unsupported("its weight is no matrix")
-    return _dense(walk, node, node.args[0], weight, bias, channel_dim=-1)
+    bias = walk.name(given["bias"])
+    if rows is None and (bias is not None or given["bias"] is None):
+        return _dense(walk, node, node.args[0], weight, bias, channel_dim=-1)
+    return _parts_of_dense(walk, node, weight, rows or slice(None), given["bias"])
+
+
+def _parts_of_dense(walk: Walk, node: Any, weight: str, rows: slice, bias: Any) -> Value:
+    """Some rows of a weight, or a bias that is computed from parameters: nobody can take a constant."""
+    labels, constant, known = walk.slots.along(walk.value(node.args[0]), -1)
+    all_rows = walk.slots.dims.get((weight, 0))
+    all_rows = walk.slots.new(walk.shape(weight)[0]) if all_rows is None else all_rows
+    walk.slots.cut(weight, 0, all_rows)
+    walk.slots.cut(weight, 1, labels)
+    outputs = all_rows[rows]
+    if bias is not None:
+        walk.slots.unify(outputs, walk.slots.along(operand_of(walk, bias), 0)[0])
+    walk.slots.readers.append(
+        DenseReader(
+            layer=weight,
+            inputs=labels,
+            outputs=outputs,
+            constant=constant,
+            known=known,
+            module=None,
+            weight=weight,
+            bias=None,
+            nonzero=None if walk.training else walk.tensor(weight)[rows] != 0,
+            padded=False,
+        )
+    )
+    owners = [name for name, _ in walk.layers.get(weight, [])]
+    unknown = torch.zeros(len(outputs), dtype=torch.float64), torch.zeros(len(outputs), dtype=torch.bool)
+    return by_channel(node, -1, outputs, *_switched(walk, owners if rows == slice(None) else [], outputs, *unknown))
 
 
 def product(walk: Walk, node: Any) -> Value:

@@ -45,7 +45,7 @@ def removed_constants(reader: DenseReader, live: Tensor, kept: Tensor) -> tuple[
     The carrier is None where the bias takes the constants.
     """
     constants = reader.known & (reader.constant != 0)
-    rows = reader.reads((live if reader.padded else kept)[reader.outputs])
+    rows = reader.reads((kept if reader.foldable else live)[reader.outputs])  # others' values are for the shape alone
     gone = constants & rows & ~kept[reader.inputs]
     if not reader.padded or not bool(gone.any()):
         return gone, None

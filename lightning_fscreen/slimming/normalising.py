@@ -13,8 +13,14 @@ from lightning_fscreen.slimming.slots import Value
 
 
 def over_all_channels(walk: Walk, node: Any) -> Value:
-    """Without one of its channels such a norm divides by something else."""
-    raise Unsupported("it normalises over all channels")
+    """Without one of its channels such a norm divides by something else; but within a head all stay."""
+    given = arguments(node)
+    value = walk.value(given["input"])
+    if any(size > 1 for size in value.labels.shape[-len(given["normalized_shape"]) :]):
+        raise Unsupported("it normalises over all channels")
+    for name in _names(walk, given, *(key for key in ("weight", "bias") if key in given)).values():
+        walk.opaque.setdefault(name, "it is the scale of all heads")
+    return Value(value.shape, value.labels, torch.zeros_like(value.constant), torch.zeros_like(value.known))
 
 
 def group_norm(walk: Walk, node: Any) -> Value:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from lightning_fscreen.slimming import elementwise, layers, normalising, parts, pooling, shapes
+from lightning_fscreen.slimming import attention, elementwise, layers, normalising, parts, pooling, shapes
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.heads import find_heads, mute
 from lightning_fscreen.slimming.interpreter import Handler, Off, Walk
 from lightning_fscreen.slimming.slots import SlotGraph
 
@@ -18,6 +19,7 @@ HANDLERS: dict[str, Handler] = {
     **pooling.HANDLERS,
     **layers.HANDLERS,
     **normalising.HANDLERS,
+    **attention.HANDLERS,
 }
 """Operator → handler; operators of torch by their own name, others as `namespace::name`."""
 
@@ -25,8 +27,18 @@ HANDLERS: dict[str, Handler] = {
 def find_slots(
     network: nn.Module, captured: Capture, off: Mapping[str, Off] | None = None, literal: Collection[str] = ()
 ) -> SlotGraph:
-    """Walk over a captured network; see `Walk`."""
-    return Walk(network, captured, HANDLERS, off, literal).run()
+    """Walk over a captured network; see `Walk`. Heads that are switched off are not read."""
+
+    def seek() -> Walk:
+        walk = Walk(network, captured, HANDLERS, {}, head_dims=None)
+        walk.run()
+        return walk
+
+    walk = Walk(network, captured, HANDLERS, off, literal, attention.find_head_dims(captured.graph, seek))
+    slots = walk.run()
+    slots.heads = find_heads(slots, walk.modules)
+    mute(slots, {name: own.pruned for name, own in (off or {}).items() if name in slots.heads})
+    return slots
 
 
 def register_operator(name: str) -> Callable[[Handler], Handler]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_fscreen.slimming.elementwise import unify_operands
+from lightning_fscreen.slimming.elementwise import operand_of, unify_operands
 from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, operator_name
 from lightning_fscreen.slimming.slots import Value, compress
 
@@ -26,7 +27,7 @@ def split(walk: Walk, node: Any) -> list[Value]:
 
 def chunk(walk: Walk, node: Any) -> list[Value]:
     """A given number of parts: equal parts lose the same channels, others none."""
-    value = walk.value(node.args[0])
+    value = _rows_of(walk, node) or walk.value(node.args[0])
     dim, parts = _parts(node, value)
     if value.labels.shape[dim] > 1:
         if len({part.shape for part in parts}) > 1:
@@ -34,6 +35,19 @@ def chunk(walk: Walk, node: Any) -> list[Value]:
         else:
             _match(walk, [part.labels for part in parts])
     return [_compressed(part) for part in parts]
+
+
+def _rows_of(walk: Walk, node: Any) -> Value | None:
+    """A parameter whose rows are divided: each part makes outputs of its own."""
+    name = walk.name(node.args[0])
+    if name is None or arguments(node)["dim"] != 0:
+        return None
+    shape = walk.shape(name)
+    labels = walk.slots.dims.get((name, 0))
+    labels = walk.slots.new(shape[0]) if labels is None else labels
+    walk.slots.cut(name, 0, labels)
+    value = Value.pinned(shape)
+    return replace(value, labels=labels.reshape(-1, *[1] * (len(shape) - 1)), rows=(name, slice(0, shape[0])))
 
 
 def glu(walk: Walk, node: Any) -> Value:
@@ -57,14 +71,18 @@ def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
     for output in node.meta["val"]:
         size = output.shape[dim]
         fields = (part if part.shape[dim] == 1 else part.narrow(dim, start, size) for part in value.fields())
-        parts.append(Value(tuple(output.shape), *fields))
+        rows = None if value.rows is None else (value.rows[0], slice(start, start + size))
+        parts.append(Value(tuple(output.shape), *fields, rows=rows))
         start += size
     return dim, parts
 
 
 def _match_if_equal(walk: Walk, node: Any, value: Value, parts: list[Value]) -> None:
     """Sizes of parts: equal ones may be computed from the input's shape."""
-    if len({part.shape for part in parts}) == 1 and walk.is_computed(node, value, parts[0]):
+    dim = arguments(node)["dim"]
+    equal = len({part.shape for part in parts}) == 1
+    counted = dict.fromkeys(range(len(parts)), parts[0].along(dim)) if equal else None
+    if equal and walk.is_computed(node, value, parts[0], counted=counted):
         _match(walk, [part.labels for part in parts])
     else:
         walk.keep_all(node, value.labels, f"{operator_name(node)} has sizes written into forward")
@@ -76,7 +94,7 @@ def _match(walk: Walk, labels: list[Tensor]) -> None:
 
 
 def _compressed(value: Value) -> Value:
-    return Value(value.shape, *map(compress, value.fields()))
+    return Value(value.shape, *map(compress, value.fields()), rows=value.rows)
 
 
 def slice_(walk: Walk, node: Any) -> Value:
@@ -113,7 +131,7 @@ def select(walk: Walk, node: Any) -> Value:
     value = walk.value(node.args[0])
     given = arguments(node)
     dim = given["dim"] % len(value.shape)
-    if value.labels.shape[dim] > 1:
+    if value.labels.shape[dim] > 1 and walk.head_dims is not None:
         raise Unsupported("it takes a channel by its number")
     return _at(value, dim, given["index"])
 
@@ -122,7 +140,7 @@ def unbind(walk: Walk, node: Any) -> list[Value]:
     """All positions, or all parts of a stack."""
     value = walk.value(node.args[0])
     dim = arguments(node)["dim"] % len(value.shape)
-    if value.labels.shape[dim] > 1:
+    if value.labels.shape[dim] > 1 and walk.head_dims is not None:
         raise Unsupported("it takes all channels apart")
     return [_at(value, dim, index) for index in range(value.shape[dim])]
 
@@ -136,7 +154,8 @@ def cat(walk: Walk, node: Any) -> Value:
     """One after another."""
     given = arguments(node)
     shape = tuple(node.meta["val"].shape)
-    values = [walk.value(source) for source in given["tensors"]]
+    vectors = len(shape) == 1  # biases, one after the other
+    values = [operand_of(walk, source) if vectors else walk.value(source) for source in given["tensors"]]
     values = [value for value in values if value.shape != (0,)]
     if not values:
         return Value.pinned(shape)
@@ -151,6 +170,43 @@ def cat(walk: Walk, node: Any) -> Value:
         ]
         joined.append(compress(torch.cat(sized, dim)))
     return Value(shape, *joined)
+
+
+def lookup(walk: Walk, node: Any) -> Value:
+    """Rows of a table, by their numbers: its columns are the last dimension."""
+    given = arguments(node)
+    table, index = (given["weight"], given["indices"]) if "weight" in given else (node.args[0], None)
+    if index is None:
+        numbers = given["indices"]
+        if [item is not None for item in numbers].count(True) != 1 or _is_mask(numbers[0]):
+            raise Unsupported("it takes elements apart by their numbers")
+    name, shape = walk.name(table), tuple(node.meta["val"].shape)
+    if name is None:
+        value = walk.value(table)
+        if value.labels.shape[0] > 1:
+            raise Unsupported("it takes channels by their numbers")
+        extra = len(shape) - len(value.shape)
+        fields = (part.reshape([1] * extra + list(part.shape)) for part in (value.labels, *_unknown_if(value)))
+        return Value(shape, *fields)
+    if len(walk.shape(name)) != 2:
+        raise Unsupported("it is no table with two dimensions")
+    labels = walk.slots.dims.get((name, 1))
+    labels = walk.slots.new(walk.shape(name)[1]) if labels is None else labels
+    walk.slots.cut(name, 1, labels)
+    value = Value.pinned(shape)
+    return replace(value, labels=labels.reshape([1] * (len(shape) - 1) + [-1]))
+
+
+def _is_mask(numbers: Any) -> bool:
+    return numbers is None or numbers.meta["val"].dtype == torch.bool
+
+
+def _unknown_if(value: Value) -> tuple[Tensor, Tensor]:
+    """Constants that hold for all rows."""
+    if value.constant.shape[0] == value.known.shape[0] == 1:
+        return value.constant, value.known
+    ones = [1] * len(value.shape)
+    return torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool)
 
 
 def stack(walk: Walk, node: Any) -> Value:
@@ -174,4 +230,5 @@ HANDLERS: dict[str, Handler] = {
     "unbind": unbind,
     "cat": cat,
     "stack": stack,
+    **dict.fromkeys(("index", "embedding"), lookup),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_fscreen.modules import join
 from lightning_fscreen.slimming.attributes import Attributes, attributes_from_json, attributes_to_json, followed
+from lightning_fscreen.slimming.sizes import Sizes, followed_sizes, sizes_from_json, sizes_to_json
 from lightning_fscreen.slimming.summary import plan_table
 from lightning_fscreen.tables import Table
 
@@ -39,6 +40,8 @@ class SlimmingPlan:
             What it selects follows from them and from its own cuts, so that neither can be wrong alone.
         kept_for: batch norms that keep channels which are switched off, how many, and why; a record.
         attributes: module → {attribute: (size before, size after)}: numbers in forward that count channels.
+        sizes: module → {(number of a call in its forward, place of a size): (size before, size after)}: numbers that
+            forward computes from others; see `slimming/sizes.py`.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -51,6 +54,7 @@ class SlimmingPlan:
     streams: dict[str, tuple[int, ...]] = field(default_factory=dict)
     kept_for: dict[str, str] = field(default_factory=dict)
     attributes: Attributes = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> SlimmingPlan:
         """Itself: nobody changes a plan."""
@@ -76,7 +80,7 @@ class SlimmingPlan:
 
     def is_like(self, other: SlimmingPlan) -> bool:
         """Whether both do the same to a network."""
-        fields = ("shapes", "cuts", "groups", "biases", "selects", "attributes")
+        fields = ("shapes", "cuts", "groups", "biases", "selects", "attributes", "sizes")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 
     def under(self, prefix: str) -> SlimmingPlan:
@@ -92,6 +96,7 @@ class SlimmingPlan:
             {join(prefix, name): indices for name, indices in self.streams.items()},
             {join(prefix, name): reason for name, reason in self.kept_for.items()},
             {join(prefix, name): values for name, values in self.attributes.items()},
+            {join(prefix, name): values for name, values in self.sizes.items()},
         )
 
     def within(self, prefix: str) -> SlimmingPlan:
@@ -114,6 +119,7 @@ class SlimmingPlan:
             inner(self.streams),
             inner(self.kept_for),
             inner(self.attributes),
+            inner(self.sizes),
         )
 
     def then(self, second: SlimmingPlan) -> SlimmingPlan:
@@ -139,6 +145,7 @@ class SlimmingPlan:
             {**self.streams, **self._streams_after(second)},
             {**self.kept_for, **second.kept_for},
             followed(self.attributes, second.attributes),
+            followed_sizes(self.sizes, second.sizes),
         )
 
     def _streams_after(self, second: SlimmingPlan) -> dict[str, tuple[int, ...]]:
@@ -190,6 +197,7 @@ class SlimmingPlan:
                 "streams": self.streams,
                 "kept_for": self.kept_for,
                 "attributes": attributes_to_json(self.attributes),
+                "sizes": sizes_to_json(self.sizes),
             }
         )
 
@@ -218,6 +226,7 @@ class SlimmingPlan:
                 {str(name): tuple(map(_integer, kept)) for name, kept in data.get("streams", {}).items()},
                 {str(name): str(reason) for name, reason in data.get("kept_for", {}).items()},  # not in older ones
                 attributes_from_json(data.get("attributes", {}), _integer),
+                sizes_from_json(data.get("sizes", {}), _integer),
             )
         except PlanError:
             raise

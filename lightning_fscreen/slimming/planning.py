@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,12 @@ from lightning_fscreen.slimming.liveness import live_slots, removed_constants
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.readers import DenseReader, Reader
 from lightning_fscreen.slimming.select import selected
+from lightning_fscreen.slimming.sizes import proposed_sizes
 from lightning_fscreen.slimming.slots import SlotGraph
+
+Numbers = Literal["computed", "attributes", "sizes"]
+"""Numbers in forward that count channels: they are computed from shapes, and so follow by themselves; attributes of
+modules that have the same value follow; calls that are given sizes get others."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Change:
 
 
 def make_change(
-    network: nn.Module, slots: SlotGraph, off: Mapping[str, Off] | None = None, attributes: bool = False
+    network: nn.Module, slots: SlotGraph, off: Mapping[str, Off] | None = None, numbers: Numbers = "computed"
 ) -> Change:
     """The plan that removes all dead slots; network and slots stay as they are.
 
@@ -47,12 +53,13 @@ def make_change(
         network: the network.
         slots: its slots.
         off: batch norm → its channels that are switched off.
-        attributes: whether attributes of modules that seem to count channels change with them.
+        numbers: what is done about numbers in forward that seem to count channels.
     """
     tensors, modules = named_tensors(network), dict(network.named_modules())
     readers = carriable(network, slots)
     live, kept = live_slots(slots, readers)
     dense = [reader for reader in readers if isinstance(reader, DenseReader)]
+    calls = [assumption.call for assumption in slots.assumed.values() if assumption.call is not None]
     cuts = _cuts(slots, kept)
     folds, biases = _folds(tensors, dense, live, kept)
     selects, streams = _selects(modules, slots, kept)
@@ -67,8 +74,10 @@ def make_change(
         streams=streams,
         kept_for=kept_for(slots, readers, live, kept, off or {}),
         attributes=followed(
-            proposed_attributes(network, slots.assumed.values(), kept) if attributes else {}, _counts(slots, kept)
+            proposed_attributes(network, slots.assumed.values(), kept) if numbers == "attributes" else {},
+            _counts(slots, kept),
         ),
+        sizes=proposed_sizes(calls, kept) if numbers == "sizes" else {},
     )
 
     exact = {name: _cut_exact(plan, name, fold) for name, fold in folds.items()}
@@ -209,5 +218,6 @@ def _removed(
     outputs = {reader.module: reader.outputs for reader in dense if reader.module is not None}
     outputs |= slots.depthwise
     outputs |= {name: slots.gates[name] for name in selects}
+    outputs |= {name: heads.labels for name, heads in slots.heads.items()}
     counts = {name: int((~kept[labels]).sum()) for name, labels in outputs.items()}
     return {name: counts[name] for name in modules if counts.get(name)}

@@ -45,6 +45,8 @@ def reduce(walk: Walk, node: Any, adds: bool = False) -> Value:
     dims = range(rank) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
     dims = [dim % rank for dim in dims] if rank else []
     if any(value.labels.shape[dim] > 1 for dim in dims):
+        if not node.users:  # attention weights that are averaged over the heads for nobody
+            return Value.pinned(tuple(node.meta["val"].shape))
         raise Unsupported("it mixes channels")
     constant, known = torch.broadcast_tensors(value.constant, value.known)
     branches = [dim for dim in dims if constant.shape[dim] > 1]  # of a stack; the others are positions
@@ -57,6 +59,19 @@ def reduce(walk: Walk, node: Any, adds: bool = False) -> Value:
     if not given.get("keepdim"):
         parts = [part.squeeze(dims) for part in parts]
     return Value(tuple(node.meta["val"].shape), *parts)
+
+
+def length(walk: Walk, node: Any) -> Value:
+    """The norm over positions, or over what goes as one."""
+    value, given = walk.value(node.args[0]), arguments(node)
+    rank = len(value.shape)
+    dims = [dim % rank for dim in (range(rank) if given["dim"] is None else given["dim"])]
+    if any(value.labels.shape[dim] > 1 for dim in dims):
+        raise Unsupported("it mixes channels")
+    labels = value.labels if given["keepdim"] else value.labels.squeeze(dims)
+    ones = [1] * labels.ndim
+    unknown = torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool)
+    return Value(tuple(node.meta["val"].shape), labels, *unknown)
 
 
 def softmax(walk: Walk, node: Any) -> Value:
@@ -80,5 +95,6 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), partial(pool, rank=2)),
     **dict.fromkeys(("mean", "amax", "amin"), reduce),
     "sum": partial(reduce, adds=True),
+    "linalg_vector_norm": length,
     **dict.fromkeys(("softmax", "log_softmax"), softmax),
 }

@@ -48,6 +48,7 @@ class DenseReader(Reader):
         padded: zero padding meets the input, so that a constant is not the same at the border.
         input_dim: dimension of the weight that runs over inputs.
         foldable: whether constants can go into the bias; only planning knows (see `carriable`).
+        muted: (in,) bool, inputs whose weights are switched off; None if no gate does that here.
     """
 
     module: str | None
@@ -57,12 +58,12 @@ class DenseReader(Reader):
     padded: bool
     input_dim: int = 1
     foldable: bool = False
+    muted: Tensor | None = None
 
     def reads(self, rows: Tensor) -> Tensor:
         """Inputs with a weight that is not zero in one of the rows."""
-        if self.nonzero is None:
-            return rows.any().expand(len(self.inputs))
-        return self.nonzero[rows].any(0)
+        read = rows.any().expand(len(self.inputs)) if self.nonzero is None else self.nonzero[rows].any(0)
+        return read if self.muted is None else read & ~self.muted
 
     def spared(self) -> Tensor:
         """Constants go into the bias; where padding meets them, into one of them that stays."""

@@ -12,6 +12,7 @@ from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.rewrite import Undo, install, original_groups
 from lightning_fscreen.slimming.select import drop_select, put_select, selected
+from lightning_fscreen.slimming.sizes import set_sizes
 
 
 def slim_like(network: nn.Module, plan: SlimmingPlan) -> None:
@@ -49,11 +50,13 @@ def grow(network: nn.Module) -> Undo:
     for name in plan.selects:
         drop_select(network.get_submodule(name))
     undo_attributes = set_attributes(network, plan.attributes, before=True)
+    undo_sizes = set_sizes(network, {name: {} for name in plan.sizes}, keep=False)
     undo_install = install(network, SlimmingPlan(), new)
     detach_plans(network)
 
     def undo() -> None:
         undo_install()
+        undo_sizes()
         undo_attributes()
         for layer, bias in biases.items():
             network.get_submodule(layer).bias = bias

@@ -13,8 +13,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_fscreen.modules import join, own_tensors, parameters_by_name, put_tensor
 from lightning_fscreen.slimming.attributes import set_attributes
+from lightning_fscreen.slimming.multihead import match_heads
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.select import put_select
+from lightning_fscreen.slimming.sizes import set_sizes
 
 Undo = Callable[[], None]
 _GROUPS = "_fscreen_groups"
@@ -73,11 +75,12 @@ def _install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tenso
         modules[name].__dict__.setdefault(_GROUPS, modules[name].groups)
         modules[name].groups = groups
     undo.append(set_attributes(network, plan.attributes))
+    undo.append(set_sizes(network, plan.sizes))
     for name, indices in plan.selects.items():
         device = next(tensor.device for tensor in (*modules[name].parameters(), *modules[name].buffers()))
         undo.append(put_select(modules[name], indices, device))
     for module in modules.values():
-        undo += _match_sizes(module)
+        undo += _match_sizes(module) + match_heads(module)
 
 
 def original_groups(module: nn.Module) -> int:
@@ -102,6 +105,8 @@ def _match_sizes(module: nn.Module) -> list[Undo]:
             sizes = {"out_channels": first, "in_channels": second * module.groups}
     elif isinstance(module, _BatchNorm):
         sizes = {"num_features": len(weight)}
+    elif isinstance(module, nn.Embedding):
+        sizes = {"embedding_dim": weight.shape[1]}
     elif isinstance(module, nn.PReLU):
         sizes = {"num_parameters": len(weight)}
     changed = [name for name, size in sizes.items() if getattr(module, name) != size]

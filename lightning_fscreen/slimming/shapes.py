@@ -43,6 +43,24 @@ def resize(walk: Walk, node: Any) -> Value:
     return result
 
 
+def expand(walk: Walk, node: Any) -> Value:
+    """As `resize`; what is repeated for every head has as many copies as there are heads."""
+    value, sizes = walk.value(node.args[0]), list(node.args[1])
+    new = len(sizes) - len(value.shape)
+    copied = [dim for dim, size in enumerate(sizes) if size > 1 and (dim < new or value.shape[dim - new] == 1)]
+    if walk.head_dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
+        (dim,) = copied
+    elif walk.head_dims and walk.head_dims.get(node.name) in copied:
+        dim = walk.head_dims[node.name]
+        walk.slots.pin(value.labels, "all heads share it")
+    else:
+        return resize(walk, node)
+    result = Value.pinned(tuple(node.meta["val"].shape))
+    result.labels = walk.slots.new(sizes[dim]).reshape([-1 if place == dim else 1 for place in range(len(sizes))])
+    _respect_sizes(walk, node, result, sizes, first=0)
+    return result
+
+
 def unflatten(walk: Walk, node: Any) -> Value:
     """As `move`, to sizes that forward gives for the parts of one dimension."""
     result = move(walk, node)
@@ -61,15 +79,21 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
         first: the first dimension that they belong to.
     """
     varying = [dim for dim, size in enumerate(result.labels.shape) if size > 1]
-    fixed = [dim for dim in varying if first <= dim < first + len(sizes) and sizes[dim - first] != -1]
-    if not fixed:
+    if walk.head_dims is None:
+        walk.splits[node.name] = result.labels
         return
-    if not walk.is_computed(node, walk.value(node.args[0]), result):
+    fixed = [dim for dim in varying if first <= dim < first + len(sizes) and sizes[dim - first] != -1]
+    free = walk.head_dims.get(node.name)
+    if not fixed and free is None:
+        return
+    if free is None:
+        channels = _channel_dim(node)
+        last = channels if channels in varying else varying[-1]
+        free = next((dim for dim in varying if dim not in fixed), last)
+    counted = {free - first: result.along(free)} if free in fixed else {}
+    if not walk.is_computed(node, walk.value(node.args[0]), result, counted=counted):
         walk.keep_all(node, result.labels, f"{operator_name(node)} has sizes {sizes} written into forward")
         return
-    channels = _channel_dim(node)
-    last = channels if channels in varying else varying[-1]
-    free = next((dim for dim in varying if dim not in fixed), last)
     for dim in varying:
         if dim != free:
             row = result.labels.narrow(dim, 0, 1)
@@ -173,7 +197,8 @@ _NEW = """
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(_MOVES, move),
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), resize),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), resize),
+    "expand": expand,
     "unflatten": unflatten,
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand_as": expand_as,

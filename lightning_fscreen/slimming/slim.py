@@ -15,9 +15,11 @@ from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy, average_exactly, copies_of, take_pruned
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
-from lightning_fscreen.slimming.kinds import kind_of, off, parameters_off
+from lightning_fscreen.slimming.kinds import kind_of, off, parameters_off, switch_of
+from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.optimizers import follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.slimming.plan import SlimmingPlan
+from lightning_fscreen.slimming.slots import Heads
 
 Bias = Literal["zero", "fold"]
 
@@ -88,12 +90,14 @@ def slim(
         True
     """
     model = uncompiled(model)
-    check_keep(model, keep)
     check_bias(bias)
+    check_keep(model, {name: mask for name, mask in keep.items() if _is_layer(model, name)})
     followers = [follow] if isinstance(follow, nn.Module) else list(follow)
     used, copies, before = optimizers_of(model, optimizers), copies_of(model, followers), dict(model.named_parameters())
     args, kwargs = call_arguments(example_inputs)
-    plan = slim_captured(model, capture_training(model, args, kwargs), keep, args, kwargs, bias, copies)
+    captured = capture_training(model, args, kwargs)
+    check_keep(model, keep, heads_in(model, captured, keep))
+    plan = slim_captured(model, captured, keep, args, kwargs, bias, copies)
     follow_plan(used, model, before, plan)
     warn_of_orphans(used, model, before)
     for module in followers:
@@ -116,13 +120,14 @@ def slim_captured(
 
     Nobody takes the optimizers along. `agree` has the last word: network and copies are untouched after its error.
     """
+    heads = heads_in(network, captured, keep)
 
     def switched() -> dict[str, Off]:
-        return {name: off(network.get_submodule(name), ~mask) for name, mask in keep.items()}
+        return {name: off(*switch_of(network, name, heads), ~mask) for name, mask in keep.items()}
 
-    undo = [switch_off(network, keep, bias)]
+    undo = [switch_off(network, keep, bias, heads)]
     try:
-        undo.append(take_pruned(copies, network, _pruned(network, keep)))
+        undo.append(take_pruned(copies, network, _pruned(network, keep, heads)))
         return remove_dead_slots(network, captured, args, kwargs, switched, copies, agree)
     except BaseException:
         for step in reversed(undo):
@@ -130,12 +135,21 @@ def slim_captured(
         raise
 
 
-def _pruned(network: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _is_layer(network: nn.Module, name: str) -> bool:
+    return name in dict(network.named_modules()) and kind_of(network.get_submodule(name)) is not None
+
+
+def heads_in(network: nn.Module, captured: Capture, keep: Iterable[str]) -> Mapping[str, Heads]:
+    """The heads of a network, if some of these gates are no layers."""
+    return {} if all(_is_layer(network, name) for name in keep) else find_slots(network, captured, {}).heads
+
+
+def _pruned(network: nn.Module, keep: Mapping[str, Tensor], heads: Mapping[str, Heads]) -> dict[str, Tensor]:
     """Parameter of a gate → bool, of its shape, True where it is pruned."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     pruned: dict[str, Tensor] = {}
     for name, mask in keep.items():
-        for parameter, entries in parameters_off(network.get_submodule(name), ~mask):
+        for parameter, entries in parameters_off(*switch_of(network, name, heads), ~mask):
             pruned[names[id(parameter)]] = entries | pruned.get(names[id(parameter)], False)
     return pruned
 
@@ -146,27 +160,33 @@ def check_bias(bias: str) -> None:
         raise ValueError(f"unknown bias {bias!r}; choose one of {list(get_args(Bias))}")
 
 
-def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
+def check_keep(model: nn.Module, keep: Mapping[str, Tensor], heads: Mapping[str, Heads] | None = None) -> None:
     """Check masks against the gates of a model.
 
+    Args:
+        model: the model.
+        keep: gate → mask.
+        heads: those of the model, if they are known.
+
     Raises:
-        ValueError: names the first module that does not fit, and the mask that it needs.
+        ValueError: names the first gate that does not fit, and the mask that it needs.
     """
-    modules = {name: module for name, module in model.named_modules() if kind_of(module)}
+    heads = heads or {}
+    layers = [name for name, module in model.named_modules() if kind_of(module)]
     for name, mask in keep.items():
-        kind = kind_of(modules[name]) if name in modules else None
-        if kind is None:
+        if name not in layers and name not in heads:
             raise ValueError(
-                f"keep names {name!r}, which is no batch norm, linear or convolution layer of {type(model).__name__}; "
-                f"they are {list(modules)}"
+                f"keep names {name!r}, which is no batch norm, linear or convolution layer of {type(model).__name__}, "
+                f"nor an attention whose heads can be followed; they are {[*layers, *heads]}"
             )
-        units = kind.units(modules[name])
+        module, kind = switch_of(model, name, heads)
+        units = len(heads[name].labels) if name in heads else kind.units(module)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (units,):
             found = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"keep[{name!r}] must be a bool tensor of shape ({units},), got {found}")
         if not bool(mask.any()):
             raise ValueError(f"keep[{name!r}] keeps none of {units} {kind.name}s; a layer needs at least one")
-        if not bool(mask.all()) and (lacking := kind.lacking(modules[name])):
+        if not bool(mask.all()) and (lacking := kind.lacking(module)):
             raise ValueError(
                 f"{name!r} has no {lacking} of its own to switch {kind.name}s off with (affine=False, or computed by a "
                 "parametrization or an older pruning hook); leave it out of keep"
@@ -174,13 +194,15 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def switch_off(network: nn.Module, keep: Mapping[str, Tensor], bias: Bias) -> Callable[[], None]:
+def switch_off(
+    network: nn.Module, keep: Mapping[str, Tensor], bias: Bias, heads: Mapping[str, Heads] | None = None
+) -> Callable[[], None]:
     """Zero the weights of the units that are not kept, and their shifts for bias="zero"; returns what undoes it."""
     old = []
     for name, mask in keep.items():
-        module = network.get_submodule(name)
+        module, kind = switch_of(network, name, heads or {})
         weight = own_tensors(module)[0]
-        for parameter, entries in parameters_off(module, ~mask):
+        for parameter, entries in parameters_off(module, kind, ~mask):
             if parameter is weight or bias == "zero":
                 old.append((parameter, parameter.detach().clone()))
                 parameter[entries.to(parameter.device)] = 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.slimming.readers import Reader
+from lightning_fscreen.slimming.sizes import Call
 
 PINNED = 0  # the slot that can never go
 
@@ -28,12 +29,14 @@ class Value:
         labels: int64, broadcastable to `shape`: slot of each element.
         constant: float64, broadcastable: the element's value, where known.
         known: bool, broadcastable: whether the value is the same for every input and position.
+        rows: where it is some rows of a matrix: the name of the parameter, and which they are.
     """
 
     shape: tuple[int, ...]
     labels: Tensor
     constant: Tensor
     known: Tensor
+    rows: tuple[str, slice] | None = field(default=None, kw_only=True)
 
     @classmethod
     def pinned(cls, shape: tuple[int, ...]) -> Value:
@@ -49,6 +52,11 @@ class Value:
     def fields(self) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, constant and known as they are stored."""
         return self.labels, self.constant, self.known
+
+    def along(self, dim: int) -> Tensor:
+        """(size,) labels along one dimension, where the others begin."""
+        rows = _rows(self.labels, dim)[:, 0]
+        return rows.expand(self.shape[dim])
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, constant and known at full size, to run a data-moving operator on."""
@@ -86,11 +94,26 @@ class Assumption:
         line: where it stands in the source.
         module: the module whose forward it is in.
         values: what it takes and gives.
+        call: the call itself, with the sizes that count slots; None where other numbers do.
     """
 
     line: str
     module: str
     values: tuple[Value, ...]
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention, which are switched off by the columns of the layer that projects them.
+
+    Attributes:
+        projection: name of that layer; its inputs are the heads, one after the other, divided evenly.
+        labels: (heads,) their slots.
+    """
+
+    projection: str
+    labels: Tensor
 
 
 @dataclass
@@ -109,6 +132,8 @@ class SlotGraph:
         pins: slots that have to stay, and why.
         assumed: operators whose sizes were taken for computed.
         trained: slots whose constant is a parameter, so that training changes it.
+        attended: modules that combine heads, and the slots of these, in their order.
+        heads: name of a gate → the heads that it switches off.
     """
 
     readers: list[Reader] = field(default_factory=list)
@@ -122,8 +147,15 @@ class SlotGraph:
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     assumed: dict[str, Assumption] = field(default_factory=dict)
     trained: list[Tensor] = field(default_factory=list)
+    attended: list[tuple[str, Tensor]] = field(default_factory=list)
+    heads: dict[str, Heads] = field(default_factory=dict)
     _pairs: list[Tensor] = field(default_factory=list)
     _count: int = 1
+
+    @property
+    def count(self) -> int:
+        """Number of slots so far."""
+        return self._count
 
     def new(self, count: int) -> Tensor:
         """Labels of `count` new slots."""

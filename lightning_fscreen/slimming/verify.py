@@ -159,10 +159,20 @@ class _WithoutDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "").rstrip("_").endswith("dropout"):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name.rstrip("_").endswith("dropout"):
             return args[0] if args else kwargs["input"]
+        if name in _DROPOUT_PLACES:
+            place = _DROPOUT_PLACES[name]
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
+
+
+_DROPOUT_PLACES = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
+"""Functions that drop some of the attention → the place of the argument dropout_p."""
 
 
 def _is_elsewhere(value: Any) -> bool:

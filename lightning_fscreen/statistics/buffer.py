@@ -24,7 +24,7 @@ class ActivationBuffer:
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
         self.columns = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        self._rows = torch.empty(0, ends[-1], dtype=torch.float32, device=device)  # float64 once such values come
+        self._rows = torch.empty(0, sum(sizes), dtype=torch.float32, device=device)  # float64 once such values come
         self._labels: list[Tensor] = []  # of the steps that wait
         self._waiting = 0  # rows of theirs
         self._running: dict[int, list[Tensor]] = {}  # probe → activations (N, features) of each run of its layer

@@ -96,8 +96,8 @@ class ActivationCollector:
         exact: names of probes at the inputs of layers whose connections get sums of their own.
 
     Attributes:
-        unmatched: layers that ran on another number of instances than there are labels (on windows, say, of which it is
-            not known which belong to which), and on how many. They have no statistics.
+        unmatched: layers without statistics, and why: they ran on another number of instances than there are labels (on
+            windows, say, of which it is not known which belong to which), or whoever made this has noted something.
     """
 
     def __init__(self, probes: Sequence[Probe], num_classes: int, exact: Iterable[str] = ()) -> None:
@@ -256,7 +256,7 @@ class ActivationCollector:
             sums.load(ClassSums(**state["exact"][self._probes[index].name]))
         self._learned = list(state["learned"])
         self._batches = state["batches"]
-        self.unmatched = dict(state.get("unmatched", {}))  # not in earlier versions
+        self.unmatched |= state.get("unmatched", {})  # not in earlier versions
         self._buffer.restore(*state["waiting"])
 
     def _input_hook(self, index: int) -> Callable[..., None]:

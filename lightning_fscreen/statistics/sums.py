@@ -35,7 +35,7 @@ class FeatureSums:
         device: torch.device,
         connections: Mapping[int, ConnectionSums],
     ) -> None:
-        self.moments = empty_moments(num_classes, columns[-1].stop, device, by_feature=True)
+        self.moments = empty_moments(num_classes, columns[-1].stop if columns else 0, device, by_feature=True)
         self.connections = dict(connections)
         self._columns = list(columns)
         self._num_classes = num_classes

@@ -156,14 +156,15 @@ class Literal(nn.Module):
         return self.fc(self.body(x).view(-1, 2, 3, 8, 8).flatten(1))
 
 
-def test_sizes_written_into_forward_keep_their_channels() -> None:
+def test_sizes_written_into_forward_follow() -> None:
     network, x = Literal(), torch.randn(2, 3, 8, 8)
     keep = {"body.1": mask(8, 0, 1), "body.4": mask(6, 0, 3)}
     masked = masked_copy(network, keep, "zero")
     plan = slim(network, keep, x)
-    assert network.body[1].num_features == 6 and network.body[4].num_features == 6
-    assert "written into forward" in "".join(plan.pinned.values())
-    assert difference(outputs(masked, x), outputs(network, x)) < 1e-6
+    assert network.body[1].num_features == 6 and network.body[4].num_features == 4
+    assert plan.sizes == {"": {(0, 2): (3, 2)}}
+    for batch in (x, torch.randn(5, 3, 8, 8)):
+        assert difference(outputs(masked, batch), outputs(network, batch)) < 1e-6
 
 
 class Counts(nn.Module):
@@ -181,7 +182,8 @@ class Counts(nn.Module):
     [
         (
             {"9": mask(8)},
-            r"'9', which is no batch norm, linear or convolution layer of Sequential; they are \['0', '1',",
+            r"'9', which is no batch norm, linear or convolution layer of Sequential, nor an attention whose heads can be "
+            r"followed; they are \['0', '1',",
         ),
         ({"2": mask(8)}, "'2', which is no batch norm"),
         ({"1": mask(7)}, r"keep\['1'\] must be a bool tensor of shape \(8,\), got torch.bool of shape \(7,\)"),

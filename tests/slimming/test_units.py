@@ -214,6 +214,9 @@ def masked(net: nn.Module, masks: dict[str, Tensor], bias: str) -> nn.Module:
                 module.weight[group * inputs : (group + 1) * inputs, column] = 0
             elif isinstance(module, Conv1D):
                 module.weight[:, unit] = 0
+            elif isinstance(module, nn.MultiheadAttention):
+                module.out_proj.weight[:, unit * module.head_dim : (unit + 1) * module.head_dim] = 0
+                continue
             else:
                 module.weight[unit] = 0
             if bias == "zero" and module.bias is not None:
@@ -249,7 +252,7 @@ def test_what_is_left_computes_what_the_masked_network_does(name: str, bias: str
         "convolutions, 2-d": ["0", "3", "9", "11", "13"],
         "convolutions, group norms": ["0", "3", "9", "11", "13"],
         "gated, two layers": ["0", "1.inner.0.up", "1.inner.0.gate", "1.inner.0.down"],
-        "a transformer, norm first": ["1.linear1"],
+        "a transformer, norm first": ["1.self_attn", "1.linear1"],
         "a ConvNeXt block": ["1.inner.1"],
         "a batch norm in a part": ["1", "4"],
         "gated linear units": ["0", "2"],
@@ -264,7 +267,9 @@ def test_what_can_go_is_found(name: str, free: list[str]) -> None:
     gates = find_gates(net, inputs)
     assert [gate.name for gate in gates if gate.excluded is None] == free
     for gate in gates:
-        assert gate.kind == ("channel" if isinstance(net.get_submodule(gate.name), _BatchNorm) else "neuron")
+        kinds = {_BatchNorm: "channel", nn.MultiheadAttention: "head", nn.Module: "neuron"}
+        module = net.get_submodule(gate.name)
+        assert gate.kind == next(kind for layer, kind in kinds.items() if isinstance(module, layer))
 
 
 def test_half_of_the_neurons_leave_half_of_every_layer() -> None:

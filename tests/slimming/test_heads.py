@@ -1,0 +1,225 @@
+"""Attention heads: what is left computes what the network computes with zeros in the columns that read a head."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_fscreen import find_gates, load_slimmed, save_slimmed, slim
+from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.plan import PlanError
+from tests.slimming import difference, outputs
+from tests.slimming.attentions import PRODUCTS, SIZES, Attention, Block, Torch, masked, random_block, random_keep
+from tests.slimming.masked import CASES
+
+
+def attention(sizes: str = "inferred", product: str = "matmul", **settings: Any) -> Block:
+    torch.manual_seed(0)
+    given = {"fused": True, "bias": True, "extra": "", "causal": False, "groups": 4, **settings}
+    return Block(16, Attention(16, 4, 4, given.pop("groups"), product, sizes, **given), cross=False).double()
+
+
+def inputs(block: Block, count: int = 2, length: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, length, block.head.in_features, dtype=torch.float64, generator=generator)
+
+
+def check(block: Block, seed: int) -> tuple[Any, SlimmingPlan]:
+    """Slim a block at random, compare it with the masked one; returns the latter, and the plan."""
+    gates = find_gates(block, inputs(block))
+    keep = random_keep(gates, seed)
+    reference = masked(block, gates, keep)
+    plan = slim(block, keep, inputs(block))
+    for batch in (inputs(block), inputs(block, 3, 7)):
+        for training in (False, True):
+            found, expected = block.train(training)(batch), reference.train(training)(batch)
+            assert difference([expected], [found]) < 1e-9
+    return reference, plan
+
+
+@settings(max_examples=max(CASES, 40), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**31))
+def test_any_attention_computes_the_same(seed: int) -> None:
+    block = random_block(seed)
+    fresh = copy.deepcopy(block)
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    assert gate.excluded is None and gate.projection in ("attention.projection", "attention.attention.out_proj")
+    check(block, seed)
+    mask = torch.tensor([unit == gate.units[0] for unit in gate.units])
+    reference = masked(fresh, [gate], {gate.name: mask})
+    slim(fresh, {gate.name: mask}, inputs(block))
+    assert difference(outputs(reference, inputs(block)), outputs(fresh, inputs(block))) < 1e-9
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (reference, fresh))
+    assert after < before
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_head_goes_from_all_weights(sizes: str, product: str) -> None:
+    block = attention(sizes, product, extra="scale")
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    assert (gate.name, gate.channels, gate.projection) == ("attention", 4, "attention.projection")
+    plan = slim(block, {"attention": torch.tensor([True, False, False, True])}, inputs(block))
+    inner: Any = block.attention
+    assert inner.qkv.weight.shape == (24, 16) and inner.projection.weight.shape == (16, 8)
+    assert inner.scale.shape == (2, 1, 1) and plan.removed["attention"] == 2
+
+
+def test_groups_of_queries_share_their_fate() -> None:
+    block = attention(fused=False, groups=2)
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    first, second, third, fourth = gate.units
+    assert first == second != third == fourth
+    layers = {gate.name: gate.excluded for gate in find_gates(block, inputs(block)) if gate.kind == "neuron"}
+    assert layers["attention.key"] == "its outputs belong to the heads of 'attention', which are pruned as a whole"
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("torchs_own", [False, True])
+def test_the_plan_says_all(sizes: str, torchs_own: bool, tmp_path: Path) -> None:
+    """Saved, loaded, made full again, slimmed twice, copied, pickled, compiled and exported: equal outputs."""
+
+    def fresh() -> Block:
+        own = Torch(16, 4, weights=False, batch_first=True)
+        return Block(16, own, cross=False).double() if torchs_own else attention(sizes)
+
+    block, x = fresh(), inputs(fresh())
+    check(block, 1)
+    check(block, 2)
+    expected = outputs(block, x)
+    loaded = fresh()
+    save_slimmed(block, tmp_path / "block.safetensors")
+    load_slimmed(loaded, tmp_path / "block.safetensors")
+    other = fresh()
+    other.load_state_dict(block.state_dict())
+    buffer = io.BytesIO()
+    torch.save(block, buffer)
+    buffer.seek(0)
+    pickled = torch.load(buffer, weights_only=False)
+    for network in (loaded, other, copy.deepcopy(block), pickled):
+        assert difference(expected, outputs(network, x)) == 0
+        for parameter in block.parameters():
+            parameter.data.add_(0)  # the copies have values of their own
+    full = copy.deepcopy(other)
+    full.load_state_dict(fresh().state_dict())
+    assert difference(outputs(fresh(), x), outputs(full, x)) < 2 if torchs_own else True
+    assert [p.shape for p in full.parameters()] == [p.shape for p in fresh().parameters()]
+    full(x)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(block.eval(), (x,)).module()
+    with torch.no_grad():
+        assert difference(expected, [compiled(x)]) < 1e-12
+        assert difference(expected, [exported(x)]) < 1e-12
+
+
+def test_a_damaged_plan_is_refused() -> None:
+    block = attention("of the stream")
+    _, plan = check(block, 0)
+    assert plan.sizes
+    text = plan.to_json().replace('"sizes": {"attention": [[', '"sizes": {"attention": [[-')
+    with pytest.raises(PlanError, match="which is no smaller size"):
+        from lightning_fscreen.slimming.resize import slim_like
+
+        slim_like(attention("of the stream"), SlimmingPlan.from_json(text))
+
+
+class Weights(nn.Module):
+    """Attention weights are an output, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        out, weights = self.attention(x, x, x)
+        return self.head(self.linear(out).relu()), weights
+
+
+class Talking(Block):
+    """A layer mixes the heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        weights = self.talk((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+        return self.head(self.mlp(self.attention.projection((weights @ v).transpose(1, 2).flatten(2))).mean(1))
+
+
+def talking() -> Talking:
+    block = Talking(16, attention().attention, cross=False).double()
+    block.talk = nn.Linear(4, 4).double()
+    return block
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Weights().double(), "operation 'mean' in module 'attention': it mixes channels"),
+        (talking, "'talk' reads it mixed with channels that no gate can switch off"),
+        (lambda: Block(16, Torch(16, 1, weights=False), cross=False).double(), "it has a single head"),
+    ],
+)
+def test_attention_that_keeps_its_heads_says_why(make: Any, reason: str) -> None:
+    block = make()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    gates = find_gates(block, x)
+    assert [gate.excluded for gate in gates if gate.kind == "head"] == [reason]
+    free = [gate for gate in gates if gate.excluded is None]
+    assert [gate.kind for gate in free] == ["neuron"]
+    keep = {free[0].name: torch.arange(free[0].channels) < 4}
+    reference = masked(block, gates, keep)
+    slim(block, keep, x)
+    assert difference(outputs(reference, x), outputs(block, x)) < 1e-9
+
+
+def test_a_frozen_projection_keeps_its_heads() -> None:
+    block = attention()
+    block.attention.projection.weight.requires_grad_(False)
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    assert gate.excluded is not None and "'attention.projection'" in gate.excluded and "frozen" in gate.excluded
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"attention": torch.ones(3, dtype=torch.bool)}, r"keep\['attention'\] must be a bool tensor of shape \(4,\)"),
+        ({"attention": torch.zeros(4, dtype=torch.bool)}, "keeps none of 4 heads; a layer needs at least one"),
+        ({"mlp": torch.ones(4, dtype=torch.bool)}, r"nor an attention .* they are \[.*'head', 'attention'\]"),
+    ],
+)
+def test_bad_masks_are_named_and_change_nothing(keep: dict[str, Tensor], message: str) -> None:
+    block = attention()
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match=message):
+        slim(block, keep, inputs(block))
+    assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
+def test_an_encoder_with_padding_is_right_on_all_its_paths() -> None:
+    """Without gradients torch would compute it with fused kernels and nested tensors, which insist on all heads."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).double()
+    x, padding = torch.randn(3, 6, 16, dtype=torch.float64), torch.arange(6) >= torch.tensor([[6], [4], [3]])
+    gates = find_gates(encoder, {"src": x, "src_key_padding_mask": padding})
+    keep = random_keep(gates, 0)
+    reference = masked(encoder, gates, keep)
+    slim(encoder, keep, {"src": x, "src_key_padding_mask": padding})
+    for training in (False, True):
+        for network in (encoder, reference):
+            for module in network.train(training).modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    module.dropout = 0.0
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+        with torch.no_grad():
+            expected, found = reference(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding)
+        assert difference([expected[~padding]], [found[~padding]]) < 1e-9
