@@ -105,7 +105,7 @@ def join_parts(parts: Mapping[str, SlimmingPlan]) -> SlimmingPlan:
     def union(field: str) -> dict[str, object]:
         return {name: value for part in moved for name, value in getattr(part, field).items()}
 
-    fields = ("shapes", "cuts", "groups", "selects", "streams", "pinned", "removed", "kept_for", "attributes")
+    fields = ("shapes", "cuts", "groups", "selects", "streams", "pinned", "removed", "kept_for", "attributes", "sizes")
     return SlimmingPlan(
         biases=tuple(name for part in moved for name in part.biases),
         **{field: union(field) for field in fields},  # type: ignore[arg-type]
@@ -165,6 +165,7 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             *plan.removed,
             *plan.kept_for,
             *plan.attributes,
+            *plan.sizes,
         ]
     )
     return {
@@ -178,6 +179,7 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             streams={"": plan.streams[owner]} if owner in plan.streams else {},
             kept_for={"": plan.kept_for[owner]} if owner in plan.kept_for else {},
             attributes={"": plan.attributes[owner]} if owner in plan.attributes else {},
+            sizes={"": plan.sizes[owner]} if owner in plan.sizes else {},
         )
         for owner in owners
     }

@@ -177,9 +177,7 @@ def _fixed_heads(network: nn.Module, slots: SlotGraph, found: Mapping[str, Heads
     reasons: dict[str, str] = {}
     for name, own in found.items():
         projection = network.get_submodule(own.projection)
-        if len(own.labels) == 1:
-            reasons[name] = "it has a single head"
-        elif reason := why_fixed(projection, {}):
+        if reason := why_fixed(projection, {}):
             reasons[name] = f"the layer that projects its heads, {own.projection!r}: {reason}"
         for layer, outputs in slots.layers.items():
             if bool(torch.isin(root[outputs], root[own.labels]).any()):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -77,15 +78,23 @@ def stale_sizes(network: nn.Module, proposed: Sizes, run: Callable[[], object]) 
         run: runs it on the inputs that it was captured with. May fail where other numbers are wrong.
     """
     stale: Sizes = {}
-    undo = set_sizes(network, proposed)
+    before = {name: vars(network.get_submodule(name)).get("forward") for name in proposed}
     try:
-        for name in proposed:
-            forward: Any = network.get_submodule(name).forward
-            forward.stale = stale.setdefault(name, {})
+        for name, sizes in proposed.items():
+            module = network.get_submodule(name)
+            module.forward = SizedForward(module, sizes, stale.setdefault(name, {}))
         run()
     finally:
-        undo()
+        _put_back(network, before)
     return {name: sizes for name, sizes in stale.items() if sizes}
+
+
+def _put_back(network: nn.Module, before: Mapping[str, Any]) -> None:
+    for name, forward in before.items():
+        values = vars(network.get_submodule(name))
+        values.pop("forward", None)
+        if forward is not None:
+            values["forward"] = forward
 
 
 class SizedForward:
@@ -95,14 +104,19 @@ class SizedForward:
         module: the module.
         sizes: (number of the call, place of the size) → (size before, and after): what the call is given is multiplied
             by their quotient, since sizes may also count instances.
+        stale: where it is to be found out which calls are given the sizes before: gets those that are, as shares.
     """
 
-    def __init__(self, module: nn.Module, sizes: Mapping[tuple[int, int], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        sizes: Mapping[tuple[int, int], tuple[int, int]],
+        stale: dict[tuple[int, int], tuple[int, int]] | None = None,
+    ) -> None:
         self._module = module
         self.own = vars(module).get("forward")
         self.sizes = dict(sizes)
-        self.stale: dict[tuple[int, int], tuple[int, int]] | None = None
-        """Where it is to be found out which calls are given the sizes before: those that were, as shares."""
+        self._stale = stale
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -116,7 +130,7 @@ class SizedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
-        with _Resizing(self.sizes, self.stale):
+        with _Resizing(self.sizes, self._stale):
             return self._forward(*args, **kwargs)
 
 
@@ -194,14 +208,7 @@ def set_sizes(network: nn.Module, sizes: Sizes, keep: bool = True) -> Callable[[
         if own:
             module.forward = SizedForward(module, own)
 
-    def undo() -> None:
-        for name, forward in before.items():
-            values = vars(network.get_submodule(name))
-            values.pop("forward", None)
-            if forward is not None:
-                values["forward"] = forward
-
-    return undo
+    return partial(_put_back, network, before)
 
 
 def followed_sizes(first: Sizes, second: Sizes) -> Sizes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_fscreen import find_gates, load_slimmed, save_slimmed, slim
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.plan import PlanError
+from lightning_fscreen.slimming.resize import slim_like
 from tests.slimming import difference, outputs
 from tests.slimming.attentions import PRODUCTS, SIZES, Attention, Block, Torch, masked, random_block, random_keep
 from tests.slimming.masked import CASES
@@ -34,11 +36,12 @@ def inputs(block: Block, count: int = 2, length: int = 5) -> Tensor:
 
 def check(block: Block, seed: int) -> tuple[Any, SlimmingPlan]:
     """Slim a block at random, compare it with the masked one; returns the latter, and the plan."""
-    gates = find_gates(block, inputs(block))
+    batches = inputs(block), inputs(block, 3, 7)
+    gates = find_gates(block, batches[0])
     keep = random_keep(gates, seed)
     reference = masked(block, gates, keep)
-    plan = slim(block, keep, inputs(block))
-    for batch in (inputs(block), inputs(block, 3, 7)):
+    plan = slim(block, keep, batches[0])
+    for batch in batches:
         for training in (False, True):
             found, expected = block.train(training)(batch), reference.train(training)(batch)
             assert difference([expected], [found]) < 1e-9
@@ -98,21 +101,19 @@ def test_the_plan_says_all(sizes: str, torchs_own: bool, tmp_path: Path) -> None
     loaded = fresh()
     save_slimmed(block, tmp_path / "block.safetensors")
     load_slimmed(loaded, tmp_path / "block.safetensors")
-    other = fresh()
-    other.load_state_dict(block.state_dict())
     buffer = io.BytesIO()
     torch.save(block, buffer)
     buffer.seek(0)
-    pickled = torch.load(buffer, weights_only=False)
-    for network in (loaded, other, copy.deepcopy(block), pickled):
+    copied, pickled = copy.deepcopy(block), torch.load(buffer, weights_only=False)
+    full, dense = copy.deepcopy(block), fresh()
+    with torch.no_grad():
+        for parameter in block.parameters():  # copies have values of their own
+            parameter.add_(1)
+    for network in (loaded, copied, pickled):
         assert difference(expected, outputs(network, x)) == 0
-        for parameter in block.parameters():
-            parameter.data.add_(0)  # the copies have values of their own
-    full = copy.deepcopy(other)
-    full.load_state_dict(fresh().state_dict())
-    assert difference(outputs(fresh(), x), outputs(full, x)) < 2 if torchs_own else True
-    assert [p.shape for p in full.parameters()] == [p.shape for p in fresh().parameters()]
-    full(x)
+    full.load_state_dict(dense.state_dict())
+    assert difference(outputs(dense, x), outputs(full, x)) == 0
+    expected = outputs(block, x)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     exported = torch.export.export(block.eval(), (x,)).module()
     with torch.no_grad():
@@ -124,11 +125,12 @@ def test_a_damaged_plan_is_refused() -> None:
     block = attention("of the stream")
     _, plan = check(block, 0)
     assert plan.sizes
-    text = plan.to_json().replace('"sizes": {"attention": [[', '"sizes": {"attention": [[-')
-    with pytest.raises(PlanError, match="which is no smaller size"):
-        from lightning_fscreen.slimming.resize import slim_like
-
-        slim_like(attention("of the stream"), SlimmingPlan.from_json(text))
+    for sizes in ({(0, 3): (2, 4)}, {(0, 3): (4, 0)}, {(-1, 3): (4, 2)}):
+        damaged = SlimmingPlan.from_json(replace(plan, sizes={"attention": sizes}).to_json())
+        with pytest.raises(PlanError, match="which is no smaller size"):
+            slim_like(attention("of the stream"), damaged)
+    with pytest.raises(PlanError, match="changes sizes in 'other', which Block does not have"):
+        slim_like(attention("of the stream"), replace(plan, sizes={"other": {(0, 3): (4, 2)}}))
 
 
 class Weights(nn.Module):
@@ -153,9 +155,9 @@ class Talking(Block):
         return self.head(self.mlp(self.attention.projection((weights @ v).transpose(1, 2).flatten(2))).mean(1))
 
 
-def talking() -> Talking:
-    block = Talking(16, attention().attention, cross=False).double()
-    block.talk = nn.Linear(4, 4).double()
+def frozen() -> Block:
+    block = attention()
+    block.attention.projection.weight.requires_grad_(False)
     return block
 
 
@@ -163,8 +165,7 @@ def talking() -> Talking:
     ("make", "reason"),
     [
         (lambda: Weights().double(), "operation 'mean' in module 'attention': it mixes channels"),
-        (talking, "'talk' reads it mixed with channels that no gate can switch off"),
-        (lambda: Block(16, Torch(16, 1, weights=False), cross=False).double(), "it has a single head"),
+        (frozen, "the layer that projects its heads, 'attention.projection': frozen (requires_grad is False)"),
     ],
 )
 def test_attention_that_keeps_its_heads_says_why(make: Any, reason: str) -> None:
@@ -180,11 +181,15 @@ def test_attention_that_keeps_its_heads_says_why(make: Any, reason: str) -> None
     assert difference(outputs(reference, x), outputs(block, x)) < 1e-9
 
 
-def test_a_frozen_projection_keeps_its_heads() -> None:
-    block = attention()
-    block.attention.projection.weight.requires_grad_(False)
-    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
-    assert gate.excluded is not None and "'attention.projection'" in gate.excluded and "frozen" in gate.excluded
+def test_heads_that_a_layer_mixes_go_on_both_sides_of_it() -> None:
+    torch.manual_seed(0)
+    block = Talking(16, attention().attention, cross=False).double()
+    block.talk = nn.Linear(4, 4).double()
+    names = [gate.name for gate in find_gates(block, inputs(block)) if gate.kind == "head" and gate.excluded is None]
+    assert names == ["attention.projection.heads", "talk.heads"]
+    check(block, 0)
+    talk: Any = block.talk
+    assert talk.weight.numel() < 16
 
 
 @pytest.mark.parametrize(

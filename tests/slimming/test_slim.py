@@ -182,8 +182,8 @@ class Counts(nn.Module):
     [
         (
             {"9": mask(8)},
-            r"'9', which is no batch norm, linear or convolution layer of Sequential, nor an attention whose heads can be "
-            r"followed; they are \['0', '1',",
+            r"'9', which is no batch norm, linear or convolution layer of Sequential, nor an attention whose heads can "
+            r"be followed; they are \['0', '1',",
         ),
         ({"2": mask(8)}, "'2', which is no batch norm"),
         ({"1": mask(7)}, r"keep\['1'\] must be a bool tensor of shape \(8,\), got torch.bool of shape \(7,\)"),
