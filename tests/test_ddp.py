@@ -16,7 +16,7 @@ from tests.conftest import Classifier, ConvNet, loader, trainer
 from tests.processes import run_ranks
 from tests.saving.test_checkpoints import equal
 from tests.test_channel_fit import residual_net
-from tests.test_unit_fit import convnext
+from tests.test_unit_fit import Attentive
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ RECIPES = {
     "accumulation": {"end_epoch": None, "end_step": 3, "prune_every": 1},  # slims within an epoch of two steps
 }
 TRAINER = {"accumulation": {"accumulate_grad_batches": 3}, "clipping": {"gradient_clip_val": 0.1}}
-NETS = {"channel": residual_net, "weight": ConvNet, "unit": convnext}
+NETS = {"channel": residual_net, "weight": ConvNet, "unit": Attentive}
 AMOUNT = {"channel": 0.5, "weight": 0.98, "unit": 0.5}
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_fscreen import ScreeningPruningCallback, load_slimmed, save_slimmed
 from tests.conftest import Classifier, digits, loader, trainer
+from tests.slimming.attentions import Attention
 from tests.test_channel_fit import OPTIMIZERS, Around, fitted
 
 
@@ -52,8 +53,28 @@ def mixed_net():
     return nn.Sequential(nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), *head)
 
 
-NETS = {"convnext": convnext, "plain": plain_net, "sigmoid": sigmoid_net, "mixed": mixed_net}
-UNITS = {"convnext": 64, "plain": 12 + 16 + 32, "sigmoid": 12 + 16 + 32, "mixed": 12 + 40}
+class Attentive(nn.Module):
+    """Rows of an image attend to each other, by a layer of torch and by one whose sizes are those of the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 10)
+        self.first = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.second = Attention(16, 4, 4, 4, "matmul", "of the stream", True, True, "scale", causal=False)
+
+    def forward(self, x):
+        x = self.first(self.embed(x.view(-1, 8, 8)))
+        return self.head((x + self.second(x)).mean(1))
+
+
+NETS = {
+    "convnext": convnext,
+    "plain": plain_net,
+    "sigmoid": sigmoid_net,
+    "mixed": mixed_net,
+    "attention": Attentive,
+}
+UNITS = {"convnext": 64, "plain": 12 + 16 + 32, "sigmoid": 12 + 16 + 32, "mixed": 12 + 40, "attention": 24 + 4 + 4}
 Pruning = functools.partial(ScreeningPruningCallback, "unit", amount=0.5, end_epoch=2)
 
 
@@ -82,7 +103,7 @@ class Averaged(Classifier):
         self.average.update_parameters(self.net)
 
 
-@pytest.mark.parametrize("net", ["convnext", "plain", "mixed"])
+@pytest.mark.parametrize("net", ["convnext", "plain", "mixed", "attention"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_run_that_slims_equals_the_run_with_masks_only(net, optimizer):
     """Gradients, momentum and moving averages of the small network are those of the masked one."""
@@ -126,6 +147,28 @@ def test_every_criterion_ranks_units(criterion):
     callback = Pruning(criterion=criterion)
     fitted(callback, net=mixed_net, max_epochs=3)
     assert callback.report().kept == 26
+    if criterion in ("taylor", "gradient", "random"):  # nobody sees the heads that nn.MultiheadAttention makes
+        fitted(callback := Pruning(criterion=criterion), net=Attentive, max_epochs=3)
+        assert callback.report().kept == 16
+
+
+@pytest.mark.parametrize(("patterns", "layers"), [("kind=neuron", [4, 4]), ("kind=head", [24]), ("*.second", [24, 4])])
+def test_kinds_and_heads_are_left_out_by_patterns(patterns, layers):
+    callback = Pruning(exclude=patterns)
+    fitted(callback, net=Attentive, max_epochs=3)
+    report = callback.report()
+    assert [layer.total for layer in report.layers] == layers and report.kept == sum(layers) // 2
+    assert f"left out by exclude=[{patterns!r}]" in report.not_pruned.values()
+
+
+def test_heads_say_how_they_were_ranked():
+    callback = Pruning()
+    fitted(callback, net=Attentive, max_epochs=3)
+    report = callback.report()
+    evidence = {layer.name: layer.evidence["trusted"] for layer in report.layers}
+    assert "nn.MultiheadAttention" in evidence["net.first.self_attn"] and "learned" in evidence["net.second"]
+    assert report.not_pruned["net.second.qkv"].startswith("its outputs belong to the heads of 'net.second'")
+    assert not [name for name in report.not_pruned if name.startswith("net.first.self_attn")]
 
 
 def test_layers_that_keep_their_units_say_why():
@@ -168,7 +211,7 @@ def test_sequences_may_come_first_and_modules_and_weights_may_be_shared():
     assert all("ran on 8 instances" in layer.evidence["trusted"] for layer in report.layers)
 
 
-def test_recurrent_layers_and_attention_are_listed():
+def test_recurrent_layers_are_listed():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -182,12 +225,10 @@ def test_recurrent_layers_and_attention_are_listed():
     callback = Pruning()
     fitted(callback, net=Recurrent, max_epochs=3)
     report = callback.report()
-    assert {layer.name: layer.kept for layer in report.layers} == {"net.hidden": 8}
+    assert {layer.name: layer.total for layer in report.layers} == {"net.hidden": 16, "net.attention": 2}
     reasons = report.not_pruned
     only = "only units of linear and convolution layers are candidates"
     assert reasons["net.lstm.weight_ih_l0"] == f"a parameter of LSTM: {only}"
-    assert reasons["net.attention.in_proj_weight"] == f"a parameter of MultiheadAttention: {only}"
-    assert reasons["net.attention.out_proj"] == "attention uses this layer's weight without calling it"
 
 
 def test_a_floor_that_leaves_too_little_to_prune_is_refused():

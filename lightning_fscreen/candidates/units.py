@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
@@ -120,7 +121,7 @@ class Units(Granularity[PrunableUnits]):
         """Go on with these heads."""
         known = {layer.name for layer in self._found}
         restored = {name: found for name, found in structure.items() if name not in known}
-        self._found += [head(self._model, name, layer, size=size) for name, (layer, size) in restored.items()]
+        self._add([head(self._model, name, layer, size=size) for name, (layer, size) in restored.items()])
         self._combine()
 
     def learn(
@@ -139,20 +140,30 @@ class Units(Granularity[PrunableUnits]):
         unused = {join(name, tensor) for tensor in captured.unused()}
         left_out = {layer.name for layer in inside if join(layer.name, "weight") in unused}
         inside = [layer for layer in inside if layer.name not in left_out and layer.name not in self._fixed]
-        heads, unwanted = heads_of(self._model, name, gates, self._include, self._exclude)
-        self._fixed |= unwanted
-        known = {layer.name for layer in self._found}
-        new = [own for own in heads if own.name not in known and (self._wanted is None or own.name in self._wanted)]
-        self._found, inside = [*self._found, *new], [*inside, *new]
-        layers, excluded = refine(inside, gates, activations)
+        layers, excluded = refine([*inside, *self._new_heads(name, gates)], gates, activations)
         layers = [replace(layer, readers=_readers(network, gates[layer.name])) for layer in layers]
-        others = [layer for layer in self._layers if layer.name not in {own.name for own in inside}]
+        others = [layer for layer in self._layers if layer.name not in gates]
         first = 1 + max((int(layer.units.max()) for layer in others), default=STAYS)
         self._learned[name] = _Learned(network, captured, [_numbered_from(layer, first) for layer in layers], excluded)
         self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
         require_candidates(self._layers, where, called(self.gates), self.not_pruned)
         return left_out
+
+    def _new_heads(self, network: str, gates: Mapping[str, Gate]) -> list[PrunableUnits]:
+        """The heads of a captured network that are not among the candidates yet."""
+        heads, unwanted = heads_of(self._model, network, gates, self._include, self._exclude)
+        known = {layer.name for layer in self._found}
+        new = [own for own in heads if own.name not in known and (self._wanted is None or own.name in self._wanted)]
+        self._fixed |= unwanted
+        self._add(new)
+        return new
+
+    def _add(self, heads: Sequence[PrunableUnits]) -> None:
+        """More candidates; the parameters of an nn.MultiheadAttention are pruned with its heads."""
+        self._found = [*self._found, *heads]
+        whole = tuple(f"{own.name}." for own in heads if isinstance(own.module, NonDynamicallyQuantizableLinear))
+        self._fixed = {name: why for name, why in self._fixed.items() if not name.startswith(whole)}
 
     def forget(self, name: str) -> None:
         """Forget what was learned from the network of that name."""

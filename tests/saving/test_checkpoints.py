@@ -14,7 +14,7 @@ from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.state import PLAN_KEY
 from tests.conftest import Classifier, ConvNet, digits, loader, trainer
 from tests.test_channel_fit import residual_net
-from tests.test_unit_fit import convnext
+from tests.test_unit_fit import Attentive, convnext
 
 EPOCHS = 4
 BATCHES = 4
@@ -88,6 +88,7 @@ CASES = {
     "steps": lambda: (two_networks(), momentum, {"end_epoch": None, "start_step": 1, "end_step": 11, "prune_every": 3}),
     "lottery": lambda: (residual_net(), momentum, {"schedule": "one_shot", "rewind_weights": True}),
     "unit": lambda: (convnext(), adamw, {"granularity": "unit", "bias": "mean"}),
+    "head": lambda: (Attentive(), adamw, {"granularity": "unit", "criterion": "taylor"}),
     "soft": lambda: (ConvNet(), adamw, {"granularity": "weight", "soft": True, "schedule": "constant"}),
 }
 

@@ -54,9 +54,12 @@ class Attention(nn.Module):
         else:
             self.query = nn.Linear(width, heads * size, bias=bias)
             self.key, self.value = (nn.Linear(width, groups * size, bias=bias) for _ in range(2))
-        self.norm = nn.LayerNorm(size)
-        self.scale = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
-        self.table = nn.Parameter(torch.randn(9, heads))
+        if extra == "norm":
+            self.norm = nn.LayerNorm(size)
+        if extra == "scale":
+            self.scale = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+        if extra == "table":
+            self.table = nn.Parameter(torch.randn(9, heads))
         self.projection = nn.Linear(heads * size, width, bias=bias)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
