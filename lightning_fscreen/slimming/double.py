@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 BLOCK = 2**20  # elements of a layer's weight that are converted at a time
 _DEVICE = Tensor.device.__get__
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_CONTIGUOUS = {*_LAYERS, F.multi_head_attention_forward}  # in float64 they are many times slower on other inputs
 _SIZES = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.numel, _DEVICE}  # type: ignore[attr-defined]
 
 
@@ -96,6 +97,8 @@ class InDouble(TorchFunctionMode):
             if id(weight) in self._names and weight.dtype != torch.float64 and weight.numel():
                 return self._by_rows(func, *args, **kwargs)
         args, kwargs = pytree.tree_map(self._convert, (args, kwargs))
+        if func in _CONTIGUOUS:
+            args, kwargs = _contiguous((args, kwargs))
         return func(*args, **kwargs)
 
     def _by_rows(
@@ -109,6 +112,7 @@ class InDouble(TorchFunctionMode):
     ) -> Tensor:
         """The outputs of a layer, block by block."""
         input, bias, exact = self._convert(input), self._convert(bias), self._exact.get(self._names[id(weight)])
+        input = input.contiguous()
         rows = max(1, BLOCK // weight[0].numel())
         outputs = []
         for first in range(0, len(weight), rows):
@@ -136,6 +140,12 @@ def to_double(tensor: Tensor, exact: Exact | None, device: torch.device | None =
     if exact is not None and tensor.dtype != torch.float64:  # that has them already, and may be the network's own
         exact.put(double)
     return double
+
+
+def _contiguous(arguments: Any) -> Any:
+    """Tensors in the order of their dimensions; what is the same object stays the same (query, key and value)."""
+    done: dict[int, Tensor] = {}
+    return pytree.tree_map_only(Tensor, lambda tensor: done.setdefault(id(tensor), tensor.contiguous()), arguments)
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:

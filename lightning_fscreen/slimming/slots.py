@@ -68,7 +68,7 @@ def compress(tensor: Tensor) -> Tensor:
     for dim in range(tensor.ndim):
         if tensor.shape[dim] > 1:
             first = tensor.narrow(dim, 0, 1)
-            if torch.equal(first.expand_as(tensor), tensor):
+            if tensor.stride(dim) == 0 or torch.equal(first.expand_as(tensor), tensor):
                 tensor = first
     return tensor
 
@@ -169,7 +169,8 @@ class SlotGraph:
         pairs = torch.stack([first.flatten(), second.flatten()])
         stays = (pairs == PINNED).any(0)
         self.pin(pairs[:, stays], "it is added to, or multiplied by, a tensor whose channels all stay")
-        self._pairs.append(pairs[:, ~stays].unique(dim=1))
+        numbers = (pairs[0] * self._count + pairs[1])[~stays].unique()  # of single numbers: faster than of columns
+        self._pairs.append(torch.stack([numbers // self._count, numbers % self._count]))
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Slots that have to stay."""
