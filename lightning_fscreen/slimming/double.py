@@ -134,6 +134,25 @@ class InDouble(TorchFunctionMode):
         return value if name is None else to_double(value.detach(), self._exact.get(name), self._device)
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """What an RMSNorm without an eps adds, for a dtype of parameters: half types are computed in float32."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+
+
+@contextlib.contextmanager
+def own_eps(network: nn.Module) -> Iterator[None]:
+    """RMSNorms without an eps keep that of their parameters' dtype in float64, too."""
+    norms = [module for module in network.modules() if isinstance(module, nn.RMSNorm) and module.eps is None]
+    for module in norms:
+        if module.weight is not None:
+            module.eps = default_eps(module.weight.dtype)
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.eps = None
+
+
 def to_double(tensor: Tensor, exact: Exact | None, device: torch.device | None = None) -> Tensor:
     """A tensor in float64, with its exact values."""
     double = tensor.to(device or tensor.device, torch.float64)

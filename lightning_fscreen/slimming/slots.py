@@ -116,6 +116,30 @@ class Heads:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Average:
+    """A mean over channels, of which those can go that are always zero.
+
+    With D of them before and n left it is D/n times as large. So must be the eps that is added to it, and a gain takes
+    the rest.
+
+    Attributes:
+        labels: (D,), slots of the channels.
+        module: the module that averages.
+        eps: its attribute that is added to the mean; None stands for the rounding step of the dtype.
+        gain: name of a parameter that all that depends on the mean is multiplied by.
+        power: of D/n that the gain is multiplied by.
+        size: attribute that holds (D,), if there is one.
+    """
+
+    labels: Tensor
+    module: str
+    eps: str
+    gain: str
+    power: float
+    size: str | None = None
+
+
 @dataclass
 class SlotGraph:
     """Everything the walk finds out.
@@ -127,6 +151,7 @@ class SlotGraph:
         gates: batch norm, or another layer that is switched off → slots of its outputs.
         layers: linear or convolution layer → slots of its outputs.
         counts: module → {attribute that counts channels: (slots of the channels, how many are counted as one)}.
+        averages: means over channels that may lose some.
         streams: batch norm → its input, where it is free to select channels of it.
         pinned: operators that could not be followed → reason.
         pins: slots that have to stay, and why.
@@ -142,6 +167,7 @@ class SlotGraph:
     gates: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, dict[str, tuple[Tensor, int]]] = field(default_factory=dict)
+    averages: list[Average] = field(default_factory=list)
     streams: dict[str, Stream] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
-from lightning_fscreen.slimming.double import Exact, InDouble, let_go, to_double, without_tf32
+from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double, without_tf32
 from lightning_fscreen.slimming.modes import without_mode
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,7 @@ class Verification:
                 stack.enter_context(without_mode(self._network))
             stack.enter_context(plain_norms(self._network))
             stack.enter_context(plain_outputs(self._network))
+            stack.enter_context(own_eps(self._network))
             if run.training:  # noise must be the same before and after
                 device_type = next(iter(devices)).type if devices else "cuda"
                 stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
