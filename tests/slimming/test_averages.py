@@ -129,6 +129,13 @@ def test_a_stream_that_only_rms_norms_read_can_lose_channels() -> None:
     assert check(net, x, 0.5, 0, "zero") > 0 and net[0].out_features < 8
 
 
+def test_a_constant_that_is_not_zero_stays_in_the_mean_and_find_gates_says_so() -> None:
+    net, x = mlp(nn.RMSNorm)
+    net[1] = nn.Sigmoid()
+    excluded = find_gates(net, x)[0].excluded
+    assert excluded is not None and "'2' averages it with all other channels" in excluded
+
+
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
