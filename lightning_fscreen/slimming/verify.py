@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -53,7 +54,8 @@ class Verification:
     """Outputs of a network before it is changed, on examples and on noise.
 
     They are computed in float64; a network that insists on another dtype (`x.float()` in forward) is run in its own. A
-    network whose forward does not ask whether it is trained runs once for both modes.
+    network whose forward does not ask whether it is trained runs once for both modes; without batch norms one instance
+    is enough in train mode, since eval mode sees all of them.
 
     Args:
         network: the network, not yet changed.
@@ -72,9 +74,12 @@ class Verification:
         evaluation = [_Run(given, named, False) for given, named in _with_noise((args, kwargs))]
         attempts = [(evaluation, way) for way in _WAYS]
         if training:
-            both = [_Run(args, kwargs, True), *evaluation]
             once = [replace(run, training=None) for run in evaluation]
+            both = [_Run(args, kwargs, True), *evaluation]
             attempts = [(once, _AS_USED), *((both, way) for way in _WAYS), *attempts]
+            if not any(isinstance(module, _BatchNorm) for module in network.modules()):  # which need more instances
+                first, named = _first_instance((args, kwargs))
+                attempts.insert(1, ([_Run(first, named, True), *evaluation], _AS_USED))
         self._device: torch.device | None
         reason: Exception | None = None
         for self._runs, self._way in attempts:
@@ -216,6 +221,12 @@ def _with_noise(example: Any) -> list[Any]:
 
     alone = all(_instances(leaf) < 2 for leaf in pytree.tree_leaves(example))
     return [*([example] if alone else []), pytree.tree_map(mixed, example)]
+
+
+def _first_instance(example: Any) -> Any:
+    """Example inputs without the other instances: of all tensors that have as many rows as the first one."""
+    count = next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.ndim and len(leaf) == count else leaf, example)
 
 
 def _instances(value: Any) -> int:

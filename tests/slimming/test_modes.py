@@ -77,3 +77,25 @@ def test_an_error_inside_puts_the_modes_back() -> None:
     with pytest.raises(AttributeError, match="training"), without_mode(network):
         _ = network[0].training
     assert not network.training and not network[0].training
+
+
+class FromPairs(nn.Module):
+    """Fails on a single instance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2)
+        return F.dropout(first, 0.5, self.training) + second
+
+
+@pytest.mark.parametrize(
+    ("network", "rows"), [(Asks(), [1, 4]), (nn.BatchNorm1d(6), [4, 4]), (FromPairs(), [4, 4]), (nn.Linear(6, 2), [4])]
+)
+def test_train_mode_sees_one_instance_where_that_is_enough(network: nn.Module, rows: list[int]) -> None:
+    seen: list[int] = []
+    verification = Verification(network, (X,), {}, training=True)
+    handle = network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        verification.check({})
+    finally:
+        handle.remove()
+    assert seen == rows
