@@ -1,7 +1,8 @@
-"""Sizes in `forward` that are attributes of its module (`self.channels`) follow the channels that they count."""
+"""Attributes of modules follow the channels: sizes in `forward` that count them (`self.channels`), eps of norms."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from lightning_fscreen.slimming.slots import Assumption, Value
 
 Size = int | tuple[int, ...]
-Attributes = dict[str, dict[str, tuple[Size, Size]]]
-"""Module → {attribute: (its value before, and after)}."""
+Setting = Size | float | None
+Attributes = dict[str, dict[str, tuple[Setting, Setting]]]
+"""Module → {attribute: (its value before, and after)}: sizes, and the eps of norms."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,12 @@ def attributes_to_json(attributes: Attributes) -> dict[str, Any]:
 def attributes_from_json(data: Mapping[str, Any], integer: Callable[[Any], int]) -> Attributes:
     """From what `attributes_to_json` gave."""
 
-    def size(value: Any) -> Size:
+    def setting(value: Any) -> Setting:
+        if value is None or (isinstance(value, float) and 0 <= value < math.inf):
+            return value
         return tuple(map(integer, value)) if isinstance(value, list) else integer(value)
 
     return {
-        str(module): {str(name): (size(before), size(after)) for name, (before, after) in values.items()}
+        str(module): {str(name): (setting(before), setting(after)) for name, (before, after) in values.items()}
         for module, values in data.items()
     }

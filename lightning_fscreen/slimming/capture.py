@@ -36,6 +36,10 @@ class Capture:
     tensors: dict[str, str]
     training: bool = False
 
+    def users(self, tensor: str) -> list[fx.Node]:
+        """The calls that read a tensor."""
+        return [user for node in self.graph.nodes if self.tensors.get(node.name) == tensor for user in node.users]
+
     def unused(self) -> set[str]:
         """Names of the tensors that nothing reads."""
         nodes = [node for node in self.graph.nodes if node.op == "placeholder" and node.name in self.tensors]

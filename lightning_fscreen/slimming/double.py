@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 BLOCK = 2**20  # elements of a layer's weight that are converted at a time
 _DEVICE = Tensor.device.__get__
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_CONTIGUOUS = {*_LAYERS, F.multi_head_attention_forward}  # in float64 they are many times slower on other inputs
 _SIZES = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.numel, _DEVICE}  # type: ignore[attr-defined]
 
 
@@ -96,6 +97,8 @@ class InDouble(TorchFunctionMode):
             if id(weight) in self._names and weight.dtype != torch.float64 and weight.numel():
                 return self._by_rows(func, *args, **kwargs)
         args, kwargs = pytree.tree_map(self._convert, (args, kwargs))
+        if func in _CONTIGUOUS:
+            args, kwargs = _contiguous((args, kwargs))
         return func(*args, **kwargs)
 
     def _by_rows(
@@ -109,6 +112,7 @@ class InDouble(TorchFunctionMode):
     ) -> Tensor:
         """The outputs of a layer, block by block."""
         input, bias, exact = self._convert(input), self._convert(bias), self._exact.get(self._names[id(weight)])
+        input = input.contiguous()
         rows = max(1, BLOCK // weight[0].numel())
         outputs = []
         for first in range(0, len(weight), rows):
@@ -130,12 +134,37 @@ class InDouble(TorchFunctionMode):
         return value if name is None else to_double(value.detach(), self._exact.get(name), self._device)
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """What an RMSNorm without an eps adds, for a dtype of parameters: half types are computed in float32."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+
+
+@contextlib.contextmanager
+def own_eps(network: nn.Module) -> Iterator[None]:
+    """RMSNorms without an eps keep that of their parameters' dtype in float64, too."""
+    norms = [module for module in network.modules() if isinstance(module, nn.RMSNorm) and module.eps is None]
+    for module in norms:
+        if module.weight is not None:
+            module.eps = default_eps(module.weight.dtype)
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.eps = None
+
+
 def to_double(tensor: Tensor, exact: Exact | None, device: torch.device | None = None) -> Tensor:
     """A tensor in float64, with its exact values."""
     double = tensor.to(device or tensor.device, torch.float64)
     if exact is not None and tensor.dtype != torch.float64:  # that has them already, and may be the network's own
         exact.put(double)
     return double
+
+
+def _contiguous(arguments: Any) -> Any:
+    """Tensors in the order of their dimensions; what is the same object stays the same (query, key and value)."""
+    done: dict[int, Tensor] = {}
+    return pytree.tree_map_only(Tensor, lambda tensor: done.setdefault(id(tensor), tensor.contiguous()), arguments)
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, written
+from lightning_fscreen.slimming.interpreter import (
+    Handler,
+    Unsupported,
+    Walk,
+    arguments,
+    by_channel,
+    operator_name,
+    written,
+)
 from lightning_fscreen.slimming.slots import PINNED, Value
 
 ACTIVATIONS = """
@@ -18,45 +28,51 @@ ACTIVATIONS = """
     clamp clamp_ clamp_min clamp_max threshold
 """.split()
 _POINTWISE = """
-    abs neg exp sqrt rsqrt square pow floor erf add add_ sub sub_ div div_ rsub maximum minimum clone contiguous alias
+    abs neg exp sqrt rsqrt reciprocal square pow floor erf sub sub_ div div_ rsub maximum minimum clone contiguous alias
     detach detach_
 """.split()
+_VIEWS = ("view", "reshape", "unsqueeze")
 
 
-def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False) -> Value:
+def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = False) -> Value:
     """Elements that meet share their slot; constants are computed by the operator itself, in float64.
 
     Args:
         walk: the walk.
         node: the call.
         zero_absorbs: whether the output is zero where one of the operands is, as in a product.
+        adds: whether a constant plus a parameter is a constant, which training changes.
 
     Raises:
         Unsupported: an argument is a number computed from values, or there is more than one output.
     """
     operands = [operand_of(walk, source) for source in node.all_input_nodes]
+    if adds:
+        operands = [_shift(walk, *pair) for pair in zip(node.all_input_nodes, operands, strict=True)]
     if not isinstance(node.meta["val"], Tensor):
         raise Unsupported("it has more than one output")
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
     labels = unify_operands(walk, operands, shape)
     known = torch.ones([1] * rank, dtype=torch.bool)
-    for operand in operands:
-        known = known & _with_rank(operand.known, rank)
+    for value in operands:
+        known = known & _with_rank(value.known, rank)
     constant = torch.zeros([1] * rank, dtype=torch.float64)
     if bool(known.any()):
-        constants = [operand.constant for operand in operands]
+        constants = [value.constant for value in operands]
         if written(node):  # in place there must be room for the result
             constants = list(torch.broadcast_tensors(*constants))
         replaced = dict(zip(node.all_input_nodes, constants, strict=True))
         args, kwargs = pytree.tree_map_only(fx.Node, lambda source: replaced[source].clone(), (node.args, node.kwargs))
         constant = _with_rank(node.target(*args, **kwargs).double(), rank)
     if zero_absorbs:
-        for operand in operands:
-            zero = _with_rank(operand.known & (operand.constant == 0), rank)
+        for value in operands:
+            zero = _with_rank(value.known & (value.constant == 0), rank)
             known, zero = torch.broadcast_tensors(known, zero)
             constant = torch.where(zero, 0.0, constant)
             known = known | zero
+    if adds:
+        _note_trained(walk, node.all_input_nodes, labels, known)
     return Value(shape, labels, constant, known)
 
 
@@ -66,6 +82,43 @@ def masked(walk: Walk, node: Any) -> Value:
     labels = unify_operands(walk, [operand_of(walk, source) for source in node.all_input_nodes], shape)
     ones = [1] * len(shape)
     return Value(shape, labels, torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool))
+
+
+def addcmul(walk: Walk, node: Any) -> Value:
+    """A shift plus a product."""
+    sources = node.args[:3]
+    shift, *factors = (operand_of(walk, source) for source in sources)
+    shape = tuple(node.meta["val"].shape)
+    rank = len(shape)
+    labels = unify_operands(walk, [shift, *factors], shape)
+    shift = _shift(walk, sources[0], shift)
+    constant = node.target(shift.constant, *(factor.constant for factor in factors), **node.kwargs)
+    first, second = (_with_rank(factor.known, rank) for factor in factors)
+    known = first & second
+    for factor in factors:
+        known = known | _with_rank(factor.known & (factor.constant == 0), rank)
+    known = known & _with_rank(shift.known, rank)
+    _note_trained(walk, sources[:1], labels, known)
+    return Value(shape, labels, _with_rank(constant, rank), known)
+
+
+def _shift(walk: Walk, source: Any, value: Value) -> Value:
+    """What is added; a parameter is taken for the constant that it is now."""
+    return replace(value, known=torch.ones_like(value.known)) if parameter_behind(walk, source) else value
+
+
+def _note_trained(walk: Walk, sources: Iterable[Any], labels: Tensor, known: Tensor) -> None:
+    if walk.training and any(parameter_behind(walk, source) for source in sources):
+        labels, known = torch.broadcast_tensors(labels, known)
+        walk.slots.trained.append(labels[known])
+
+
+def parameter_behind(walk: Walk, node: Any) -> str | None:
+    """Name of a parameter with one long dimension, of which a node is a view, or that it stands for."""
+    while isinstance(node, fx.Node) and operator_name(node) in _VIEWS:
+        node = node.args[0]
+    name = walk.name(node)
+    return name if name is not None and sum(size > 1 for size in walk.shape(name)) == 1 else None
 
 
 def copy(walk: Walk, node: Any) -> Value:
@@ -126,6 +179,12 @@ def noise(walk: Walk, node: Any) -> Value:
     return Value(value.shape, value.labels, value.constant, torch.zeros_like(value.known))
 
 
+def vector(walk: Walk, source: Any) -> Value:
+    """The value of a tensor argument; a parameter gets slots along its only long dimension, or stays whole."""
+    is_vector = walk.name(source) is not None and parameter_behind(walk, source) is not None
+    return operand_of(walk, source) if is_vector else walk.value(source)
+
+
 def operand_of(walk: Walk, source: Any) -> Value:
     """The value of a tensor argument; a parameter gets slots along its only long dimension.
 
@@ -141,10 +200,10 @@ def operand_of(walk: Walk, source: Any) -> Value:
 def _parameter(walk: Walk, name: str) -> Value:
     shape = walk.shape(name)
     ones = [1] * len(shape)
-    value = Value.pinned(shape)
-    if not walk.training:
-        value = Value(shape, value.labels, walk.tensor(name), torch.ones(ones, dtype=torch.bool))
     long = [dim for dim, size in enumerate(shape) if size > 1]
+    value = Value.pinned(shape)
+    if not walk.training or len(long) == 1:
+        value = Value(shape, value.labels, walk.tensor(name), torch.full(ones, not walk.training))
     if len(long) == 1:
         labels = walk.slots.dims.get((name, long[0]))
         labels = walk.slots.new(shape[long[0]]) if labels is None else labels
@@ -176,7 +235,9 @@ def _with_rank(tensor: Tensor, rank: int) -> Tensor:
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys((*ACTIVATIONS, *_POINTWISE), pointwise),
+    **dict.fromkeys(("add", "add_"), partial(pointwise, adds=True)),
     **dict.fromkeys(("mul", "mul_"), partial(pointwise, zero_absorbs=True)),
+    "addcmul": addcmul,
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
     **dict.fromkeys(("masked_fill", "masked_fill_", "where"), masked),
     "copy_": copy,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors, own_tensors
-from lightning_fscreen.slimming.attributes import Size
+from lightning_fscreen.slimming.attributes import Setting, Size
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan
 
 
@@ -51,14 +53,16 @@ def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
             raise PlanError(f"the plan changes layer {name!r}, which {type(network).__name__} does not have")
     for name, values in plan.attributes.items():
         for attribute, (before, after) in values.items():
-            found = getattr(modules.get(name), "__dict__", {}).get(attribute)
+            found = getattr(modules.get(name), "__dict__", {}).get(attribute, "missing")
             if found != before or isinstance(found, bool):
                 raise PlanError(
                     f"the plan was made for {join(name, attribute)!r} equal to {before}, this model's is {found}; "
                     "pass a fresh, full-size instance of the model that was slimmed"
                 )
-            if attribute.startswith("_") or not _is_smaller(after, before):
-                raise PlanError(f"the plan sets {join(name, attribute)!r} to {after}, which is no size below {before}")
+            if attribute.startswith("_") or not (
+                _is_smaller(after, before) if isinstance(before, int | tuple) else _is_eps(after, before, plan, name)
+            ):
+                raise PlanError(f"the plan sets {join(name, attribute)!r} to {after}, which does not follow {before}")
     for name, sizes in plan.sizes.items():
         if name not in modules:
             raise PlanError(f"the plan changes sizes in {name!r}, which {type(network).__name__} does not have")
@@ -130,7 +134,19 @@ def _check_groups(plan: SlimmingPlan, name: str, module: nn.Linear | _ConvNd, we
         raise PlanError(f"the plan gives layer {name!r} {groups} groups, which its {sizes[0]} rows do not fill")
 
 
-def _is_smaller(after: Size, before: Size) -> bool:
+def _is_eps(after: Setting, before: float | None, plan: SlimmingPlan, module: str) -> bool:
+    """Whether it is what is added to a mean over channels that has lost some: larger by as much as they are fewer."""
+    cuts = [(name, dim, kept) for name, dims in plan.cuts.items() for dim, kept in dims.items()]
+    ratios = [plan.shapes[name][dim] / len(kept) for name, dim, kept in cuts if name.rpartition(".")[0] == module]
+    starts = [torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)] if before is None else [before]
+    return isinstance(after, float) and any(
+        math.isclose(after, start * ratio, rel_tol=1e-6) for start in starts for ratio in ratios
+    )
+
+
+def _is_smaller(after: Setting, before: Size) -> bool:
+    if not isinstance(after, int | tuple):
+        return False
     first, second = (size if isinstance(size, tuple) else (size,) for size in (after, before))
     return len(first) == len(second) and all(1 <= one <= other for one, other in zip(first, second, strict=True))
 

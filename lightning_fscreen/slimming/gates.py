@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.modules import coupled_layers, join, uncompiled, why_fixed
-from lightning_fscreen.slimming import heads, norms, rows  # noqa: F401  # they register their kinds
+from lightning_fscreen.slimming import heads, layers, norms, rows  # noqa: F401  # they register their kinds, but for layers
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.heads import mute
-from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.interpreter import Off, operator_name
 from lightning_fscreen.slimming.kinds import KINDS, kind_of, off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
-from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
+from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, MeanReader, NormReader
 from lightning_fscreen.slimming.slots import Heads, SlotGraph
 
 STAYS = -1
@@ -147,9 +147,7 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
     for name in sorted(counts, key=lambda name: order.get(name, order.get(name.removesuffix(".heads"), -1))):
         units[name] = (STAYS,) * counts[name]
         if name not in slots.gates:
-            unused = join(name, "weight") in captured.unused()
-            why = "the example inputs do not reach it" if unused else "forward uses its weight in a way of its own"
-            reasons.setdefault(name, why)
+            reasons.setdefault(name, _unusual(captured, join(name, "weight")))
         if name not in reasons:
             roots = root[slots.gates[name]].tolist()
             units[name] = tuple(STAYS if label in why_not else label for label in roots)
@@ -183,6 +181,19 @@ def _fixed_heads(network: nn.Module, slots: SlotGraph, found: Mapping[str, Heads
             if bool(torch.isin(root[outputs], root[own.labels]).any()):
                 reasons[layer] = f"its outputs belong to the heads of {name!r}, which are pruned as a whole"
     return reasons
+
+
+def _unusual(captured: Capture, weight: str) -> str:
+    """Why a layer is none in the graph."""
+    operators = {operator_name(user) for user in captured.users(weight)}
+    if not operators:
+        return "the example inputs do not reach it"
+    if operators & layers.HANDLERS.keys():
+        return "forward uses its weight in a way of its own"
+    return (
+        "forward computes another weight from its own (weight standardisation, for instance), "
+        "which may depend on all of its entries"
+    )
 
 
 Readers = dict[str, tuple[int, tuple[int, ...]]]
@@ -234,6 +245,12 @@ def _why_not(network: nn.Module, slots: SlotGraph, root: Tensor) -> dict[int, st
     for labels, reason in slots.pins:
         for label in root[labels].unique().tolist():
             reasons.setdefault(label, reason)
+    for reader in slots.readers:
+        missed = reader.inputs[~reader.silent()] if isinstance(reader, MeanReader) else reader.inputs[:0]
+        for label in root[missed].unique().tolist():
+            reasons.setdefault(
+                label, f"{reader.layer!r} averages it with all other channels, and it is not zero when off"
+            )
     for reader in slots.readers:
         # A batch norm that is called twice cannot select: its inputs go with its outputs.
         itself = root[reader.inputs] == root[reader.outputs] if isinstance(reader, NormReader) else False

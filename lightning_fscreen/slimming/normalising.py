@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, module_of
-from lightning_fscreen.slimming.slots import Value
+from lightning_fscreen.slimming.readers import MeanReader
+from lightning_fscreen.slimming.slots import Average, Value
+
+_MISSING = object()
 
 
 def over_all_channels(walk: Walk, node: Any) -> Value:
@@ -68,6 +71,41 @@ def instance_norm(walk: Walk, node: Any) -> Value:
     return by_channel(node, 1, labels, out, known)
 
 
+def rms_norm(walk: Walk, node: Any) -> Value:
+    """Channels that are always zero can go: y = x · gain / √(Σ x² / D + eps)."""
+    given = arguments(node)
+    module, shape = module_of(node), tuple(given["normalized_shape"])
+    if len(shape) != 1:
+        raise Unsupported("it normalises over several dimensions")
+    owner = walk.modules.get(module)
+    eps = getattr(owner, "eps", _MISSING)
+    if getattr(owner, "normalized_shape", None) != shape or eps != given["eps"] or not isinstance(eps, float | None):
+        raise Unsupported("its size and its eps are no attributes of its module")
+    names = _names(walk, given, "weight")
+    if not names:
+        raise Unsupported(
+            "it normalises over all channels, and has no gain that could take over what one that goes did"
+        )
+    labels, constant, known = walk.slots.along(walk.value(given["input"]), -1)
+    walk.slots.cut(names["weight"], 0, labels)
+    average = Average(labels, module, "eps", names["weight"], power=0.5, size="normalized_shape")
+    return by_channel(node, -1, labels, torch.zeros_like(constant), averaged(walk, average, constant, known))
+
+
+def averaged(walk: Walk, average: Average, constant: Tensor, known: Tensor) -> Tensor:
+    """Note a mean over channels, given their constants and which are constant.
+
+    Returns:
+        (D,) bool: those that are always zero.
+    """
+    labels = average.labels
+    walk.slots.averages.append(average)
+    walk.slots.readers.append(
+        MeanReader(layer=average.module, inputs=labels, outputs=labels, constant=constant, known=known)
+    )
+    return known & (constant == 0)
+
+
 def _is(walk: Walk, module: str, kind: type[nn.Module]) -> bool:
     return isinstance(walk.modules.get(module), kind)
 
@@ -83,5 +121,6 @@ def _names(walk: Walk, given: dict[str, Any], *keys: str) -> dict[str, str]:
 HANDLERS: dict[str, Handler] = {
     "group_norm": group_norm,
     "instance_norm": instance_norm,
-    **dict.fromkeys(("layer_norm", "rms_norm"), over_all_channels),
+    "rms_norm": rms_norm,
+    "layer_norm": over_all_channels,
 }

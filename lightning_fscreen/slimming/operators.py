@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from lightning_fscreen.slimming import attention, elementwise, layers, normalising, parts, pooling, shapes
+from lightning_fscreen.slimming import attention, averages, elementwise, layers, normalising, parts, pooling, shapes
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.heads import find_heads, mute
 from lightning_fscreen.slimming.interpreter import Handler, Off, Walk
@@ -20,6 +20,7 @@ HANDLERS: dict[str, Handler] = {
     **layers.HANDLERS,
     **normalising.HANDLERS,
     **attention.HANDLERS,
+    **averages.HANDLERS,
 }
 """Operator → handler; operators of torch by their own name, others as `namespace::name`."""
 

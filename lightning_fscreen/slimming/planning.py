@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name
 from lightning_fscreen.slimming.attributes import Attributes, followed, proposed_attributes
+from lightning_fscreen.slimming.corrections import corrections
 from lightning_fscreen.slimming.double import Exact, Tensors
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.leftovers import kept_for
@@ -36,7 +37,7 @@ class Change:
         plan: the indices that stay of every tensor.
         tensors: the cut tensors and the new ones. They are made when they are asked for: all together would take as
             much memory as the smaller network.
-        exact: those values of them that carry constants.
+        exact: those values of them that carry constants, or factors.
     """
 
     plan: SlimmingPlan
@@ -62,6 +63,8 @@ def make_change(
     calls = [assumption.call for assumption in slots.assumed.values() if assumption.call is not None]
     cuts = _cuts(slots, kept)
     folds, biases = _folds(tensors, dense, live, kept)
+    gains, corrected = corrections(modules, tensors, slots, kept)
+    folds |= {name: Exact(gain) for name, gain in gains.items()}
     selects, streams = _selects(modules, slots, kept)
     plan = SlimmingPlan(
         shapes={name: tuple(tensors[name].shape) for name in cuts},
@@ -75,7 +78,7 @@ def make_change(
         kept_for=kept_for(slots, readers, live, kept, off or {}),
         attributes=followed(
             proposed_attributes(network, slots.assumed.values(), kept) if numbers == "attributes" else {},
-            _counts(slots, kept),
+            followed(_counts(slots, kept), corrected),
         ),
         sizes=proposed_sizes(calls, kept) if numbers == "sizes" else {},
     )

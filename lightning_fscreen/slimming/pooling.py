@@ -62,16 +62,18 @@ def reduce(walk: Walk, node: Any, adds: bool = False) -> Value:
 
 
 def length(walk: Walk, node: Any) -> Value:
-    """The norm over positions, or over what goes as one."""
+    """The norm over positions, or over what goes as one; zero where all of them are, whatever their number."""
     value, given = walk.value(node.args[0]), arguments(node)
     rank = len(value.shape)
     dims = [dim % rank for dim in (range(rank) if given["dim"] is None else given["dim"])]
     if any(value.labels.shape[dim] > 1 for dim in dims):
         raise Unsupported("it mixes channels")
-    labels = value.labels if given["keepdim"] else value.labels.squeeze(dims)
-    ones = [1] * labels.ndim
-    unknown = torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool)
-    return Value(tuple(node.meta["val"].shape), labels, *unknown)
+    known, constant = torch.broadcast_tensors(value.known, value.constant)
+    silent = (known & (constant == 0)).all(dims, keepdim=True)
+    fields = [value.labels, torch.zeros(silent.shape, dtype=torch.float64), silent]
+    if not given["keepdim"]:
+        fields = [field.squeeze(dims) for field in fields]
+    return Value(tuple(node.meta["val"].shape), *fields)
 
 
 def softmax(walk: Walk, node: Any) -> Value:
@@ -93,7 +95,7 @@ HANDLERS: dict[str, Handler] = {
     **_pools("max_pool{}d max_pool{}d_with_indices adaptive_max_pool{}d adaptive_avg_pool{}d upsample_nearest{}d"),
     **_pools("avg_pool{}d", averages=True),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), partial(pool, rank=2)),
-    **dict.fromkeys(("mean", "amax", "amin"), reduce),
+    **dict.fromkeys(("amax", "amin"), reduce),
     "sum": partial(reduce, adds=True),
     "linalg_vector_norm": length,
     **dict.fromkeys(("softmax", "log_softmax"), softmax),

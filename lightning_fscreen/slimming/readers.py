@@ -82,6 +82,15 @@ class GroupedReader(Reader):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeanReader(Reader):
+    """A mean over all channels, which every output depends on; its outputs are its inputs' slots."""
+
+    def reads(self, rows: Tensor) -> Tensor:
+        """All channels."""
+        return rows.any().expand(len(self.inputs))
+
+
+@dataclass(frozen=True, kw_only=True)
 class NormReader(Reader):
     """A batch norm: every channel reads its own channel of the stream, and may leave it to others.
 

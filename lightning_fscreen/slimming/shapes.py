@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fscreen.slimming.elementwise import vector
 from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, operator_name
 from lightning_fscreen.slimming.slots import Value, compress
 
 
 def move(walk: Walk, node: Any) -> Value:
     """Operators that only rearrange elements are run on the labels themselves."""
-    value = walk.value(node.args[0])
+    value = vector(walk, node.args[0])
     given = arguments(node)
     if "dtype" in given:  # view(dtype) cuts elements into pieces
         raise Unsupported("it reads its input as another dtype")
@@ -45,7 +46,7 @@ def resize(walk: Walk, node: Any) -> Value:
 
 def expand(walk: Walk, node: Any) -> Value:
     """As `resize`; what is repeated for every head has as many copies as there are heads."""
-    value, sizes = walk.value(node.args[0]), list(node.args[1])
+    value, sizes = vector(walk, node.args[0]), list(node.args[1])
     new = len(sizes) - len(value.shape)
     copied = [dim for dim, size in enumerate(sizes) if size > 1 and (dim < new or value.shape[dim - new] == 1)]
     if walk.head_dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
@@ -91,7 +92,7 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
         last = channels if channels in varying else varying[-1]
         free = next((dim for dim in varying if dim not in fixed), last)
     counted = {free - first: result.along(free)} if free in fixed else {}
-    if not walk.is_computed(node, walk.value(node.args[0]), result, counted=counted):
+    if not walk.is_computed(node, vector(walk, node.args[0]), result, counted=counted):
         walk.keep_all(node, result.labels, f"{operator_name(node)} has sizes {sizes} written into forward")
         return
     for dim in varying:

@@ -68,7 +68,7 @@ def compress(tensor: Tensor) -> Tensor:
     for dim in range(tensor.ndim):
         if tensor.shape[dim] > 1:
             first = tensor.narrow(dim, 0, 1)
-            if torch.equal(first.expand_as(tensor), tensor):
+            if tensor.stride(dim) == 0 or torch.equal(first.expand_as(tensor), tensor):
                 tensor = first
     return tensor
 
@@ -116,6 +116,30 @@ class Heads:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Average:
+    """A mean over channels, of which those can go that are always zero.
+
+    With D of them before and n left it is D/n times as large. So must be the eps that is added to it, and a gain takes
+    the rest.
+
+    Attributes:
+        labels: (D,), slots of the channels.
+        module: the module that averages.
+        eps: its attribute that is added to the mean; None stands for the rounding step of the dtype.
+        gain: name of a parameter that all that depends on the mean is multiplied by.
+        power: of D/n that the gain is multiplied by.
+        size: attribute that holds (D,), if there is one.
+    """
+
+    labels: Tensor
+    module: str
+    eps: str
+    gain: str
+    power: float
+    size: str | None = None
+
+
 @dataclass
 class SlotGraph:
     """Everything the walk finds out.
@@ -127,6 +151,7 @@ class SlotGraph:
         gates: batch norm, or another layer that is switched off → slots of its outputs.
         layers: linear or convolution layer → slots of its outputs.
         counts: module → {attribute that counts channels: (slots of the channels, how many are counted as one)}.
+        averages: means over channels that may lose some.
         streams: batch norm → its input, where it is free to select channels of it.
         pinned: operators that could not be followed → reason.
         pins: slots that have to stay, and why.
@@ -142,6 +167,7 @@ class SlotGraph:
     gates: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, dict[str, tuple[Tensor, int]]] = field(default_factory=dict)
+    averages: list[Average] = field(default_factory=list)
     streams: dict[str, Stream] = field(default_factory=dict)
     pinned: dict[str, str] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -169,7 +195,8 @@ class SlotGraph:
         pairs = torch.stack([first.flatten(), second.flatten()])
         stays = (pairs == PINNED).any(0)
         self.pin(pairs[:, stays], "it is added to, or multiplied by, a tensor whose channels all stay")
-        self._pairs.append(pairs[:, ~stays].unique(dim=1))
+        numbers = (pairs[0] * self._count + pairs[1])[~stays].unique()  # of single numbers: faster than of columns
+        self._pairs.append(torch.stack([numbers // self._count, numbers % self._count]))
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Slots that have to stay."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
-from lightning_fscreen.slimming.double import Exact, InDouble, let_go, to_double, without_tf32
+from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double, without_tf32
+from lightning_fscreen.slimming.modes import without_mode
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +36,26 @@ class VerificationError(RuntimeError):
     """The slimmed network would not compute the same function; the network was left as it was."""
 
 
-class Verification:
-    """Outputs of a network before it is changed, on an example and on random inputs.
+@dataclass(frozen=True)
+class _Run:
+    """One pass: its inputs, and its mode, None where forward does not ask for it."""
 
-    They are computed in float64; a network that insists on another dtype (`x.float()` in forward) is run in its own.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    training: bool | None
+
+    @property
+    def mode(self) -> str:
+        """In words."""
+        return {True: "train", False: "eval", None: "train or eval"}[self.training]
+
+
+class Verification:
+    """Outputs of a network before it is changed, on examples and on noise.
+
+    They are computed in float64; a network that insists on another dtype (`x.float()` in forward) is run in its own. A
+    network whose forward does not ask whether it is trained runs once for both modes; without batch norms one instance
+    is enough in train mode, since eval mode sees all of them.
 
     Args:
         network: the network, not yet changed.
@@ -52,22 +71,28 @@ class Verification:
         self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
     ) -> None:
         self._network = network
-        example, noise = (args, kwargs), _random_like((args, kwargs))
+        evaluation = [_Run(given, named, False) for given, named in _with_noise((args, kwargs))]
+        attempts = [(evaluation, way) for way in _WAYS]
+        if training:
+            once = [replace(run, training=None) for run in evaluation]
+            both = [_Run(args, kwargs, True), *evaluation]
+            attempts = [(once, _AS_USED), *((both, way) for way in _WAYS), *attempts]
+            if not any(isinstance(module, _BatchNorm) for module in network.modules()):  # which need more instances
+                first, named = _first_instance((args, kwargs))
+                attempts.insert(1, ([_Run(first, named, True), *evaluation], _AS_USED))
         self._device: torch.device | None
         reason: Exception | None = None
-        for train in (True, False) if training else (False,):
-            self._runs = [(example, train), (noise, False)]
-            for self._way in _WAYS:
-                self._device = None  # the network's own
-                try:
-                    self._before = self._run_where_there_is_room({})
-                    return
-                except Exception as error:  # whatever forward raises
-                    let_go(error)
-                    reason = error
-                    mode = "train" if train else "eval"
-                    log.info("%s does not run in %s mode in %s: %s", type(network).__name__, mode, self._way, error)
-        raise VerificationError(f"{type(network).__name__} fails on random inputs: {reason}") from reason
+        for self._runs, self._way in attempts:
+            self._device = None  # the network's own
+            try:
+                self._before = self._run_where_there_is_room({})
+                return
+            except Exception as error:  # whatever forward raises
+                let_go(error)
+                reason = error
+                modes = " and ".join(dict.fromkeys(run.mode for run in self._runs))
+                log.info("%s does not run in %s mode in %s: %s", type(network).__name__, modes, self._way, error)
+        raise VerificationError(f"{type(network).__name__} fails on its example, or on noise: {reason}") from reason
 
     def check(self, exact: Mapping[str, Exact]) -> None:
         """Compare with the outputs of the network as it is now.
@@ -87,16 +112,16 @@ class Verification:
                 f"forward of {name} fails on the smaller network, so nothing was removed; it depends on sizes in a way "
                 f"that the captured graph does not show: {type(error).__name__}: {error}"
             ) from error
-        for (_, training), first, second in zip(self._runs, self._before, after, strict=True):
+        for run, first, second in zip(self._runs, self._before, after, strict=True):
             difference = _difference(first, second)
-            tolerance = _TRAIN_TOLERANCE if training else _TOLERANCE
+            tolerance = _TRAIN_TOLERANCE if run.training else _TOLERANCE
             if self._way == _OWN:
                 tolerance = max([_OWN_TOLERANCE, *(_OWN_STEPS * _step(output) for output in first)])
             if not difference <= tolerance:
                 raise VerificationError(
                     f"slimming {name} would change its outputs by {difference:.1e} (relative) in "
-                    f"{'train' if training else 'eval'} mode, so nothing was removed; its forward does something that "
-                    "the captured graph does not show"
+                    f"{run.mode} mode, so nothing was removed; its forward does something that the captured graph does "
+                    "not show"
                 )
 
     def _run_where_there_is_room(self, exact: Mapping[str, Exact]) -> list[list[Any]]:
@@ -114,29 +139,27 @@ class Verification:
     def _run_all(self, exact: Mapping[str, Exact]) -> list[list[Any]]:
         copies = named_tensors(self._network) if self._way == _COPIED else dict(self._network.named_buffers())
         copies = {name: self._convert(tensor, exact.get(name)) for name, tensor in copies.items()}
-        return [self._run(copies, exact, args, kwargs, training) for (args, kwargs), training in self._runs]
+        return [self._run(run, copies, exact) for run in self._runs]
 
-    def _run(
-        self,
-        copies: Mapping[str, Tensor],
-        exact: Mapping[str, Exact],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        training: bool,
-    ) -> list[Any]:
+    def _run(self, run: _Run, copies: Mapping[str, Tensor], exact: Mapping[str, Exact]) -> list[Any]:
         parameters = {name for name, _ in self._network.named_parameters()}
         # Copies, because forward may write to buffers and inputs.
         own = {name: tensor if name in parameters else tensor.clone() for name, tensor in copies.items()}
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._convert(tensor).clone(), (args, kwargs))
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda tensor: self._convert(tensor).clone(), (run.args, run.kwargs)
+        )
         devices = {tensor.device for tensor in pytree.tree_leaves((own, args, kwargs)) if _is_elsewhere(tensor)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             # To compile it for float64 and two sizes would take longer than everything else.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(in_mode(self._network, training))
+            stack.enter_context(in_mode(self._network, bool(run.training)))
+            if run.training is None:
+                stack.enter_context(without_mode(self._network))
             stack.enter_context(plain_norms(self._network))
             stack.enter_context(plain_outputs(self._network))
-            if training:  # noise must be the same before and after
+            stack.enter_context(own_eps(self._network))
+            if run.training:  # noise must be the same before and after
                 device_type = next(iter(devices)).type if devices else "cuda"
                 stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
                 torch.manual_seed(0)
@@ -183,16 +206,31 @@ def _step(output: Any) -> float:
     return torch.finfo(output.dtype).eps if isinstance(output, Tensor) and output.is_floating_point() else 0.0
 
 
-def _random_like(inputs: Any) -> Any:
-    """Normal noise in place of every floating input, from a generator of its own."""
+def _with_noise(example: Any) -> list[Any]:
+    """Example inputs, with normal noise, from a generator of its own, in place of the second half of the instances.
+
+    Of a single instance both the example and noise.
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def noise(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return torch.randn(value.shape, generator=generator).to(value)
-        return value
+    def mixed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise, kept = torch.randn(value.shape, generator=generator).to(value), _instances(value) // 2
+        return torch.cat([value[:kept], noise[kept:]]) if kept else noise
 
-    return pytree.tree_map(noise, inputs)
+    alone = all(_instances(leaf) < 2 for leaf in pytree.tree_leaves(example))
+    return [*([example] if alone else []), pytree.tree_map(mixed, example)]
+
+
+def _first_instance(example: Any) -> Any:
+    """Example inputs without the other instances: of all tensors that have as many rows as the first one."""
+    count = next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.ndim and len(leaf) == count else leaf, example)
+
+
+def _instances(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.ndim else 1
 
 
 def _difference(first: list[Any], second: list[Any]) -> float:

@@ -336,7 +336,7 @@ def test_a_weight_that_forward_computes_with_is_no_unreached_layer() -> None:
             return functional.linear(x, self.weight / self.weight.norm(), self.bias)
 
     net = nn.Sequential(Standardised(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert find_gates(net, torch.randn(2, 6))[0].excluded == "forward uses its weight in a way of its own"
+    assert "computes another weight from its own" in str(find_gates(net, torch.randn(2, 6))[0].excluded)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(15).bool(), torch.zeros(16).bool(), torch.ones(16)])

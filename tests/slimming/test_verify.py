@@ -105,7 +105,7 @@ def test_any_change_is_found_whatever_the_scale(unit: int, scale: float) -> None
     verification, before = verified(network), network[2].weight.detach().clone()
     with torch.no_grad():
         network[2].weight[0, unit] += 1e-5 * scale
-    with pytest.raises(VerificationError, match=r"Sequential would change its outputs by .* in (train|eval) mode"):
+    with pytest.raises(VerificationError, match=r"Sequential would change its outputs by .* in train or eval mode"):
         verification.check({})
     network[2].weight = nn.Parameter(before)
     verification.check({})
@@ -396,3 +396,24 @@ def test_a_compiled_network_is_run_as_it_was_written() -> None:
     assert not compiled
     network(X)
     assert compiled
+
+
+@pytest.mark.parametrize(("used", "where"), [(torch.zeros(4, 3), "noise"), (torch.full((4, 3), 1e6), "the example")])
+def test_it_runs_on_the_example_and_on_noise(used: Tensor, where: str) -> None:
+    """Zeros show no weights, and noise no values that are far from it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.far = nn.Linear(3, 2), nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.far * (x.abs() > 1e5).sum(1, keepdim=True) * self.fc(x)
+
+    for batch in (used, used[:1]):
+        network = Net()
+        verification = verified(network, x=batch)
+        with torch.no_grad():
+            (network.fc.weight if where == "noise" else network.far).mul_(1.01)
+        with pytest.raises(VerificationError):
+            verification.check({})
