@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_fscreen.functional.precision import without_tf32
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
-from lightning_fscreen.slimming.double import Exact, InDouble, let_go, to_double, without_tf32
+from lightning_fscreen.slimming.double import Exact, InDouble, let_go, to_double
 
 log = logging.getLogger(__name__)
 
