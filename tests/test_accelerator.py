@@ -73,6 +73,17 @@ def test_devices_never_meet_in_a_fit(arguments, options):
     assert report.after.params == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_a_deterministic_fit_asks_for_nothing_that_has_no_deterministic_form(granularity, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # Lightning sets it
+    try:
+        with pretending():
+            callback, _ = fit({"granularity": granularity, "criterion": "screening"}, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
+
+
 class Waits(pl.Callback):
     """For every training step, where in the package the host waited for the device."""
 
