@@ -17,7 +17,7 @@ from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.kinds import kind_of, off, parameters_off, switch_of
 from lightning_fscreen.slimming.operators import find_slots
-from lightning_fscreen.slimming.optimizers import follow_plan, optimizers_of, warn_of_orphans
+from lightning_fscreen.slimming.optimizers import awaiting, follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.slots import Heads
 
@@ -94,12 +94,12 @@ def slim(
     check_keep(model, {name: mask for name, mask in keep.items() if _is_layer(model, name)})
     followers = [follow] if isinstance(follow, nn.Module) else list(follow)
     used, copies, before = optimizers_of(model, optimizers), copies_of(model, followers), dict(model.named_parameters())
-    args, kwargs = call_arguments(example_inputs)
+    awaited, (args, kwargs) = awaiting(before), call_arguments(example_inputs)
     captured = capture_training(model, args, kwargs)
     check_keep(model, keep, heads_in(model, captured, keep))
     plan = slim_captured(model, captured, keep, args, kwargs, bias, copies)
-    follow_plan(used, model, before, plan)
-    warn_of_orphans(used, model, before)
+    replaced = follow_plan(used, model, before, plan)
+    warn_of_orphans(used, model, replaced, awaited)
     for module in followers:
         average_exactly(module)
     return plan
