@@ -122,18 +122,19 @@ def test_no_step_waits_for_the_device(granularity, net):
     assert set(waits.steps[2]) <= {place for place in waits.steps[2] if "functional" in place or "labels" in place}
 
 
-@pytest.mark.parametrize("granularity", ["channel", "weight"])
-def test_resumed_when_only_the_end_of_the_last_epoch_is_left(granularity, tmp_path):
+@pytest.mark.parametrize("granularity", ["channel", "weight", "unit"])
+def test_resumed_in_an_epoch_and_when_only_the_end_of_the_last_is_left(granularity, tmp_path):
     class Saves(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 6:
-                trainer.save_checkpoint(tmp_path / "end.ckpt")
+            if trainer.global_step in (3, 6):
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
 
     arguments = {"granularity": granularity, "end_epoch": 3}
     with pretending():
-        whole, model = fit(arguments, [Saves()])
-        resumed, again = fit(arguments, ckpt_path=tmp_path / "end.ckpt")
-    assert resumed.report().kept == whole.report().kept < whole.report().total
+        whole, model = fit(arguments, [Saves()], mixed_net)
+        middle, _ = fit(arguments, net=mixed_net, ckpt_path=tmp_path / "3.ckpt")  # with other batches
+        resumed, again = fit(arguments, net=mixed_net, ckpt_path=tmp_path / "6.ckpt")
+    assert resumed.report().kept == middle.report().kept == whole.report().kept < whole.report().total
     for (name, first), second in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7, msg=name)
 
