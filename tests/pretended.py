@@ -203,7 +203,7 @@ def pretending():
             return export(*args, **kwargs)
 
     def of_cpu(asked):
-        return lambda device_type: asked("cpu" if device_type == "cuda" else device_type)
+        return lambda device_type="cuda": asked("cpu" if device_type == "cuda" else device_type)
 
     export, fork = torch.export.export, torch.random.fork_rng
     with (
