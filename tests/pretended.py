@@ -2,8 +2,9 @@
 
 Continuous integration has no GPU. Here the storage of a real CPU tensor has a tag with the device that it pretends to
 be on. One mode answers questions (`.device`) and performs transfers (`.to`) as tagged copies; the other sees every
-operator, backward passes included: it raises where operands on two devices meet, as CUDA does, passes tags on to the
-results, and notes operators for which the host waits for the device.
+operator, backward passes included: it raises where operands on two devices meet, as CUDA does, and where deterministic
+mode is on and CUDA has no such form, passes tags on to the results, and notes operators for which the host waits for
+the device.
 """
 
 import contextlib
@@ -33,6 +34,13 @@ _WAITS = {  # the host waits for the device, to learn a value or a size
     _aten.unique_consecutive.default,
     _aten.equal.default,
     _aten.repeat_interleave.Tensor,
+}
+_UNORDERED = {  # raise in deterministic mode; cumsum of integers does not
+    _aten.kthvalue.default,
+    _aten.median.dim,
+    _aten.histc.default,
+    _aten.put_.default,
+    _aten.cumsum.default,
 }
 _INDEXES = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _BOOLEAN = (torch.bool, torch.uint8)
@@ -162,6 +170,9 @@ class _Operators(TorchDispatchMode):
         if len(devices) > 1 and func not in (_aten.copy_.default, _aten._foreach_copy_.default):
             names = " and ".join(sorted(map(str, devices)))
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {names}: {func}")
+        unordered = func in _UNORDERED and (func is not _aten.cumsum.default or operands[0].is_floating_point())
+        if unordered and devices - {CPU} and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(f"{func} does not have a deterministic implementation")
         result = func(*args, **kwargs)
         if devices - {CPU}:
             self.count += 1
@@ -192,7 +203,7 @@ def pretending():
             return export(*args, **kwargs)
 
     def of_cpu(asked):
-        return lambda device_type: asked("cpu" if device_type == "cuda" else device_type)
+        return lambda device_type="cuda": asked("cpu" if device_type == "cuda" else device_type)
 
     export, fork = torch.export.export, torch.random.fork_rng
     with (

@@ -17,6 +17,7 @@ from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.pretended import pretended, pretended_trainer, pretending
 from tests.saving.test_checkpoints import momentum
 from tests.test_channel_fit import residual_net
+from tests.test_unit_fit import mixed_net
 
 CUDA = torch.device("cuda", 0)
 SCALERS = {"bf16-mixed": lambda: None, "16-mixed": lambda: torch.amp.GradScaler("cpu")}
@@ -63,14 +64,28 @@ def test_tensors_pretend_to_be_where_they_were_sent():
         ({"granularity": "weight", "criterion": "screening_sum", "rewind_weights": True}, {"precision": "bf16-mixed"}),
         ({"granularity": "weight", "criterion": "gradient", "soft": True}, {"index": 1}),
         ({"granularity": "weight", "criterion": "activation", "scope": "layer"}, {}),
+        ({"granularity": "unit", "criterion": "random", "scope": "kind", "bias": "mean"}, {"precision": "bf16-mixed"}),
+        ({"granularity": "unit", "criterion": "taylor", "soft": True}, {"precision": "bf16-true"}),
+        ({"granularity": "unit", "criterion": "screening_product", "rewind_weights": True}, {"index": 1}),
+        ({"granularity": "unit", "criterion": "magnitude", "scope": "layer", "bias": "fold"}, {}),
     ],
 )
 def test_devices_never_meet_in_a_fit(arguments, options):
     with pretending():
-        callback, model = fit(arguments, **options)
+        callback, model = fit(arguments, net=mixed_net if "unit" in arguments.values() else residual_net, **options)
     report = callback.report()
     assert abs(report.kept - report.total / 2) <= 1 and callback.plan is not None
     assert report.after.params == sum(p.numel() for p in model.parameters())
+
+
+def test_a_deterministic_fit_asks_for_nothing_that_has_no_deterministic_form(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # Lightning sets it
+    try:
+        with pretending():
+            callback, _ = fit({"granularity": "weight", "criterion": "screening"}, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
 
 
 class Waits(pl.Callback):
@@ -94,29 +109,32 @@ class End(pl.Callback):
         self.waits.end()
 
 
-@pytest.mark.parametrize("granularity", ["channel", "weight"])
-def test_no_step_waits_for_the_device(granularity):
+@pytest.mark.parametrize(
+    ("granularity", "net"), [("channel", residual_net), ("weight", residual_net), ("unit", mixed_net)]
+)
+def test_no_step_waits_for_the_device(granularity, net):
     with pretending() as operators:
         waits = Waits(operators)
-        fit({"granularity": granularity, "collect_every": 1}, [waits, End(waits)], max_epochs=4)
+        fit({"granularity": granularity, "collect_every": 1}, [waits, End(waits)], net, max_epochs=4)
     # Two batches an epoch. The first step of all learns the network; the labels of an epoch's first batch are checked.
     assert [len(where) for where in waits.steps[3::2]] == [0, 0, 0]
     assert not waits.steps[6], "an ordinary step waits"
     assert set(waits.steps[2]) <= {place for place in waits.steps[2] if "functional" in place or "labels" in place}
 
 
-@pytest.mark.parametrize("granularity", ["channel", "weight"])
-def test_resumed_when_only_the_end_of_the_last_epoch_is_left(granularity, tmp_path):
+@pytest.mark.parametrize("granularity", ["channel", "weight", "unit"])
+def test_resumed_in_an_epoch_and_when_only_the_end_of_the_last_is_left(granularity, tmp_path):
     class Saves(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 6:
-                trainer.save_checkpoint(tmp_path / "end.ckpt")
+            if trainer.global_step in (3, 6):
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
 
     arguments = {"granularity": granularity, "end_epoch": 3}
     with pretending():
-        whole, model = fit(arguments, [Saves()])
-        resumed, again = fit(arguments, ckpt_path=tmp_path / "end.ckpt")
-    assert resumed.report().kept == whole.report().kept < whole.report().total
+        whole, model = fit(arguments, [Saves()], mixed_net)
+        middle, _ = fit(arguments, net=mixed_net, ckpt_path=tmp_path / "3.ckpt")  # with other batches
+        resumed, again = fit(arguments, net=mixed_net, ckpt_path=tmp_path / "6.ckpt")
+    assert resumed.report().kept == middle.report().kept == whole.report().kept < whole.report().total
     for (name, first), second in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7, msg=name)
 

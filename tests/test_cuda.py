@@ -12,7 +12,7 @@ from torch import nn
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.l1 import WeightL1
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
-from tests.conftest import Classifier, ConvNet, digits, loader, trainer
+from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
 
 pytestmark = pytest.mark.cuda
@@ -74,14 +74,26 @@ def test_resumed_when_only_the_end_of_the_last_epoch_is_left(granularity, tmp_pa
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_sums_are_exact_whatever_products_are_rounded_to_and_wait_for_nothing():
+def test_a_deterministic_fit_asks_for_nothing_that_has_no_deterministic_form(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # Lightning sets it
+    callback = ScreeningPruningCallback("weight", amount=0.5, end_epoch=2)
+    try:
+        fit(mlp(), [callback], deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_sums_are_exact_whatever_products_are_rounded_to_and_wait_for_nothing(weights):
     x, labels = torch.randn(512, 40) + 100, torch.randint(5, (512,))
     x += 0.1 * labels[:, None]
-    labels[::7] = -100
+    labels[::7] = labels[::7] if weights else -100
     layer = nn.Linear(40, 2).to(DEVICE)
     collector = ActivationCollector([Probe("layer", layer)], 5)
     collector.attach()
-    batches = [(batch.to(DEVICE), own.to(DEVICE)) for batch, own in zip(x.split(64), labels.split(64), strict=True)]
+    given = nn.functional.one_hot(labels, 5).float() if weights else labels
+    batches = [(batch.to(DEVICE), own.to(DEVICE)) for batch, own in zip(x.split(64), given.split(64), strict=True)]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -7,10 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
-from lightning_fscreen.modules import in_mode
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.double import let_go
@@ -76,9 +74,8 @@ def remove_dead_slots(
             follower.plan(lambda: _replace_sizes(change(literal, numbers)[0], own.plan.sizes), own)
         return _apply(network, own, verification, followers)
 
-    def run() -> None:
-        with torch.no_grad(), in_mode(network, captured.training):
-            network(*args, **kwargs)
+    def rehearse() -> None:
+        verification.rehearse(args, kwargs, captured.training)
 
     own, assumed = change()
     if not own.plan:
@@ -95,7 +92,7 @@ def remove_dead_slots(
 
         def attempt(literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
             own, _ = change(literal, numbers)
-            own = _with_stale_sizes(network, own, run)
+            own = _with_stale_sizes(network, own, rehearse)
             return own, carry_out(own, literal, numbers) if own.plan else _nothing
 
         own, undo = _take_literally(attempt, assumed)
@@ -110,7 +107,7 @@ def remove_dead_slots(
     return own.plan
 
 
-def _with_stale_sizes(network: nn.Module, change: Change, run: Callable[[], None]) -> Change:
+def _with_stale_sizes(network: nn.Module, change: Change, rehearse: Callable[[], None]) -> Change:
     """The change, with those of its sizes that do not follow by themselves.
 
     Raises:
@@ -120,7 +117,7 @@ def _with_stale_sizes(network: nn.Module, change: Change, run: Callable[[], None
         return change
     undo = install(network, replace(change.plan, sizes={}), change.tensors)
     try:
-        return _replace_sizes(change, stale_sizes(network, change.plan.sizes, run))
+        return _replace_sizes(change, stale_sizes(network, change.plan.sizes, rehearse))
     except Exception as error:  # whatever forward raises
         let_go(error)
         raise VerificationError(f"forward of {type(network).__name__} fails on the smaller network: {error}") from error

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_fscreen.modules import join, named_tensors, parameters_by_name, put_tensor
 from lightning_fscreen.slimming.double import Tensors
 from lightning_fscreen.slimming.plan import SlimmingPlan
-from lightning_fscreen.slimming.rewrite import Undo, install
+from lightning_fscreen.slimming.rewrite import Undo, install, overwrite
 from lightning_fscreen.slimming.select import selected
 from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import VerificationError
@@ -111,7 +110,6 @@ def copies_of(network: nn.Module, follow: Sequence[nn.Module]) -> list[Copy]:
     return found
 
 
-@torch.no_grad()
 def take_pruned(copies: Sequence[Copy], network: nn.Module, pruned: Mapping[str, Tensor]) -> Undo:
     """Give the copies the network's own values where it is pruned: there is nothing left to average.
 
@@ -127,18 +125,14 @@ def take_pruned(copies: Sequence[Copy], network: nn.Module, pruned: Mapping[str,
         A function that undoes it.
     """
     own = dict(network.named_parameters())
-    old: list[tuple[Tensor, Tensor]] = []
+    steps = []
     for copy in copies:
         values = copy.values
-        for name in values.keys() & pruned.keys():
-            value, mask = values[name], pruned[name]
-            old.append((value, value.detach().clone()))
-            value[mask.to(value.device)] = own[name].detach()[mask.to(own[name].device)].to(value)
+        steps += [overwrite(values[name], pruned[name], own[name]) for name in values.keys() & pruned.keys()]
 
-    @torch.no_grad()
     def undo() -> None:
-        for tensor, before in old:
-            tensor.copy_(before)
+        for step in reversed(steps):
+            step()
 
     return undo
 

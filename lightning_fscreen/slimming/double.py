@@ -171,34 +171,6 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name
     return args[place] if len(args) > place else kwargs.get(name)
 
 
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """float32 products with all digits, where the device would round them to TF32; put back as it was.
-
-    torch has an older and a newer set of switches, which raise or warn if one is read after the other was set.
-    """
-    backends = torch.backends
-    if not hasattr(backends.cudnn, "conv"):  # torch before 2.9
-        matmul, cudnn = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
-            backends.cudnn.allow_tf32 = cudnn
-        return
-    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    old = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, old, strict=True):
-            switch.fp32_precision = value
-
-
 def let_go(error: BaseException) -> None:
     """Free what the frames of an error hold, and of those before it; its traceback still says where it was raised."""
     seen: BaseException | None = error

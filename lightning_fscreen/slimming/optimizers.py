@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,57 +148,66 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def follow_plan(
-    optimizers: Iterable[Optimizer], model: nn.Module, before: Mapping[str, nn.Parameter], plan: SlimmingPlan
-) -> None:
+    optimizers: Iterable[Optimizer], model: nn.Module, before: dict[str, nn.Parameter], plan: SlimmingPlan
+) -> list[str]:
     """Let optimizers, and pending gradients, follow a model that a plan has made smaller.
 
     Args:
         optimizers: those that passed `check_state`.
         model: the model.
-        before: its parameters by name before it became smaller.
+        before: its parameters by name before it became smaller; those that have been replaced are taken out.
         plan: the plan, with names as in the model.
+
+    Returns:
+        The names of those that have been replaced.
     """
     after = dict(model.named_parameters())
-    moves = [
-        Move(old, after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
-        for name, old in before.items()
-        if after[name] is not old
-    ]
+    replaced = [name for name, old in before.items() if after[name] is not old]
+    moves = (
+        Move(before.pop(name), after[name], lambda tensor, name=name: plan.cut(name, tensor))  # type: ignore[misc]
+        for name in replaced
+    )
     weights = {layer: model.get_submodule(layer).get_parameter("weight") for layer in plan.biases}
     move_parameters(optimizers, moves, {after[join(layer, "bias")]: weight for layer, weight in weights.items()})
+    return replaced
 
 
 def move_parameters(
-    optimizers: Iterable[Optimizer], moves: Sequence[Move], added: Mapping[nn.Parameter, nn.Parameter] | None = None
+    optimizers: Iterable[Optimizer], moves: Iterable[Move], added: Mapping[nn.Parameter, nn.Parameter] | None = None
 ) -> None:
     """Put new parameters in the places of old ones, with the state and the gradients that stay.
 
-    Groups, schedulers and the optimizer objects stay the same.
+    Groups, schedulers and the optimizer objects stay the same. One parameter follows the other, the smallest first, and
+    the memory of those that nobody else holds is free for the next.
 
     Args:
         optimizers: the optimizers.
         moves: which parameter takes whose place.
         added: parameters that had none before → a new parameter whose group they join.
     """
-    by_old: dict[Tensor, Move] = {move.old: move for move in moves}
-    for move in moves:
-        if move.old.grad is not None:
-            move.new.grad = move.carry(move.old.grad)
-            move.old.grad = None  # whoever still has the old parameter: room for the next one
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"][:] = [by_old[p].new if p in by_old else p for p in group["params"]]
-            for new, beside in (added or {}).items():
-                _join(group, new, beside)
-        for old in [parameter for parameter in optimizer.state if parameter in by_old]:
-            move = by_old[old]
-            state = optimizer.state.pop(old)
-            optimizer.state[move.new] = {
-                key: move.carry(value)
-                if isinstance(value, Tensor) and value.shape == old.shape and value.ndim
-                else value
-                for key, value in state.items()
-            }
+    waiting = sorted(moves, key=lambda move: move.old.numel(), reverse=True)
+    new_of: dict[Tensor, nn.Parameter] = {move.old: move.new for move in waiting}
+    optimizers = list(optimizers)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["params"][:] = [new_of.get(parameter, parameter) for parameter in group["params"]]
+        for new, beside in (added or {}).items():
+            _join(group, new, beside)
+    new_of.clear()
+    while waiting:
+        move = waiting.pop()
+        old, new = move.old, move.new
+        if old.grad is not None:
+            new.grad = move.carry(old.grad)
+            old.grad = None  # whoever still has the old parameter: room for the next one
+        for optimizer in optimizers:
+            if old in optimizer.state:
+                optimizer.state[new] = {
+                    key: move.carry(value)
+                    if isinstance(value, Tensor) and value.shape == old.shape and value.ndim
+                    else value
+                    for key, value in optimizer.state.pop(old).items()
+                }
+        del move, old
 
 
 def _join(group: dict[str, Any], new: nn.Parameter, beside: nn.Parameter) -> None:
@@ -210,16 +219,28 @@ def _join(group: dict[str, Any], new: nn.Parameter, beside: nn.Parameter) -> Non
             group["param_names"].append(join(group["param_names"][places[0]].rpartition(".")[0], "bias"))
 
 
-def warn_of_orphans(optimizers: Iterable[Optimizer], model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+def awaiting(parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the parameters with a hook that waits for their gradient."""
+    return {name for name, each in parameters.items() if getattr(each, "_post_accumulate_grad_hooks", None)}
+
+
+def warn_of_orphans(
+    optimizers: Iterable[Optimizer], model: nn.Module, replaced: Iterable[str], awaited: Collection[str]
+) -> None:
     """Warn if parameters that were in training are gone, and none of the optimizers has their successors.
 
     A gradient, which the successor has by now, or a hook that waits for one, is all that a parameter knows of an
     optimizer.
+
+    Args:
+        optimizers: those that followed.
+        model: the model.
+        replaced: names of the parameters that are gone.
+        awaited: names of those with such a hook.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    after = dict(model.named_parameters())
-    gone = [name for name, old in before.items() if after[name] is not old and id(after[name]) not in held]
-    trained = [name for name in gone if after[name].grad is not None or _awaited(before[name])]
+    gone = {name: parameter for name in replaced if id(parameter := model.get_parameter(name)) not in held}
+    trained = [name for name, parameter in gone.items() if parameter.grad is not None or name in awaited]
     if trained:
         log.warning(
             "%d parameters that were in training have been replaced by smaller ones (%r is the first), and no "
@@ -228,7 +249,3 @@ def warn_of_orphans(optimizers: Iterable[Optimizer], model: nn.Module, before: M
             len(trained),
             trained[0],
         )
-
-
-def _awaited(parameter: nn.Parameter) -> bool:
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))

@@ -83,6 +83,34 @@ def _install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tenso
         undo += _match_sizes(module) + match_heads(module)
 
 
+@torch.no_grad()
+def overwrite(tensor: Tensor, entries: Tensor, values: Tensor | float) -> Undo:
+    """Write values into some entries of a tensor, in place.
+
+    Args:
+        tensor: the tensor, of at least one dimension.
+        entries: bool, of its shape.
+        values: a number, or a tensor of its shape.
+
+    Returns:
+        A function that puts everything back; until it is forgotten, it holds the rows with such entries, no others.
+    """
+    touched = entries.any(tuple(range(1, entries.ndim))) if entries.ndim > 1 else entries
+    rows = touched.nonzero().flatten()
+    mask = entries.index_select(0, rows).to(tensor.device)
+    if isinstance(values, Tensor):
+        values = values.detach().index_select(0, rows.to(values.device)).to(tensor)
+    places = rows.to(tensor.device)
+    old = tensor.detach().index_select(0, places)
+    tensor.index_copy_(0, places, torch.where(mask, values, old))
+
+    @torch.no_grad()
+    def put_back() -> None:
+        tensor.index_copy_(0, places, old)
+
+    return put_back
+
+
 def original_groups(module: nn.Module) -> int:
     """Groups of a convolution before it was slimmed for the first time."""
     return int(module.__dict__.get(_GROUPS, module.groups))

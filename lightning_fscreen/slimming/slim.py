@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,8 +17,9 @@ from lightning_fscreen.slimming.gates import call_arguments, capture_training
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.kinds import kind_of, off, parameters_off, switch_of
 from lightning_fscreen.slimming.operators import find_slots
-from lightning_fscreen.slimming.optimizers import follow_plan, optimizers_of, warn_of_orphans
+from lightning_fscreen.slimming.optimizers import awaiting, follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.slimming.plan import SlimmingPlan
+from lightning_fscreen.slimming.rewrite import Undo, overwrite
 from lightning_fscreen.slimming.slots import Heads
 
 Bias = Literal["zero", "fold"]
@@ -94,12 +95,12 @@ def slim(
     check_keep(model, {name: mask for name, mask in keep.items() if _is_layer(model, name)})
     followers = [follow] if isinstance(follow, nn.Module) else list(follow)
     used, copies, before = optimizers_of(model, optimizers), copies_of(model, followers), dict(model.named_parameters())
-    args, kwargs = call_arguments(example_inputs)
+    awaited, (args, kwargs) = awaiting(before), call_arguments(example_inputs)
     captured = capture_training(model, args, kwargs)
     check_keep(model, keep, heads_in(model, captured, keep))
     plan = slim_captured(model, captured, keep, args, kwargs, bias, copies)
-    follow_plan(used, model, before, plan)
-    warn_of_orphans(used, model, before)
+    replaced = follow_plan(used, model, before, plan)
+    warn_of_orphans(used, model, replaced, awaited)
     for module in followers:
         average_exactly(module)
     return plan
@@ -148,9 +149,10 @@ def _pruned(network: nn.Module, keep: Mapping[str, Tensor], heads: Mapping[str, 
     """Parameter of a gate → bool, of its shape, True where it is pruned."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     pruned: dict[str, Tensor] = {}
-    for name, mask in keep.items():
-        for parameter, entries in parameters_off(*switch_of(network, name, heads), ~mask):
-            pruned[names[id(parameter)]] = entries | pruned.get(names[id(parameter)], False)
+    for gate, mask in keep.items():
+        for parameter, entries in parameters_off(*switch_of(network, gate, heads), ~mask):
+            name = names[id(parameter)]
+            pruned[name] = pruned[name] | entries if name in pruned else entries
     return pruned
 
 
@@ -193,23 +195,20 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor], heads: Mapping[str,
             )
 
 
-@torch.no_grad()
 def switch_off(
     network: nn.Module, keep: Mapping[str, Tensor], bias: Bias, heads: Mapping[str, Heads] | None = None
-) -> Callable[[], None]:
+) -> Undo:
     """Zero the weights of the units that are not kept, and their shifts for bias="zero"; returns what undoes it."""
-    old = []
+    steps = []
     for name, mask in keep.items():
         module, kind = switch_of(network, name, heads or {})
         weight = own_tensors(module)[0]
         for parameter, entries in parameters_off(module, kind, ~mask):
             if parameter is weight or bias == "zero":
-                old.append((parameter, parameter.detach().clone()))
-                parameter[entries.to(parameter.device)] = 0
+                steps.append(overwrite(parameter, entries, 0.0))
 
-    @torch.no_grad()
     def undo() -> None:
-        for parameter, values in reversed(old):  # a shared one was saved more than once
-            parameter.copy_(values)
+        for step in reversed(steps):  # a shared one was saved more than once
+            step()
 
     return undo

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_fscreen.functional.precision import without_tf32
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
-from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double, without_tf32
+from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double
 from lightning_fscreen.slimming.modes import without_mode
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,12 @@ class Verification:
                     f"{run.mode} mode, so nothing was removed; its forward does something that the captured graph does "
                     "not show"
                 )
+
+    def rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+        """Run the network as it is now, on these inputs; nothing of it changes by that."""
+        copies = named_tensors(self._network) if self._way == _COPIED else dict(self._network.named_buffers())
+        copies = {name: self._convert(tensor) for name, tensor in copies.items()}
+        self._run(_Run(args, kwargs, training), copies, {})
 
     def _run_where_there_is_room(self, exact: Mapping[str, Exact]) -> list[list[Any]]:
         """On the network's own device; on the CPU if that has no room for it."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.functional import ClassSums
+from lightning_fscreen.functional.precision import exact_products
 from lightning_fscreen.statistics.connections import ConnectionSums
 from lightning_fscreen.statistics.moments import ClassMoments, accumulate_moments_, empty_moments
 
@@ -16,6 +17,7 @@ _NONE = 2**62  # later than any batch
 # Values summed at a time: on CPUs so few that they and their powers stay in the cache, on accelerators so many that the
 # number of kernels does not matter, in memory that does not matter either.
 _CHUNK, _LARGE_CHUNK = 2**19, 2**23
+_ROWS = 2**12  # of which an accelerator sums products in float32
 
 
 class FeatureSums:
@@ -120,20 +122,24 @@ class FeatureSums:
     def _accumulate(self, moments: ClassMoments, features: Tensor, labels: Tensor) -> None:
         """Add rows, which may be overwritten, to sums with one count a class or one a class and feature.
 
-        Offsets and powers of float32 activations are float32: as exact as the activations. On CPUs their sums are, too,
-        before they join the float64 totals: so few rows lose nothing, and take half the time. Sums over weighted
-        classes are products of matrices, which accelerators might round to fewer digits: there all is float64.
+        Offsets and powers of float32 activations are float32: as exact as the activations. So are their sums over few
+        rows, before they join the float64 totals: they lose nothing, and take half the time on CPUs and far less on
+        accelerators, of which many have hardly any float64 units.
         """
         on_cpu = features.device.type == "cpu"
-        single = features.dtype == torch.float32 and not self.connections and (on_cpu or not labels.is_floating_point())
-        chunk = max(min((_CHUNK if on_cpu else _LARGE_CHUNK) // features.shape[1], len(features)), 1)
+        single = features.dtype == torch.float32 and not self.connections
+        chunk = (_CHUNK if on_cpu else _LARGE_CHUNK) // features.shape[1]
+        if not on_cpu and labels.is_floating_point():
+            chunk = min(chunk, _ROWS)
+        chunk = max(min(chunk, len(features)), 1)
         shift = moments.shift.float() if single else moments.shift
         if not single and (self._scratch is None or self._scratch.shape != (chunk, features.shape[1])):
             self._scratch = torch.empty(chunk, features.shape[1], dtype=torch.float64, device=features.device)
-        for rows, members in zip(features.split(chunk), labels.split(chunk), strict=True):
-            # Converting first is several times faster than a subtraction that promotes.
-            offsets = rows if single or self._scratch is None else self._scratch[: len(rows)].copy_(rows)
-            accumulate_moments_(moments, offsets.sub_(shift), members)
+        with exact_products(features.device.type):
+            for rows, members in zip(features.split(chunk), labels.split(chunk), strict=True):
+                # Converting first is several times faster than a subtraction that promotes.
+                offsets = rows if single or self._scratch is None else self._scratch[: len(rows)].copy_(rows)
+                accumulate_moments_(moments, offsets.sub_(shift), members)
 
     def _add_connections(self, ran: Sequence[int], batch: ClassSums, weights: Mapping[int, Tensor]) -> None:
         sizes = [self._columns[index].stop - self._columns[index].start for index in ran]

@@ -12,11 +12,14 @@ epoch. `--once` runs one piece. The pieces:
 - `speed/EXPERIMENT/COMPILED`: seconds of an epoch, to choose what the tables use;
 - `table/EXPERIMENT/METHOD`: the paper's two CIFAR-10 tables, a training each: dense, CLS and network slimming.
 
+ROOT holds CIFAR-10: `cifar-10-batches-py`, or images as ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg.
+
 `--miniature` goes through the same code with tiny networks and images on whatever device there is: a test.
 """
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -121,6 +124,7 @@ def steps(name, precision, compiled, miniature):
         trainer = Trainer(
             max_epochs=3, precision=precision, accelerator="auto", devices=1, callbacks=callbacks, **QUIET
         )
+        gc.collect()  # a Trainer and its model know each other: the one before would count, too
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.fit(Step(net, batch_size, size, count))
@@ -158,9 +162,11 @@ def training(experiment, own, epochs, compiled, options, folder):
     """The command of one training with `fscreen`."""
     data = [f"data.root={options.data}"]
     if options.miniature:
-        data = ["data=image_folder", f"data.root={write_images(Path(options.folder))}", "data.val_size=4"]
-        data += ["model.net._target_=lightning_fscreen.models.resnet20", "data.batch_size=8", "data.crop_padding=4"]
-        data += ["data.horizontal_flip=true"]
+        data = [f"data.root={write_images(Path(options.folder))}", "data.batch_size=8"]
+        data += ["model.net._target_=lightning_fscreen.models.resnet20"]
+    if options.miniature or (Path(options.data) / "train").is_dir():  # else the files as they are distributed
+        data += ["data=image_folder", f"data.val_size={4 if options.miniature else 5000}"]
+        data += ["data.crop_padding=4", "data.horizontal_flip=true"]
     watch = "+callbacks.watch"
     return [
         *(sys.executable, "-m", "lightning_fscreen.cli", f"experiment={experiment}", *own, *data),

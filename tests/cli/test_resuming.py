@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning_fscreen.cli.metrics import MetricsFile
 from lightning_fscreen.cli.run import run
 from tests.cli.test_run import CONF, QUIET, composed
+from tests.data.test_folder import write
 from tests.test_readme import blocks
 
 EPOCHS = 4
 # All that draws random numbers: batches, augmentation, dropout, and the criterion.
 DIGITS = ["model.net._target_=tests.cli.test_resuming.net", "data.crop_padding=1", "callbacks.fscreen.criterion=random"]
+FOLDER = [*DIGITS, "data=image_folder", "data.root=images", "data.batch_size=5", "data.horizontal_flip=true"]
 OWN = ["model._target_=my_module.MyModule", "data._target_=my_module.MyData"]
 
 
@@ -63,13 +65,18 @@ def results(folder):
         (DIGITS, [(1, False), (EPOCHS - 1, False)]),  # before the metrics; when nothing is left but the end
         ([*DIGITS, "data.num_workers=1", "data.horizontal_flip=true"], [(2, True)]),
         (["experiment=digits_channel", "trainer.limit_train_batches=2", "data.batch_size=16"], [(3, True)]),
+        ([*FOLDER, "data.on_device=true"], [(2, True)]),
         (OWN, [(2, True)]),
     ],
-    ids=["digits", "between", "workers", "channel", "own"],
+    ids=["digits", "between", "workers", "channel", "on device", "own"],
 )
 def test_stopped_and_resumed_ends_the_same(overrides, stops, tmp_path, monkeypatch):
     (tmp_path / "my_module.py").write_text(blocks((CONF / "README.md").read_text(), "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if "data=image_folder" in overrides:
+        for index in range(48):
+            write(tmp_path / "images" / ("test", "train")[index % 3 > 0] / "ab"[index % 2] / f"{index}.png", seed=index)
     train(tmp_path / "whole", *overrides)
     torch.manual_seed(12345)
     folder = tmp_path / "stopped"

@@ -1,12 +1,15 @@
-"""Which communication hooks go on with a smaller network: those without a state."""
+"""What processes send each other, and which communication hooks go on with a smaller network: those without a state."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_fscreen.fit.distributed import check_strategy
+from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, decide_once, gather
+from tests.pretended import pretended, pretending
 
 
 def compressed():
@@ -36,3 +39,21 @@ def test_a_hook_with_a_state_is_refused_by_name_where_the_network_becomes_smalle
 )
 def test_hooks_without_a_state_are_supported(hook):
     check_strategy(with_strategy(DDPStrategy(ddp_comm_hook=hook)), slims_in_fit=True)
+
+
+def test_objects_are_sent_without_their_device_and_buffers_as_tensors(monkeypatch):
+    """A tensor in an object would be unpickled on the sender's device, in every process."""
+    sent, wrapped = [], DistributedDataParallel.__new__(DistributedDataParallel)
+    strategy = SimpleNamespace(model=wrapped, broadcast=sent.append)
+    trainer = SimpleNamespace(world_size=2, is_global_zero=True, strategy=strategy)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda values, value: sent.extend(value["sums"]))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, rank: sent.append(tensor.zero_()))
+    with pretending():
+        norm = torch.nn.BatchNorm2d(3).to("cuda")
+        gather(trainer, {"sums": [norm.running_var]})
+        decide_once(trainer, lambda: {"layer": norm.running_var})
+        objects = [sent[0], sent[1]["layer"]]
+        broadcast_buffers(trainer, norm)
+    assert [pretended(tensor).type for tensor in objects] == ["cpu", "cpu"] and len(sent) == 2 + 3
+    assert {(pretended(tensor).type, tensor.dtype) for tensor in sent[2:]} == {("cuda", torch.uint8)}
+    assert not norm.running_var.any()

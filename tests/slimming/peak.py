@@ -2,12 +2,14 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=. python tests/slimming/peak.py MEGABYTES KEPT DTYPE…
 
-Peak of the resident memory (Linux) in a process of its own, a line for every dtype, after a small network has been
+Peak of the resident memory (Linux) in a process of its own, two lines for every dtype (channels of batch norms, hidden
+units), after a small network has been
 slimmed so that what is imported and compiled once does not count. With gradients, an optimizer and its momentum. The
 variable lets malloc of glibc give back what is freed, instead of keeping it for later.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,14 +33,22 @@ def network(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
-def measure(width: int, depth: int, dtype: torch.dtype, kept: float) -> float:
+def mlp(width: int, depth: int) -> nn.Sequential:
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(3 * width, 3 * width), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 3 * width), nn.ReLU(), *hidden, nn.Linear(3 * width, 10))
+
+
+def measure(
+    make: Callable[[int, int], nn.Sequential], width: int, depth: int, dtype: torch.dtype, kept: float
+) -> float:
     """Largest extra memory while a network is slimmed, by the bytes of its parameters."""
-    net, images = network(width, depth).to(dtype), torch.randn(2, 3, 4, 4, dtype=dtype)
+    net, images = make(width, depth).to(dtype), torch.randn(2, 3, 4, 4, dtype=dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     net(images).sum().backward()
     optimizer.step()
-    norms = {name: part for name, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)}
-    keep = {name: torch.arange(width) < kept * width for name in norms}
+    kind = nn.BatchNorm2d if make is network else nn.Linear
+    units = {name: len(part.weight) for name, part in net.named_modules() if isinstance(part, kind)}
+    keep = {name: torch.arange(count) < kept * count for name, count in units.items() if count > 10}
     total = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
@@ -51,5 +61,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for kind in (getattr(torch, name) for name in sys.argv[3:]):
         depth = round(megabytes * 1e6 / (kind.itemsize * 9 * WIDTH**2))
-        measure(16, depth, kind, share)
-        print(f"{measure(WIDTH, depth, kind, share):.2f}")
+        for build in (network, mlp):
+            measure(build, 16, depth, kind, share)
+            print(f"{measure(build, WIDTH, depth, kind, share):.2f}")

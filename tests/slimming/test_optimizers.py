@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import weakref
 
 import pytest
 import torch
@@ -222,6 +223,24 @@ def test_added_biases_join_the_group_of_their_weight_once_and_by_name():
         move_parameters(wrapped, [Move(weight, small, lambda tensor: tensor[:2])], {bias: small})
     assert optimizer.param_groups[0] is group and [id(p) for p in group["params"]] == [id(small), id(other), id(bias)]
     assert group["param_names"] == ["layer.weight", "other", "layer.bias"]
+
+
+def test_a_parameter_that_has_been_replaced_is_free_before_the_next_is():
+    old = [nn.Parameter(torch.ones(size)) for size in (8, 2, 4)]
+    optimizer = torch.optim.SGD(old, lr=0.1, momentum=0.9)
+    sum(parameter.sum() for parameter in old).backward()
+    optimizer.step()
+    held, free = [weakref.ref(parameter) for parameter in old], []
+
+    def cut(values):
+        free.append([reference() is None for reference in held])
+        return values[:1]
+
+    new = [nn.Parameter(torch.ones(1)) for _ in old]
+    move_parameters([optimizer], (Move(old.pop(0), parameter, cut) for parameter in new))
+    orders = ([False, False, False], [False, True, False], [False, True, True])
+    assert free == [order for order in orders for _ in ("gradient", "momentum")]
+    assert [p is q for p, q in zip(optimizer.param_groups[0]["params"], new, strict=True)] == [True] * 3
 
 
 def test_sharded_optimizers_are_refused():

@@ -19,4 +19,4 @@ def test_slimming_takes_no_copy_of_the_network(malloc: dict[str, str]) -> None:
     command = [sys.executable, str(Path(peak.__file__)), "60", "0.9", "float32", "bfloat16"]
     environment = os.environ | malloc | {"PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert all(share <= 1.2 for share in map(float, out.stdout.split())) and out.stdout.count("\n") == 2
+    assert all(share <= 1.2 for share in map(float, out.stdout.split())) and out.stdout.count("\n") == 4

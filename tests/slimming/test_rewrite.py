@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_fscreen.slimming import SlimmingPlan
-from lightning_fscreen.slimming.rewrite import install
+from lightning_fscreen.slimming.rewrite import install, overwrite
 from tests.slimming import snapshot, untouched
 
 
@@ -116,3 +116,19 @@ def test_the_layer_itself_may_be_the_network() -> None:
     assert layer.in_features == 2 and layer.bias.tolist() == [1, 2]
     undo()
     assert layer.bias is None and layer.in_features == 3
+
+
+@pytest.mark.parametrize("number", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 4, 1, 2)])
+def test_entries_are_overwritten_and_put_back(shape: tuple[int, ...], number: bool) -> None:
+    for entries in (
+        torch.rand(shape) < 0.3,
+        torch.zeros(shape, dtype=torch.bool),
+        (torch.arange(shape[-1]) < 1).expand(shape),
+    ):
+        tensor, values = nn.Parameter(torch.randn(shape)), torch.randn(shape)
+        before = tensor.detach().clone()
+        put_back = overwrite(tensor, entries, 0.5 if number else values.double())
+        assert torch.equal(tensor, torch.where(entries, 0.5 if number else values, before))
+        put_back()
+        assert torch.equal(tensor, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from contextlib import suppress
 from typing import Any
@@ -381,6 +382,34 @@ def test_a_network_without_room_that_needs_its_device_is_verified_there_in_its_o
 
     with pretending():
         verified(Net().to("cuda"), x=X.to("cuda")).check({})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_attempt_that_failed_holds_no_memory(fails: bool) -> None:
+    """The traceback of its error would, with the frames of forward, as long as another attempt runs."""
+    held: list[Any] = []
+    alive: list[bool] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            alive.extend(reference() is not None for reference in held)
+            copy = x.clone()
+            held.append(weakref.ref(copy))
+            if fails or copy.dtype == torch.float64:
+                raise TypeError("float32 only")
+            return self.fc(copy)
+
+    gc.disable()
+    try:
+        with suppress(VerificationError):
+            verified(Net()).check({})
+        assert len(held) >= 3 and not any(alive)
+    finally:
+        gc.enable()
 
 
 def test_a_compiled_network_is_run_as_it_was_written() -> None:

@@ -1,4 +1,4 @@
-"""Sums on accelerators: few kernels, no waiting, no products of matrices, as exact as in float64."""
+"""Sums on accelerators: few kernels, no waiting, no products in float64, as exact as in float64."""
 
 import numpy as np
 import pytest
@@ -72,12 +72,13 @@ def test_a_flush_of_resnet_50_takes_few_kernels_and_waits_for_none():
             steps.append(step.count)
         ordinary, _, gathering = steps
         assert gathering - ordinary <= 3 * len(collector._probes)  # activation function, mean, …; and one row is kept
-        for _ in range(2):
-            collector._buffer.restore(torch.randn(256, features).to("cuda"), [torch.randint(10, (256,)).to("cuda")])
+        indices, mixed = torch.randint(10, (256,)), torch.rand(256, 10).softmax(1)
+        for labels, products in ((indices, set()), (indices, set()), (mixed, {torch.float32})):
+            collector._buffer.restore(torch.randn(256, features).to("cuda"), [labels.to("cuda")])
             operators.waits.clear()
             with Kernels() as flush:
                 collector._flush()
-            assert flush.count <= 40 and not flush.products and not operators.waits
+            assert flush.count <= 40 and set(flush.products) == products and not operators.waits
 
 
 def test_a_step_in_which_a_layer_did_not_run_copies_no_indices():
@@ -119,6 +120,29 @@ def test_f_is_that_of_scikit_learn(mean, rows, ignored):
         np.testing.assert_allclose(found.f.cpu().numpy(), expected, rtol=1e-5)
         np.testing.assert_allclose(found.mean.cpu().numpy(), counted.mean(0).numpy(), atol=1e-7, rtol=1e-9)
         np.testing.assert_allclose(found.variance.cpu().numpy(), counted.var(0, correction=0).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [96, 20_000])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_f_of_mixed_classes_is_that_of_scikit_learn_whatever_autocast_rounds(device, rows):
+    generator = torch.Generator().manual_seed(0)
+    x, quarters = torch.randn(rows, 12, generator=generator), torch.randint(3, (rows, 4), generator=generator)
+    x += 0.1 * quarters.float().mean(1, keepdim=True) * torch.arange(12)
+    copies, found = x.repeat_interleave(4, 0).double().numpy(), []
+    mixed = nn.functional.one_hot(quarters).float().mean(1)
+    with pretending():
+        for rounds in (False, True):
+            collector = ActivationCollector([Probe("layer", nn.Linear(12, 2).to(device))], 3)
+            with torch.autocast(device, torch.bfloat16, enabled=rounds):
+                collector._sums.add([0], x.clone().to(device), [mixed.to(device)], 0, {})
+            statistics = collector.statistics()["layer"]
+            found.append((statistics.f.cpu().numpy(), statistics.spread.cpu().numpy()))
+    expected = [
+        f_classif(values, quarters.flatten().numpy())[0] * (rows - 3) / (4 * rows - 3)
+        for values in (copies, (copies - copies.mean(0)) ** 2)
+    ]
+    for statistic in found:
+        np.testing.assert_allclose(statistic, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_of_float32_rows_are_those_of_a_loop_in_float64():
