@@ -22,7 +22,7 @@ def mean(walk: Walk, node: Any) -> Value:
     """Over positions; or over all channels, where eps and a gain can take over what those that go did."""
     value, dims = walk.value(node.args[0]), arguments(node).get("dim") or ()
     channels = [dim for dim in dims if value.labels.shape[dim] > 1]
-    if len(channels) != 1 or len(dims) != 1:
+    if len(channels) != 1 or len(dims) != 1 or not node.users:
         return reduce(walk, node)
     found = _follow(walk, node)
     if isinstance(found, str):

@@ -66,10 +66,11 @@ def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
     for name, sizes in plan.sizes.items():
         if name not in modules:
             raise PlanError(f"the plan changes sizes in {name!r}, which {type(network).__name__} does not have")
-        for (call, place), (before, after) in sizes.items():
-            if min(call, place) < 0 or not 1 <= after < before:
+        for size in sizes:
+            if not 0 <= size.place < size.sizes or not 1 <= size.after < size.before:
                 raise PlanError(
-                    f"the plan makes {after} of size {before} in call {call} of {name!r}, which is no smaller size"
+                    f"the plan makes {size.after} of size {size.before} in a call of {size.name} in {name!r}, at place "
+                    f"{size.place} of {size.sizes}, which is no smaller size"
                 )
     for name in plan.selects:
         _check_select(plan, name, modules.get(name), type(network).__name__, first)

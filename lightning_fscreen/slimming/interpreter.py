@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_fscreen.modules import is_transposed_linear, named_tensors, own_tensors
 from lightning_fscreen.slimming.aliases import Aliases
 from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.sizes import Call, numbered_calls
+from lightning_fscreen.slimming.sizes import SIZED, Call
 from lightning_fscreen.slimming.slots import Assumption, SlotGraph, Value
 
 Handler = Callable[["Walk", Any], Any]
@@ -87,7 +87,6 @@ class Walk:
         self._aliases = Aliases(self.values)
         self.streams: dict[fx.Node, Tensor] = {}  # selects of ours → the channels of the stream that they select from
         self._graph = captured.graph
-        self._calls = numbered_calls(captured.graph, operator_name)
         self._handlers = handlers
         tensors = named_tensors(network)
         first_name = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
@@ -158,17 +157,21 @@ class Walk:
             self.opaque.setdefault(self.names[node.name], reason)
         pytree.tree_map_only(Value, lambda value: self.slots.pin(value.labels, reason), self.values[node])
 
-    def is_computed(self, node: fx.Node, *values: Value, counted: Mapping[int, Tensor] | None = None) -> bool:
+    def is_computed(
+        self, node: fx.Node, *values: Value, counted: Mapping[int, Tensor] | None = None, sizes: int = 1
+    ) -> bool:
         """Whether the sizes of a call are taken for computed from its input's shape.
 
         Args:
             node: the call.
             values: what it takes and gives.
             counted: place of a size → slots that it counts.
+            sizes: how many sizes the call is given.
         """
         if node.name in self._literal:
             return False
-        call = Call(*self._calls[node.name], counted) if counted and node.name in self._calls else None
+        name = operator_name(node).removesuffix("_with_sizes")
+        call = Call(module_of(node), name, sizes, counted, values[0].varying()) if counted and name in SIZED else None
         line = "\n".join((node.meta.get("stack_trace") or node.name).strip().splitlines()[-2:]).strip()
         self.slots.assumed[node.name] = Assumption(line, module_of(node), values, call)
         return True

@@ -81,8 +81,9 @@ def _match_if_equal(walk: Walk, node: Any, value: Value, parts: list[Value]) -> 
     """Sizes of parts: equal ones may be computed from the input's shape."""
     dim = arguments(node)["dim"]
     equal = len({part.shape for part in parts}) == 1
-    counted = dict.fromkeys(range(len(parts)), parts[0].along(dim)) if equal else None
-    if equal and walk.is_computed(node, value, parts[0], counted=counted):
+    sizes = len(parts) if operator_name(node) == "split_with_sizes" else 1
+    counted = dict.fromkeys(range(sizes), parts[0].along(dim)) if equal else None
+    if equal and walk.is_computed(node, value, parts[0], counted=counted, sizes=sizes):
         _match(walk, [part.labels for part in parts])
     else:
         walk.keep_all(node, value.labels, f"{operator_name(node)} has sizes written into forward")
@@ -173,40 +174,38 @@ def cat(walk: Walk, node: Any) -> Value:
 
 
 def lookup(walk: Walk, node: Any) -> Value:
-    """Rows of a table, by their numbers: its columns are the last dimension."""
+    """Parts of a table or tensor, by their numbers along one dimension: the others stay as they are."""
     given = arguments(node)
-    table, index = (given["weight"], given["indices"]) if "weight" in given else (node.args[0], None)
-    if index is None:
-        numbers = given["indices"]
-        if [item is not None for item in numbers].count(True) != 1 or _is_mask(numbers[0]):
-            raise Unsupported("it takes elements apart by their numbers")
-    name, shape = walk.name(table), tuple(node.meta["val"].shape)
-    if name is None:
-        value = walk.value(table)
-        if value.labels.shape[0] > 1:
-            raise Unsupported("it takes channels by their numbers")
-        extra = len(shape) - len(value.shape)
-        fields = (part.reshape([1] * extra + list(part.shape)) for part in (value.labels, *_unknown_if(value)))
-        return Value(shape, *fields)
-    if len(walk.shape(name)) != 2:
-        raise Unsupported("it is no table with two dimensions")
-    labels = walk.slots.dims.get((name, 1))
-    labels = walk.slots.new(walk.shape(name)[1]) if labels is None else labels
-    walk.slots.cut(name, 1, labels)
-    value = Value.pinned(shape)
-    return replace(value, labels=labels.reshape([1] * (len(shape) - 1) + [-1]))
+    table, numbers = (given["weight"], [given["indices"]]) if "weight" in given else (node.args[0], given["indices"])
+    places = [place for place, item in enumerate(numbers) if item is not None]
+    if len(places) != 1 or numbers[places[0]].meta["val"].dtype == torch.bool:
+        raise Unsupported("it takes elements apart by their numbers")
+    (place,) = places
+    value = _table(walk, table, 1 - place)
+    if value.labels.shape[place] > 1:
+        raise Unsupported("it takes channels by their numbers")
+    same = value.constant.shape[place] == value.known.shape[place] == 1
+    known = value.known if same else torch.zeros_like(value.known.narrow(place, 0, 1))
+    constant = value.constant if same else torch.zeros_like(value.constant.narrow(place, 0, 1))
+    new = [1] * numbers[place].meta["val"].ndim
+
+    def spread(part: Tensor) -> Tensor:
+        return part.reshape(*part.shape[:place], *new, *part.shape[place + 1 :])
+
+    return Value(tuple(node.meta["val"].shape), spread(value.labels), spread(constant), spread(known))
 
 
-def _is_mask(numbers: Any) -> bool:
-    return numbers is None or numbers.meta["val"].dtype == torch.bool
-
-
-def _unknown_if(value: Value) -> tuple[Tensor, Tensor]:
-    """Constants that hold for all rows."""
-    if value.constant.shape[0] == value.known.shape[0] == 1:
-        return value.constant, value.known
-    ones = [1] * len(value.shape)
-    return torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool)
+def _table(walk: Walk, source: Any, dim: int) -> Value:
+    """A tensor; a parameter with two dimensions gets slots along one of them."""
+    name = walk.name(source)
+    if name is None or len(walk.shape(name)) != 2:
+        return walk.value(source)
+    labels = walk.slots.dims.get((name, dim))
+    labels = walk.slots.new(walk.shape(name)[dim]) if labels is None else labels
+    walk.slots.cut(name, dim, labels)
+    return replace(
+        Value.pinned(walk.shape(name)), labels=labels.reshape([-1 if dim == 0 else 1, -1 if dim == 1 else 1])
+    )
 
 
 def stack(walk: Walk, node: Any) -> Value:

@@ -40,8 +40,8 @@ class SlimmingPlan:
             What it selects follows from them and from its own cuts, so that neither can be wrong alone.
         kept_for: batch norms that keep channels which are switched off, how many, and why; a record.
         attributes: module → {attribute: (size before, size after)}: numbers in forward that count channels.
-        sizes: module → {(number of a call in its forward, place of a size): (size before, size after)}: numbers that
-            forward computes from others; see `slimming/sizes.py`.
+        sizes: module → numbers that its forward computes from others and gives to calls, and what these get instead;
+            see `slimming/sizes.py`.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)

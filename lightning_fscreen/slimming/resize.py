@@ -50,7 +50,7 @@ def grow(network: nn.Module) -> Undo:
     for name in plan.selects:
         drop_select(network.get_submodule(name))
     undo_attributes = set_attributes(network, plan.attributes, before=True)
-    undo_sizes = set_sizes(network, {name: {} for name in plan.sizes}, keep=False)
+    undo_sizes = set_sizes(network, dict.fromkeys(plan.sizes, ()), keep=False)
     undo_install = install(network, SlimmingPlan(), new)
     detach_plans(network)
 

@@ -92,7 +92,7 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
         last = channels if channels in varying else varying[-1]
         free = next((dim for dim in varying if dim not in fixed), last)
     counted = {free - first: result.along(free)} if free in fixed else {}
-    if not walk.is_computed(node, vector(walk, node.args[0]), result, counted=counted):
+    if not walk.is_computed(node, vector(walk, node.args[0]), result, counted=counted, sizes=len(sizes)):
         walk.keep_all(node, result.labels, f"{operator_name(node)} has sizes {sizes} written into forward")
         return
     for dim in varying:

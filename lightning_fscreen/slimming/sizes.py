@@ -1,27 +1,23 @@
 """Sizes that a forward computes from others (`C // num_heads`, `x.shape[-1]`) follow the units that they count.
 
 Where they are attributes of a module, those change (`attributes.py`). Others are numbers that no attribute holds: while
-the module runs, the calls that take them get smaller ones.
+the module runs, the calls that are given them get smaller ones.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SIZED = ("view", "reshape", "unflatten", "expand", "split")
 """The calls that are given sizes."""
-
-Sizes = dict[str, dict[tuple[int, int], tuple[int, int]]]
-"""Module → {(number of the call in its forward, place of the size): (size before, and after)}."""
 
 
 @dataclass(frozen=True)
@@ -30,63 +26,93 @@ class Call:
 
     Attributes:
         module: the module whose forward makes it.
-        number: how many such calls come before it in that forward.
-        counted: place of a size → slots that it counts.
+        name: which call it is, one of `SIZED`.
+        sizes: how many sizes it is given.
+        counted: place of a size → slots that it counts, in the order of the elements.
+        reads: dimension of its input, from the last one → slots that lie along it.
     """
 
     module: str
-    number: int
+    name: str
+    sizes: int
     counted: Mapping[int, Tensor]
+    reads: Mapping[int, Tensor]
 
 
-def numbered_calls(graph: fx.Graph, name_of: Callable[[fx.Node], str]) -> dict[str, tuple[str, int]]:
-    """Node → the module whose forward makes this call, and the call's number in it, of the first run of the forward."""
-    counts: Counter[str] = Counter()
-    numbers: dict[str, tuple[str, int]] = {}
-    for node in graph.nodes:
-        stack = list((node.meta.get("nn_module_stack") or {}).items())
-        if node.op != "call_function" or name_of(node) not in SIZED or not stack:
-            continue
-        key, (module, *_) = stack[-1]
-        numbers[node.name] = (module, counts[key])
-        counts.update(outer for outer, _ in stack)
-    return numbers
+@dataclass(frozen=True)
+class Size:
+    """A size that a call is given becomes a smaller one, where its input has become smaller.
+
+    Attributes:
+        name: which call it is, one of `SIZED`.
+        sizes: how many sizes it is given.
+        place: the place of this one among them.
+        before: what the call is given.
+        after: what it gets.
+        times: whether instances are counted with it, so that it may be any multiple of `before`.
+        reads: the input by which the call is known: (dimension from the last one, its size) of what has become smaller.
+    """
+
+    name: str
+    sizes: int
+    place: int
+    before: int
+    after: int
+    times: bool = False
+    reads: tuple[tuple[int, int], ...] = ()
+
+    def of(self, name: str, source: Tensor, sizes: Sequence[Any]) -> bool:
+        """Whether a call is given this size, and has such an input."""
+        if name != self.name or len(sizes) != self.sizes or any(source.dim() < -dim for dim, _ in self.reads):
+            return False
+        if any(source.shape[dim] != size for dim, size in self.reads):
+            return False
+        size = sizes[self.place]
+        return bool(size > 0 and size % self.before == 0 if self.times else size == self.before)
+
+
+Sizes = dict[str, tuple[Size, ...]]
+"""Module → the sizes that become smaller in its forward."""
 
 
 def proposed_sizes(calls: Iterable[Call], kept: Tensor) -> Sizes:
-    """The sizes that calls need, for the inputs that the network was captured with.
+    """The sizes that calls need, if they are given those of before.
 
     Args:
         calls: that are given sizes.
         kept: (number of slots,) bool.
     """
-    proposed: Sizes = {}
+    proposed: dict[str, dict[Size, None]] = {}
     for call in calls:
+        reads = tuple((dim, int(kept[labels].sum())) for dim, labels in sorted(call.reads.items()))
         for place, labels in call.counted.items():
-            left = int(kept[labels].sum())
-            if left < len(labels):
-                proposed.setdefault(call.module, {})[call.number, place] = (len(labels), left)
-    return proposed
+            share = Fraction(int(kept[labels].sum()), len(labels))
+            times = len(labels.unique()) < len(labels) and len(labels) % share.denominator == 0
+            before = share.denominator if times else len(labels)
+            size = Size(call.name, call.sizes, place, before, int(before * share), times, reads)
+            if share < 1:
+                proposed.setdefault(call.module, {})[size] = None
+    return {module: tuple(sizes) for module, sizes in proposed.items()}
 
 
 def stale_sizes(network: nn.Module, proposed: Sizes, run: Callable[[], object]) -> Sizes:
-    """Those of the proposed sizes that calls are not given by themselves, as shares.
+    """Those of the proposed sizes that calls do not get by themselves.
 
     Args:
         network: has become smaller already.
         proposed: from `proposed_sizes`.
-        run: runs it on the inputs that it was captured with. May fail where other numbers are wrong.
+        run: runs the network. May fail where other numbers are wrong.
     """
-    stale: Sizes = {}
+    met: dict[str, dict[Size, None]] = {}
     before = {name: vars(network.get_submodule(name)).get("forward") for name in proposed}
     try:
         for name, sizes in proposed.items():
             module = network.get_submodule(name)
-            module.forward = SizedForward(module, sizes, stale.setdefault(name, {}))
+            module.forward = SizedForward(module, sizes, met.setdefault(name, {}))
         run()
     finally:
         _put_back(network, before)
-    return {name: sizes for name, sizes in stale.items() if sizes}
+    return {name: tuple(sizes) for name, sizes in met.items() if sizes}
 
 
 def _put_back(network: nn.Module, before: Mapping[str, Any]) -> None:
@@ -102,21 +128,15 @@ class SizedForward:
 
     Args:
         module: the module.
-        sizes: (number of the call, place of the size) → (size before, and after): what the call is given is multiplied
-            by their quotient, since sizes may also count instances.
-        stale: where it is to be found out which calls are given the sizes before: gets those that are, as shares.
+        sizes: what becomes smaller.
+        met: gets those that calls were given.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        sizes: Mapping[tuple[int, int], tuple[int, int]],
-        stale: dict[tuple[int, int], tuple[int, int]] | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, sizes: Sequence[Size], met: dict[Size, None] | None = None) -> None:
         self._module = module
         self.own = vars(module).get("forward")
-        self.sizes = dict(sizes)
-        self._stale = stale
+        self.sizes = tuple(sizes)
+        self._met = met
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -130,47 +150,33 @@ class SizedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
-        with _Resizing(self.sizes, self._stale):
+        with _Resizing(self.sizes, self._met):
             return self._forward(*args, **kwargs)
 
 
 class _Resizing(TorchFunctionMode):
-    """Counts the calls that are given sizes, and gives some of them others."""
+    """Gives calls other sizes."""
 
-    def __init__(
-        self,
-        sizes: Mapping[tuple[int, int], tuple[int, int]],
-        stale: dict[tuple[int, int], tuple[int, int]] | None = None,
-    ) -> None:
+    def __init__(self, sizes: Sequence[Size], met: dict[Size, None] | None = None) -> None:
         super().__init__()
         self._sizes = sizes
-        self._stale = stale
-        self._calls = {call for call, _ in sizes}
-        self._count = 0
+        self._met = met
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") not in SIZED:
+        name = getattr(func, "__name__", "")
+        if name not in SIZED:
             return func(*args, **(kwargs or {}))
-        number, self._count = self._count, self._count + 1
-        if number not in self._calls:
-            return func(*args, **(kwargs or {}))
-        head, sizes, tail, kwargs = _parted(func.__name__, args, dict(kwargs or {}))
-        if isinstance(sizes, int):
-            return func(*head, self._scaled(number, 0, sizes), *tail, **kwargs)
-        return func(*head, [self._scaled(number, place, size) for place, size in enumerate(sizes)], *tail, **kwargs)
-
-    def _scaled(self, number: int, place: int, size: Any) -> Any:
-        pair = self._sizes.get((number, place))
-        if pair is None or size == -1:
-            return size
-        if self._stale is not None:
-            if size != pair[0]:
-                return size
-            share = Fraction(pair[1], pair[0])
-            self._stale[number, place] = (share.denominator, share.numerator)
-        return size * pair[1] // pair[0]
+        head, sizes, tail, rest = _parted(name, args, dict(kwargs or {}))
+        given = list(sizes) if isinstance(sizes, list | tuple) else [sizes]
+        changed = list(given)
+        for size in self._sizes:
+            if head and size.of(name, head[0], given):
+                changed[size.place] = given[size.place] // size.before * size.after
+                if self._met is not None:
+                    self._met[size] = None
+        return func(*head, changed if isinstance(sizes, list | tuple) else changed[0], *tail, **rest)
 
 
 _KEYWORDS = ("size", "sizes", "shape", "split_size", "split_size_or_sections")
@@ -184,8 +190,8 @@ def _parted(
     if keyword is not None:
         return args, kwargs.pop(keyword), (), kwargs
     first = 2 if name == "unflatten" and len(args) > 1 else 1
-    if name in ("split", "unflatten") or isinstance(args[first], list | tuple):
-        return args[:first], args[first], args[first + 1 :], kwargs
+    if name in ("split", "unflatten") or len(args) == first or isinstance(args[first], list | tuple):
+        return args[:first], args[first] if len(args) > first else (), args[first + 1 :], kwargs
     return args[:first], args[first:], (), kwargs
 
 
@@ -201,36 +207,61 @@ def set_sizes(network: nn.Module, sizes: Sizes, keep: bool = True) -> Callable[[
     for name, own in sizes.items():
         module, forward = network.get_submodule(name), before[name]
         if isinstance(forward, SizedForward):
-            own = followed_sizes({name: forward.sizes}, {name: own})[name] if keep else {}
+            own = _followed(forward.sizes, own) if keep else ()
             vars(module).pop("forward")
             if forward.own is not None:
                 vars(module)["forward"] = forward.own
         if own:
             module.forward = SizedForward(module, own)
-
     return partial(_put_back, network, before)
 
 
 def followed_sizes(first: Sizes, second: Sizes) -> Sizes:
     """The changes of two slimmings, one after the other."""
-    total = {module: dict(values) for module, values in first.items()}
-    for module, values in second.items():
-        own = total.setdefault(module, {})
-        for place, (before, after) in values.items():
-            share = Fraction(after, before) * Fraction(*reversed(own.get(place, (1, 1))))
-            own[place] = (share.denominator, share.numerator)
-    return total
+    return {name: _followed(first.get(name, ()), second.get(name, ())) for name in first | second}
 
 
-def sizes_to_json(sizes: Sizes) -> dict[str, list[list[int]]]:
+def _followed(first: Sequence[Size], second: Sequence[Size]) -> tuple[Size, ...]:
+    """What the second slimming makes smaller, it makes smaller from what the first one has left."""
+    total: list[Size] = []
+    later = list(second)
+    for size in first:
+        after = next((other for other in later if _goes_on(size, other)), None)
+        if after is None:
+            total.append(size)
+            continue
+        later.remove(after)
+        share = Fraction(size.after, size.before) * Fraction(after.after, after.before)
+        before = share.denominator if size.times else size.before
+        total.append(replace(after, before=before, after=int(before * share), times=size.times))
+    return (*total, *later)
+
+
+def _goes_on(first: Size, second: Size) -> bool:
+    same = (first.name, first.sizes, first.place, first.times) == (
+        second.name,
+        second.sizes,
+        second.place,
+        second.times,
+    )
+    return same and (first.times or first.after == second.before)
+
+
+def sizes_to_json(sizes: Sizes) -> dict[str, list[list[Any]]]:
     """As lists."""
-    return {module: [[*place, *pair] for place, pair in values.items()] for module, values in sizes.items()}
+    return {
+        module: [[s.name, s.sizes, s.place, s.before, s.after, s.times, [list(read) for read in s.reads]] for s in own]
+        for module, own in sizes.items()
+    }
 
 
 def sizes_from_json(data: Mapping[str, Any], integer: Callable[[Any], int]) -> Sizes:
     """From what `sizes_to_json` gave."""
-    rows = {module: [tuple(map(integer, row)) for row in values] for module, values in data.items()}
-    return {
-        str(module): {(call, place): (before, after) for call, place, before, after in values}
-        for module, values in rows.items()
-    }
+
+    def size(row: Any) -> Size:
+        name, *numbers, times, reads = row
+        count, place, before, after = map(integer, numbers)
+        known = tuple((integer(dim), integer(size)) for dim, size in reads)
+        return Size(str(name), count, place, before, after, times is True, known)
+
+    return {str(module): tuple(map(size, own)) for module, own in data.items()}

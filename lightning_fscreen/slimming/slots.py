@@ -58,6 +58,11 @@ class Value:
         rows = _rows(self.labels, dim)[:, 0]
         return rows.expand(self.shape[dim])
 
+    def varying(self) -> dict[int, Tensor]:
+        """Dimension, from the last one → labels along it, where they vary."""
+        dims = [dim for dim, size in enumerate(self.labels.shape) if size > 1]
+        return {dim - len(self.shape): self.along(dim) for dim in dims}
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, constant and known at full size, to run a data-moving operator on."""
         return self.labels.expand(self.shape), self.constant.expand(self.shape), self.known.expand(self.shape)

@@ -125,12 +125,13 @@ def test_a_damaged_plan_is_refused() -> None:
     block = attention("of the stream")
     _, plan = check(block, 0)
     assert plan.sizes
-    for sizes in ({(0, 3): (2, 4)}, {(0, 3): (4, 0)}, {(-1, 3): (4, 2)}):
-        damaged = SlimmingPlan.from_json(replace(plan, sizes={"attention": sizes}).to_json())
+    (size, *_) = plan.sizes["attention"]
+    for changes in ({"before": size.after}, {"after": 0}, {"place": -1}, {"place": 5}):
+        damaged = SlimmingPlan.from_json(replace(plan, sizes={"attention": (replace(size, **changes),)}).to_json())
         with pytest.raises(PlanError, match="which is no smaller size"):
             slim_like(attention("of the stream"), damaged)
     with pytest.raises(PlanError, match="changes sizes in 'other', which Block does not have"):
-        slim_like(attention("of the stream"), replace(plan, sizes={"other": {(0, 3): (4, 2)}}))
+        slim_like(attention("of the stream"), replace(plan, sizes={"other": (size,)}))
 
 
 class Weights(nn.Module):
@@ -164,7 +165,10 @@ def frozen() -> Block:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Weights().double(), "operation 'mean' in module 'attention': it mixes channels"),
+        (
+            lambda: Weights().double(),
+            "operation 'mean' in module 'attention': it averages over all channels, and it is used more than once",
+        ),
         (frozen, "the layer that projects its heads, 'attention.projection': frozen (requires_grad is False)"),
     ],
 )

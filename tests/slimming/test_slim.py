@@ -19,6 +19,7 @@ from lightning_fscreen.slimming import CaptureError, VerificationError, slim
 from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.fits import check_fits
 from lightning_fscreen.slimming.select import SELECT
+from lightning_fscreen.slimming.sizes import Size
 from tests.slimming import difference, outputs, snapshot, untouched
 from tests.slimming.masked import (
     BIASES,
@@ -162,7 +163,7 @@ def test_sizes_written_into_forward_follow() -> None:
     masked = masked_copy(network, keep, "zero")
     plan = slim(network, keep, x)
     assert network.body[1].num_features == 6 and network.body[4].num_features == 4
-    assert plan.sizes == {"": {(0, 2): (3, 2)}}
+    assert plan.sizes == {"": (Size("view", 5, 2, 3, 2, reads=((-3, 4),)),)}
     for batch in (x, torch.randn(5, 3, 8, 8)):
         assert difference(outputs(masked, batch), outputs(network, batch)) < 1e-6
 
