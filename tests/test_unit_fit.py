@@ -236,12 +236,13 @@ def test_a_floor_that_leaves_too_little_to_prune_is_refused():
         fitted(Pruning(min_channels=20), net=convnext, max_epochs=3)
 
 
-def test_a_slim_network_is_saved_loaded_exported_and_compiled(tmp_path):
-    model, _ = fitted(Pruning(), net=convnext, max_epochs=3)
+@pytest.mark.parametrize("net", [convnext, Attentive])
+def test_a_slim_network_is_saved_loaded_exported_and_compiled(net, tmp_path):
+    model, _ = fitted(Pruning(), net=net, max_epochs=3)
     network, images = model.net.eval(), digits(8)[0]
     expected = network(images)
     save_slimmed(network, tmp_path / "slim.safetensors")
-    torch.testing.assert_close(load_slimmed(convnext(), tmp_path / "slim.safetensors").eval()(images), expected)
+    torch.testing.assert_close(load_slimmed(net(), tmp_path / "slim.safetensors").eval()(images), expected)
     torch.testing.assert_close(torch.compile(network, backend="aot_eager")(images), expected)
     onnxruntime = pytest.importorskip("onnxruntime")
     file = io.BytesIO()
