@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_fscreen.costs.size import Size
 from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import ScoringInputs
+from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
@@ -222,6 +224,14 @@ class Granularity(ABC, Generic[Layer]):
     def kinds(self) -> dict[str, str]:
         """The kind of candidates that each layer has, for `scope="kind"`."""
         return dict.fromkeys(self.names, self.noun)
+
+    def costs(self, present: Size) -> Costs | None:
+        """What masks cost in the currency of `budget`; None if that counts candidates, or is not known yet.
+
+        Args:
+            present: the measured size of all networks, as they are.
+        """
+        return None
 
     @abstractmethod
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:

@@ -48,6 +48,7 @@ def run_report(
         "criterion": pruning.criterion if pruning else None,
         "screening_weight": pruning.screening_weight if pruning else None,
         "amount": pruning.amount if pruning else 0.0,
+        "budget": pruning.budget if pruning else None,
         **{name.replace("/", "_"): round(float(metrics[name]), 7) for name in _REPORTED if name in metrics},
         "epochs": config.trainer.max_epochs,
         "train_size": _size(data.train_dataloader()),

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.ranking.budgeted import rank_and_prune
 from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.collector import FeatureStatistics
@@ -26,6 +27,7 @@ class Decision:
         settings: the callback's arguments.
         granularity: the candidates.
         masks: their masks until now.
+        spending: what the budget counts.
         statistics: of activations, by layer.
         gradients: by layer.
         unmatched: layers without statistics of activations because they ran on other numbers of instances than there
@@ -40,11 +42,13 @@ class Decision:
         settings: Settings,
         granularity: Granularity[Any],
         masks: Masks,
+        spending: Spending,
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
         unmatched: Mapping[str, str],
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
+        self._spending = spending
         inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
         inputs |= {name: replace(inputs[name], unmatched=why) for name, why in unmatched.items() if name in inputs}
         context, explain = ScoringContext(inputs, settings.screening_weight), settings.resolved_criterion.explain
@@ -55,7 +59,7 @@ class Decision:
         """Masks, at the present size, that prune the lowest-ranked candidates.
 
         Args:
-            fraction: of the candidates at full size that are pruned then.
+            fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
             seed: for criteria that draw.
 
         Raises:
@@ -67,8 +71,11 @@ class Decision:
             generator=torch.Generator().manual_seed(seed),
             progress=self._progress(fraction),
         )
+        scores = settings.resolved_criterion.score(context)
+        if (masks := self._spending.prune(scores, self._masks, fraction)) is not None:
+            return masks
         return rank_and_prune(
-            settings.resolved_criterion.score(context),
+            scores,
             self._masks.present,
             self._present_fraction(fraction),
             scope=settings.scope,
@@ -81,8 +88,9 @@ class Decision:
         """Share of the amount that is pruned already; 1 if this pruning is the last."""
         if fraction >= self._settings.amount:
             return 1.0
-        total = sum(mask.numel() for mask in self._masks.kept.values())
-        return min(1 - sum(self._masks.num_kept.values()) / total, fraction) / self._settings.amount
+        total = self._spending.total(self._masks)
+        left = total - self._spending.pruned(self._masks)
+        return min(1 - left / total, fraction) / self._settings.amount
 
     def carry_out(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer], hold: bool) -> None:
         """Replace the masks, and zero the pruned values.

@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
 from torch import Tensor, nn
 
+from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
@@ -51,6 +52,7 @@ class Settings:
     start_step: int | None
     end_step: int | None
     prune_every: int | None
+    budget: Currency = "candidates"
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -58,6 +60,7 @@ class Settings:
         _check_choice("connections", self.connections, get_args(Connections))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("feature", self.feature, get_args(Feature))
+        _check_choice("budget", self.budget, get_args(Currency))
         resolve_criterion(self.criterion)
         if not 0 <= self.amount < 1:
             raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {self.amount}")
@@ -218,6 +221,7 @@ class HasSettings:
     start_step = Setting[int | None]()
     end_step = Setting[int | None]()
     prune_every = Setting[int | None]()
+    budget = Setting[Currency]()
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
