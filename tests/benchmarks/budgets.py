@@ -5,8 +5,8 @@
 
 Freshly initialised networks, random scores (for which the costs of the units say which go), `granularity="unit"`, two
 images. "missed": cost left minus budget, in percent of the dense cost, of the slim network as `FlopCounterMode` and
-`numel` count it. "chosen in": processor seconds, on one thread, for the masks, the walk that prepares them included (all but the capture).
-Where a budget cannot be met, the most that can go is named.
+`numel` count it. "chosen in": processor seconds, on one thread, for the masks, the walk that prepares them included
+(all but the capture). Where a budget cannot be met, the most that can go is named.
 """
 
 import copy
