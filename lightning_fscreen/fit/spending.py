@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_fscreen.candidates.granularity import Granularity
-from lightning_fscreen.fit.discovery import Discovery
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.report import Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.budgeted import check_floors
 from lightning_fscreen.ranking.per_cost import Costs, check_target, prune_to_cost
+
+
+class Holder(Protocol):
+    """Knows the candidates."""
+
+    @property
+    def granularity(self) -> Granularity[Any]:
+        """They may become fewer."""
+        ...
 
 
 class Spending:
@@ -26,7 +34,7 @@ class Spending:
         record: the measured sizes before and now.
     """
 
-    def __init__(self, settings: Settings, found: Discovery, record: Record) -> None:
+    def __init__(self, settings: Settings, found: Holder, record: Record) -> None:
         self._settings, self._found, self._record = settings, found, record
         self._known: tuple[object, Costs | None] = (None, None)
 
