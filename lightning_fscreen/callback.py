@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,6 +23,7 @@ from lightning_fscreen.fit.phases import Progress
 from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.results import Results
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule
 from lightning_fscreen.slimming.optimizers import check_optimizers
@@ -48,7 +49,9 @@ class ScreeningPruningCallback(Results):
     Args:
         granularity: "channel": channels of batch norms; "unit": these, and the outputs of all other linear and
             convolution layers (hidden units, channels without batch norms); "weight": connections of such layers.
-        amount: fraction pruned in the end, 0 ≤ amount < 1, of what `budget` counts; met exactly (±1 candidate).
+        amount: fraction pruned in the end, 0 ≤ amount < 1, of what `budget` counts; met exactly (±1 candidate). Or one
+            for every pattern, {"layer1.*": 0.3, "*": 0.6}: the first that matches a layer's name counts, its layers are
+            ranked by themselves, and layers that none matches are not pruned.
         screening_weight: λ of the screening criteria: 0 ranks by magnitude alone, 1 by the F-statistic alone.
         schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable:
             progress ∈ [0, 1] → fraction of the amount.
@@ -103,7 +106,7 @@ class ScreeningPruningCallback(Results):
     def __init__(
         self,
         granularity: str = "channel",
-        amount: float = 0.6,
+        amount: Amount = 0.6,
         screening_weight: float = 0.25,
         schedule: ScheduleName | Schedule = "logistic",
         start_epoch: int = 0,
@@ -131,7 +134,7 @@ class ScreeningPruningCallback(Results):
     ) -> None:
         settings = Settings(
             granularity=granularity,
-            amount=amount,
+            amount=dict(amount) if isinstance(amount, Mapping) else amount,
             screening_weight=screening_weight,
             schedule=resolve_schedule(schedule),
             start_epoch=start_epoch,
@@ -249,7 +252,9 @@ class ScreeningPruningCallback(Results):
         pruner.reattach()
         pruner.masks.apply()  # averages may have been put into the place of the weights
         if self._budget.asks_for_more(window.end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            clock.warn_before_the_end(window, clock.position(trainer, window), pruner.pruned_fraction, self.amount)
+            clock.warn_before_the_end(
+                window, clock.position(trainer, window), pruner.pruned_fraction, self.total_amount
+            )
         if reason := pruner.why_not_removable():
             pruner.not_removed = reason
             if self.slim:

@@ -24,6 +24,7 @@ from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import evaluating, uncompiled
+from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import one_shot
 from lightning_fscreen.slimming import SlimmingPlan
@@ -51,7 +52,7 @@ class Pruned(NamedTuple):
 def prune(
     model: nn.Module,
     dataloader: Iterable[Any],
-    amount: float = 0.5,
+    amount: Amount = 0.5,
     *,
     budget: Currency = "macs",
     granularity: Literal["unit", "channel"] = "unit",
@@ -85,7 +86,8 @@ def prune(
         model: any module that `torch.export` can capture with the inputs of the first batch.
         dataloader: batches, which the model gets in eval mode; consumed once, and no further than the first batch if
             the criterion looks at weights alone and no mean activations are needed.
-        amount: what goes of the multiply–adds, the parameters or the candidates that the model has now.
+        amount: what goes of the multiply–adds, the parameters or the candidates that the model has now; of candidates
+            also one for every pattern.
         budget: "macs", "params" or "candidates".
         granularity: "unit": channels of batch norms and outputs of all other layers; "channel": the former alone.
         criterion: any that needs no gradients.
@@ -181,7 +183,7 @@ def prune(
     masks = Masks(members)
     decision = Decision(settings, found.granularity, masks, spending, statistics, {}, unmatched)
     record.note(decision.explained)
-    kept = decision.new_masks(amount, torch.initial_seed() % 2**63)
+    kept = decision.new_masks(spending.amount(masks), torch.initial_seed() % 2**63)
     before = dict(model.named_parameters())
     with _restored_after_errors(members), network.examining(model):
         decision.carry_out(kept, (), hold=True)

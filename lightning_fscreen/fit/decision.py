@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
+from lightning_fscreen.ranking.amounts import parts
 from lightning_fscreen.ranking.budgeted import rank_and_prune
 from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.collector import FeatureStatistics
@@ -74,23 +75,30 @@ class Decision:
         scores = settings.resolved_criterion.score(context)
         if (masks := self._spending.prune(scores, self._masks, fraction)) is not None:
             return masks
-        return rank_and_prune(
-            scores,
-            self._masks.present,
-            self._present_fraction(fraction),
-            scope=settings.scope,
-            min_kept=settings.min_channels,
-            units=self._granularity.units(),
-            kinds=self._granularity.kinds(),
-        )
+        masks = dict(self._masks.present)
+        whole, units = self._spending.amount(self._masks), self._granularity.units()
+        for amount, layers in parts(settings.amount, list(self._masks.kept)).values():
+            own = fraction if amount == whole else amount * fraction / whole
+            ranked = [name for name in masks if name in layers]
+            masks |= rank_and_prune(
+                {name: scores[name] for name in ranked},
+                {name: masks[name] for name in ranked},
+                self._present_fraction(own, layers),
+                scope=settings.scope,
+                min_kept=settings.min_channels,
+                units=None if units is None else {name: units[name] for name in ranked},
+                kinds=self._granularity.kinds(),
+            )
+        return masks
 
     def _progress(self, fraction: float) -> float:
         """Share of the amount that is pruned already; 1 if this pruning is the last."""
-        if fraction >= self._settings.amount:
+        amount = self._spending.amount(self._masks)
+        if fraction >= amount:
             return 1.0
         total = self._spending.total(self._masks)
         left = total - self._spending.pruned(self._masks)
-        return min(1 - left / total, fraction) / self._settings.amount
+        return min(1 - left / total, fraction) / amount
 
     def carry_out(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer], hold: bool) -> None:
         """Replace the masks, and zero the pruned values.
@@ -108,10 +116,10 @@ class Decision:
         pruned = {name: before[name] & ~mask for name, mask in self._masks.present.items()}
         self._granularity.after_pruning(pruned, self._statistics)
 
-    def _present_fraction(self, fraction: float) -> float:
-        """The fraction of the candidates that remain after other callbacks' slimming."""
-        kept, present = self._masks.kept.values(), self._masks.present.values()
-        total, left = (sum(mask.numel() for mask in masks) for masks in (kept, present))
+    def _present_fraction(self, fraction: float, layers: Sequence[str]) -> float:
+        """The fraction of the candidates of some layers that remain after other callbacks' slimming."""
+        both = self._masks.kept, self._masks.present
+        total, left = (sum(masks[name].numel() for name in layers if name in masks) for masks in both)
         if left == total:
             return fraction
         gone = total - left  # physically

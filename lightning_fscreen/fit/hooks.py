@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -48,7 +49,8 @@ class TrainingHooks(HasSettings, Callback):
         self.history: list[dict[str, float]] = []
         """Per round ended: epoch, optimizer steps completed, scheduled and applied pruned fraction (of the budget)."""
         start = self.start_step or self.start_epoch
-        self._budget = Budget(self.amount, self.schedule, Window(start, start + 1))  # until the training is known
+        amount = max(self.amount.values()) if isinstance(self.amount, Mapping) else self.amount
+        self._budget = Budget(amount, self.schedule, Window(start, start + 1))  # until the training is known
         self._collection = Collection(self.settings)
         self._progress = Progress()
         self._pruner: Pruner | None = None
@@ -58,6 +60,7 @@ class TrainingHooks(HasSettings, Callback):
     def _set_total(self) -> None:
         """Tell the budget its total; if the candidates are final, check that the floors leave enough to prune."""
         pruner = self._fit_pruner
+        self._budget.amount = pruner.spending.amount(pruner.masks)
         self._budget.total = pruner.spending.total(pruner.masks)
         if pruner.found.is_ready and pruner.plan is None:
             pruner.spending.check(pruner.masks)

@@ -20,6 +20,11 @@ class Results(TrainingHooks):
         return self._progress.phase is Phase.FINE_TUNING
 
     @property
+    def total_amount(self) -> float:
+        """Fraction pruned in the end, of all candidates together where amounts differ by layer."""
+        return self._budget.amount
+
+    @property
     def plan(self) -> SlimmingPlan | None:
         """The channels and units removed, from the network and its copies in the module; None before slimming."""
         return self._pruner.plan if self._pruner is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
@@ -14,6 +14,7 @@ from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity,
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.functional import check_num_classes
+from lightning_fscreen.ranking.amounts import Amount, check_range
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.criteria import Criterion, resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule
@@ -28,7 +29,7 @@ class Settings:
     """
 
     granularity: str
-    amount: float
+    amount: Amount
     screening_weight: float
     schedule: Schedule
     start_epoch: int
@@ -62,8 +63,7 @@ class Settings:
         _check_choice("feature", self.feature, get_args(Feature))
         _check_choice("budget", self.budget, get_args(Currency))
         resolve_criterion(self.criterion)
-        if not 0 <= self.amount < 1:
-            raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {self.amount}")
+        check_range(self.amount)
         if not 0 <= self.screening_weight <= 1:
             raise ValueError(f"screening_weight (λ) must lie in [0, 1], got {self.screening_weight}")
         _check_least("min_channels", self.min_channels, 0, "none")
@@ -85,6 +85,10 @@ class Settings:
                 raise ValueError(
                     f'{field.name}={value!r} is for granularity={own}; leave it out with "{self.granularity}"'
                 )
+        if self.budget != "candidates" and isinstance(self.amount, Mapping):
+            raise ValueError(
+                f"amounts by patterns count candidates; with budget={self.budget!r} give one amount for all"
+            )
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')
         if self.feature != "activation":
@@ -197,7 +201,7 @@ class HasSettings:
     settings: Settings
 
     granularity = Setting[str]()
-    amount = Setting[float]()
+    amount = Setting[Amount]()
     screening_weight = Setting[float]()
     schedule = Setting[Schedule]()
     start_epoch = Setting[int]()

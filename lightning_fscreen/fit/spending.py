@@ -12,6 +12,7 @@ from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.report import Record
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.amounts import check_patterns, overall, parts
 from lightning_fscreen.ranking.budgeted import check_floors
 from lightning_fscreen.ranking.per_cost import Costs, check_target, prune_to_cost
 
@@ -45,6 +46,10 @@ class Spending:
         dense = self._dense
         return self._record.before.params if dense is None else dense
 
+    def amount(self, masks: Masks) -> float:
+        """Fraction of the total that is pruned in the end."""
+        return overall(self._settings.amount, {name: mask.numel() for name, mask in masks.kept.items()})
+
     def pruned(self, masks: Masks) -> int:
         """What of it is pruned."""
         if self._settings.budget == "candidates":
@@ -65,14 +70,17 @@ class Spending:
             ValueError: they do not; says how much can go.
         """
         settings = self._settings
+        units = self._granularity.units()
         if settings.budget == "candidates":
             totals = {name: mask.numel() for name, mask in masks.kept.items()}
-            check_floors(totals, settings.amount, settings.min_channels)
+            check_patterns(settings.amount, list(totals), units)
+            for amount, layers in parts(settings.amount, list(totals)).values():
+                check_floors({name: totals[name] for name in layers}, amount, settings.min_channels)
             return
-        costs, dense, units = self.costs(), self._dense, self._granularity.units()
+        costs, dense = self.costs(), self._dense
         if costs is not None and dense is not None and units is not None:
             full = {name: torch.ones_like(mask) for name, mask in masks.present.items()}
-            check_target(full, costs, (1 - settings.amount) * dense, dense, units, settings.min_channels)
+            check_target(full, costs, (1 - self.amount(masks)) * dense, dense, units, settings.min_channels)
 
     def prune(self, scores: Mapping[str, Tensor], masks: Masks, fraction: float) -> dict[str, Tensor] | None:
         """New masks, at the present size, with which a fraction of the cost is gone; None if candidates are counted.
