@@ -3,6 +3,7 @@
 from lightning_fscreen import functional, models
 from lightning_fscreen import ranking as ranking  # registers the criteria
 from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.explaining import explain
 from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.pruning import prune
 from lightning_fscreen.ranking.criteria import register_criterion
@@ -19,6 +20,7 @@ __all__ = [
     "PruningReport",
     "ScreeningPruningCallback",
     "SlimmingPlan",
+    "explain",
     "find_gates",
     "functional",
     "load_from_checkpoint",

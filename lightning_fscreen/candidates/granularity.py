@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.costs.size import Size
 from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import ScoringInputs
@@ -225,11 +226,12 @@ class Granularity(ABC, Generic[Layer]):
         """The kind of candidates that each layer has, for `scope="kind"`."""
         return dict.fromkeys(self.names, self.noun)
 
-    def costs(self, present: Size) -> Costs | None:
-        """What masks cost in the currency of `budget`; None if that counts candidates, or is not known yet.
+    def costs(self, present: Size, currency: Currency) -> Costs | None:
+        """What masks cost; None if candidates are counted, or it is not known yet.
 
         Args:
             present: the measured size of all networks, as they are.
+            currency: what is counted.
         """
         return None
 

@@ -74,7 +74,7 @@ class Units(Granularity[PrunableUnits]):
         include, exclude: glob patterns over names of such layers; "kind=head" and the like stand for all of a kind.
         bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation).
         feature: the feature of their activations that is screened, one of `FEATURES`.
-        budget: what the budget counts, one of `Currency`.
+        budget: what the budget counts, one of `Currency`; masks know nothing of it.
 
     Raises:
         ValueError: no such layer, patterns that match nothing.
@@ -99,7 +99,7 @@ class Units(Granularity[PrunableUnits]):
         self._found, self._fixed = find_units(model, self.gates, include, exclude)
         self._wanted: Collection[str] | None = None  # None if all layers are
         self._learned: dict[str, _Learned] = {}
-        self._bias, self._feature, self._budget = bias, feature, budget
+        self._bias, self._feature = bias, feature
         self._combine()
 
     def _combine(self) -> None:
@@ -202,9 +202,9 @@ class Units(Granularity[PrunableUnits]):
         """Of gates."""
         return {layer.name: layer.kind for layer in self._layers}
 
-    def costs(self, present: Size) -> UnitCosts | None:
+    def costs(self, present: Size, currency: Currency) -> UnitCosts | None:
         """Parameters or multiply–adds of the networks that have been learned from."""
-        if self._budget == "candidates" or (cost := getattr(present, self._budget)) is None or not self._learned:
+        if currency == "candidates" or (cost := getattr(present, currency)) is None or not self._learned:
             return None
         names = set(self.names)
         networks = {}
@@ -213,7 +213,7 @@ class Units(Granularity[PrunableUnits]):
             if not gates:
                 continue
             call = learned.network, learned.captured, learned.instances
-            networks[name] = NetworkCosts(*call, gates, self._budget, present, self._bias == "zero", name)
+            networks[name] = NetworkCosts(*call, gates, currency, present, self._bias == "zero", name)
         return UnitCosts(networks, cost)
 
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:

@@ -114,7 +114,7 @@ class Spending:
             return None
         key = self._granularity, tuple(self._granularity.names), self._record.after
         if key != self._known[0] or (afresh and self._settings.bias != "zero"):
-            self._known = key, self._granularity.costs(self._record.after)
+            self._known = key, self._granularity.costs(self._record.after, self._settings.budget)
         return self._known[1]
 
     @property

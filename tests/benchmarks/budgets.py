@@ -61,7 +61,7 @@ def run(name: str, budget: str) -> list[dict[str, object]]:
         scores = {layer: torch.rand(mask.shape, generator=generator) for layer, mask in kept.items()}
         found: dict[str, object] = {"network": name, "budget": budget, "amount": amount, "dense": dense}
         begun = time.process_time()
-        costs = units.costs(size)
+        costs = units.costs(size, budget)
         walked = time.process_time()
         try:
             masks = prune_to_cost(scores, kept, costs, (1 - amount) * dense, dense, units=units.units())
