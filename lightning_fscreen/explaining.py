@@ -25,7 +25,7 @@ class ExplainedLayer:
 
     Attributes:
         name: its name in the model.
-        kind: "channel" of a batch norm, or "neuron": output of a linear or convolution layer.
+        kind: "channel" of a batch norm, "neuron" (output of a linear or convolution layer), or "head" of an attention.
         units: number of its units.
         prunable: how many of them can be pruned; the others are coupled to what stays.
         coupled: other layers that lose the same units.

@@ -89,7 +89,7 @@ def prune(
         amount: what goes of the multiply–adds, the parameters or the candidates that the model has now; of candidates
             also one for every pattern.
         budget: "macs", "params" or "candidates".
-        granularity: "unit": channels of batch norms and outputs of all other layers; "channel": the former alone.
+        granularity: "unit": channels of batch norms, outputs of all other layers, heads; "channel": the first alone.
         criterion: any that needs no gradients.
         screening_weight: λ of the criteria that join F and magnitude.
         scope: "global", "kind" or "layer".
@@ -260,6 +260,7 @@ def _report(
     plan: SlimmingPlan,
 ) -> PruningReport:
     left = settings.find_candidates(model)
+    left.restore(before.structure())
     left.keep_only(list(kept), before.not_pruned)
     members, names = left.members(), {parameter: name for name, parameter in model.named_parameters()}
     masks = Masks(members, kept, True, plan, {layer: names[own.weight] for layer, own in members.items()})

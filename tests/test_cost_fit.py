@@ -12,7 +12,7 @@ from lightning_fscreen import ScreeningPruningCallback
 from tests.conftest import Classifier, digits, loader, trainer
 from tests.processes import run_ranks
 from tests.test_channel_fit import OPTIMIZERS, Block, fitted, post_net
-from tests.test_unit_fit import convnext, plain_net, sigmoid_net
+from tests.test_unit_fit import Attentive, convnext, plain_net, sigmoid_net
 
 
 def wide_net():
@@ -37,6 +37,7 @@ CASES = [
     ("channel", post_net, {"bias": "fold"}),
     ("unit", wide_net, {"schedule": "linear", "min_channels": 4}),
     ("unit", plain_net, {"criterion": "magnitude"}),
+    ("unit", Attentive, {"amount": 0.3}),
     ("unit", sigmoid_net, {"bias": "mean"}),
     ("unit", convnext, {"amount": 0.3, "soft": True}),
     ("unit", plain_net, {"end_epoch": 0, "criterion": "taylor"}),

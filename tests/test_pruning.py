@@ -14,7 +14,7 @@ from lightning_fscreen.slimming import CaptureError, VerificationError
 from tests.conftest import digits, loader
 from tests.test_channel_fit import OPTIMIZERS, residual_net
 from tests.test_cost_fit import count, wide_net
-from tests.test_unit_fit import convnext, mixed_net, plain_net, sigmoid_net
+from tests.test_unit_fit import Attentive, convnext, mixed_net, plain_net, sigmoid_net
 
 
 def trained(net, steps=30, seed=0):
@@ -97,6 +97,14 @@ def test_again_and_again_with_training_between(budget, tmp_path):
     fresh = wide_net().eval()
     load_slimmed(fresh, tmp_path / "slim.safetensors")
     assert torch.equal(fresh(images), network(images))
+
+
+def test_heads_are_pruned_with_all_that_makes_them(masks):
+    torch.manual_seed(0)
+    network = Attentive().eval()
+    _, report = prune(network, loader(), 0.3, progress=False)
+    assert {layer.name: layer.kept for layer in report.layers} == {name: int(own.sum()) for name, own in masks.items()}
+    assert report.after.macs == count(network, "macs") == pytest.approx(0.7 * report.before.macs, rel=0.05)
 
 
 def test_one_pass_and_none_where_weights_say_all():

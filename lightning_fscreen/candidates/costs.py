@@ -12,7 +12,7 @@ from lightning_fscreen.costs.model import CostModel
 from lightning_fscreen.costs.size import Size
 from lightning_fscreen.modules import join, named_tensors
 from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.positions import positions
+from lightning_fscreen.slimming.positions import by_module, positions, products
 from lightning_fscreen.slimming.widths import Widths
 
 Currency = Literal["candidates", "params", "macs"]
@@ -46,13 +46,24 @@ class NetworkCosts:
     ) -> None:
         self.widths = Widths(network, captured, gates, silent)
         tensors = {tensor: tuple(value.shape) for tensor, value in named_tensors(network).items()}
+        dims = dict(self.widths.dims)
         self._counts_biases = currency == "params"
         if currency == "params":
             factors: dict[str, float] = dict.fromkeys((tensor for tensor, _ in network.named_parameters()), 1.0)
         else:  # an auxiliary head runs in train mode alone, and is not measured
             idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
             factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
-        self.model = CostModel(tensors, factors, self.widths.dims, self.widths.count)
+            # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
+            unseen = [
+                part
+                for part, macs in by_module(captured).items()
+                if not _sees(size, join(name, part), macs / instances)
+            ]
+            for call, macs in products(captured, [*idle, *unseen]).items():
+                if (classes := self.widths.products.get(call)) is not None:
+                    tensors[call], dims[call, 0] = (len(classes),), classes
+                    factors[call] = macs / len(classes) / instances
+        self.model = CostModel(tensors, factors, dims, self.widths.count)
         holders = torch.bincount(self.widths.held[:, 0], minlength=self.widths.count)
         self._shares = 1 / holders.clamp(min=1)
         units = torch.cat(list(self.widths.units.values()))
@@ -84,6 +95,11 @@ class NetworkCosts:
 
 def _is_idle(size: Size, layer: str) -> bool:
     return layer in size.layers and size.layers[layer].macs == 0
+
+
+def _sees(size: Size, layer: str, macs: float) -> bool:
+    own = size.layers.get(layer)
+    return own is None or own.macs is None or own.macs >= macs - 1
 
 
 class UnitCosts:

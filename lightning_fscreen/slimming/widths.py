@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.kinds import kind_of, off
+from lightning_fscreen.slimming.kinds import off, switch_of
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
+from lightning_fscreen.slimming.slim import heads_in
 from lightning_fscreen.slimming.slots import PINNED, SlotGraph
 
 
@@ -32,22 +33,23 @@ class Widths:
 
     Attributes:
         dims: (tensor name, dim) → the class of each index, for all that can be cut.
+        products: call that multiplies activations → the classes of its result.
         units: gate → the class of each of its units.
         held: (pairs, 2): classes without units of their own, and the class of a channel of a batch norm that reads
             them. They go when no such channel is left; classes that others read as well are not among them.
     """
 
     def __init__(self, network: nn.Module, captured: Capture, gates: Collection[str], silent: bool) -> None:
-        switched = {}
+        heads, switched = heads_in(network, captured, gates), {}
         for name in gates:
-            module = network.get_submodule(name)
-            kind = kind_of(module)
-            assert kind is not None
-            switched[name] = off(module, torch.ones(kind.units(module), dtype=torch.bool), silent)
+            module, kind = switch_of(network, name, heads)
+            count = len(heads[name].labels) if name in heads else kind.units(module)
+            switched[name] = off(module, kind, torch.ones(count, dtype=torch.bool), silent)
         slots = find_slots(network, captured, switched)
         _, self._class = slots.components().unique(return_inverse=True)  # that of PINNED is 0, like itself
         self.count = 1 + int(self._class.max())
         self.dims = {place: self._class[labels] for place, labels in slots.dims.items()}
+        self.products = {call: self._class[labels] for call, labels in slots.products.items()}
         self.units = {name: self._class[slots.gates[name]] for name in gates}
         self._readers = [
             replace(reader, inputs=self._class[reader.inputs], outputs=self._class[reader.outputs])
@@ -79,8 +81,11 @@ class Widths:
             if isinstance(reader, NormReader):
                 pruned = torch.zeros_like(reader.off) if reader.layer not in keep else ~keep[reader.layer]
                 return replace(reader, off=pruned)
-            own = ~self._has_units[reader.inputs]  # constant in any case
-            return replace(reader, known=reader.known & (own | switched[reader.inputs]))
+            off = switched[reader.inputs]
+            reader = replace(reader, known=reader.known & (off | ~self._has_units[reader.inputs]))  # or in any case
+            if isinstance(reader, DenseReader) and reader.muted is not None:
+                return replace(reader, muted=reader.muted & off)
+            return reader
 
         readers = [masked(reader) for reader in self._readers]
         live, kept = live_slots(self._graph, readers)
