@@ -28,7 +28,7 @@ from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import one_shot
 from lightning_fscreen.slimming import SlimmingPlan
-from lightning_fscreen.slimming.optimizers import follow_plan, optimizers_of, warn_of_orphans
+from lightning_fscreen.slimming.optimizers import awaiting, follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.labels import find_labels, find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
@@ -185,11 +185,11 @@ def prune(
     record.note(decision.explained)
     kept = decision.new_masks(spending.amount(masks), torch.initial_seed() % 2**63)
     before = dict(model.named_parameters())
+    awaited = awaiting(before)
     with _restored_after_errors(members), network.examining(model):
         decision.carry_out(kept, (), hold=True)
         plan = found.granularity.slim(model, args, kwargs, kept)
-    follow_plan(used, model, before, plan)
-    warn_of_orphans(used, model, before)
+    warn_of_orphans(used, model, follow_plan(used, model, before, plan), awaited)
     record.note_size(network.measure(model), pruned=True)
     return Pruned(plan, _report(model, settings, found.granularity, record, kept, plan))
 
