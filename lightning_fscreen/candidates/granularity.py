@@ -100,6 +100,8 @@ class Granularity(ABC, Generic[Layer]):
     slims_in_fit: ClassVar[bool]
     """Whether `learn` has to be called before anything is pruned, and the network then becomes smaller in the middle of
     the fit; else it does when the fit has ended."""
+    has_costs: ClassVar[bool] = False
+    """Whether a budget can count what candidates cost."""
     options: ClassVar[tuple[str, ...]] = ()
     """Arguments of the callback that are for this granularity alone or for some of them."""
     not_pruned: dict[str, str]

@@ -74,7 +74,6 @@ class Units(Granularity[PrunableUnits]):
         include, exclude: glob patterns over names of such layers; "kind=head" and the like stand for all of a kind.
         bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation).
         feature: the feature of their activations that is screened, one of `FEATURES`.
-        budget: what the budget counts, one of `Currency`; masks know nothing of it.
 
     Raises:
         ValueError: no such layer, patterns that match nothing.
@@ -82,7 +81,8 @@ class Units(Granularity[PrunableUnits]):
 
     noun = "units"
     slims_in_fit = True
-    options = ("bias", "feature", "budget")
+    has_costs = True
+    options = ("bias", "feature")
     gates: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head")
     """The kinds of gates whose units are candidates."""
 
@@ -93,7 +93,6 @@ class Units(Granularity[PrunableUnits]):
         exclude: Patterns,
         bias: Bias = "zero",
         feature: Feature = "activation",
-        budget: Currency = "candidates",
     ) -> None:
         self._model, self._include, self._exclude = model, include, exclude
         self._found, self._fixed = find_units(model, self.gates, include, exclude)

@@ -80,6 +80,8 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             having = [name for name, kind in GRANULARITIES.items() if field.name in kind.options]
+            if field.name == "budget":
+                having = [name for name, kind in GRANULARITIES.items() if kind.has_costs]
             if having and self.granularity not in having and value != field.default:
                 own = " or ".join(f'"{name}"' for name in having)
                 raise ValueError(

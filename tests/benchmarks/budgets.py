@@ -54,7 +54,7 @@ def run(name: str, budget: str) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     for amount in AMOUNTS:
         own = copy.deepcopy(net)
-        units = Units(own, None, None, budget=budget)  # type: ignore[arg-type]
+        units = Units(own, None, None)
         units.learn(own, (x,), {})
         generator = torch.Generator().manual_seed(0)
         kept = {layer: torch.ones(len(each), dtype=torch.bool) for layer, each in units.units().items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.modules import named_tensors
 from lightning_fscreen.slimming.gates import capture_training
-from lightning_fscreen.slimming.kinds import off
+from lightning_fscreen.slimming.kinds import off, switch_of
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import make_change
 from lightning_fscreen.slimming.positions import positions
@@ -39,7 +39,7 @@ def test_shapes_are_those_after_slimming(case: Case) -> None:
     widths = Widths(network, captured, list(case.keep), case.bias == "zero")
     shapes, biases = left(widths, network, case.keep)
     masked = masked_copy(network, case.keep, case.bias)
-    switched = {name: off(masked.get_submodule(name), ~mask) for name, mask in case.keep.items()}
+    switched = {name: off(*switch_of(masked, name, {}), ~mask) for name, mask in case.keep.items()}
     first = make_change(masked, find_slots(masked, captured, switched), switched).plan
     plan = slim_captured(network, captured, case.keep, (case.example,), {}, case.bias)  # type: ignore[arg-type]
     assume(plan.is_like(first))  # else sizes are written into forward, which only verification finds out
