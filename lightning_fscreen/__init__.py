@@ -3,7 +3,9 @@
 from lightning_fscreen import functional, models
 from lightning_fscreen import ranking as ranking  # registers the criteria
 from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.explaining import explain
 from lightning_fscreen.fit.report import PruningReport
+from lightning_fscreen.pruning import prune
 from lightning_fscreen.ranking.criteria import register_criterion
 from lightning_fscreen.saving.checkpoints import load_from_checkpoint
 from lightning_fscreen.saving.slimmed import load_slimmed, save_slimmed
@@ -18,11 +20,13 @@ __all__ = [
     "PruningReport",
     "ScreeningPruningCallback",
     "SlimmingPlan",
+    "explain",
     "find_gates",
     "functional",
     "load_from_checkpoint",
     "load_slimmed",
     "models",
+    "prune",
     "register_criterion",
     "register_operator",
     "save_slimmed",

@@ -1,32 +1,31 @@
-"""`ScreeningPruningCallback`: its arguments, the start and the end of a fit, results and state."""
+"""`ScreeningPruningCallback`: its arguments, the start and the end of a fit, its state."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.fit import clock
 from lightning_fscreen.fit.copies import Copies, resize_held_copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
-from lightning_fscreen.fit.hooks import TrainingHooks
 from lightning_fscreen.fit.optim import order_of, restore_order
 from lightning_fscreen.fit.origin import Origin
-from lightning_fscreen.fit.phases import Phase, Progress
+from lightning_fscreen.fit.phases import Progress
 from lightning_fscreen.fit.pruner import Pruner
-from lightning_fscreen.fit.report import PruningReport
+from lightning_fscreen.fit.results import Results
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule
-from lightning_fscreen.ranking.window import Unit
-from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.optimizers import check_optimizers
 from lightning_fscreen.slimming.state import resize_on_load
 from lightning_fscreen.statistics.labels import find_labels
@@ -34,7 +33,7 @@ from lightning_fscreen.statistics.labels import find_labels
 log = logging.getLogger(__name__)
 
 
-class ScreeningPruningCallback(TrainingHooks):
+class ScreeningPruningCallback(Results):
     """Prune a classifier while it trains, by the F-statistics of its activations and by magnitude.
 
     At the end of every epoch of the window the lowest-ranked candidates go, down to the budget of the schedule; they
@@ -50,7 +49,9 @@ class ScreeningPruningCallback(TrainingHooks):
     Args:
         granularity: "channel": channels of batch norms; "unit": these, and the outputs of all other linear and
             convolution layers (hidden units, channels without batch norms); "weight": connections of such layers.
-        amount: fraction of the candidates pruned in the end, 0 ≤ amount < 1; met exactly (±1 candidate).
+        amount: fraction pruned in the end, 0 ≤ amount < 1, of what `budget` counts; met exactly (±1 candidate). Or one
+            for every pattern, {"layer1.*": 0.3, "*": 0.6}: the first that matches a layer's name counts, its layers are
+            ranked by themselves, and layers that none matches are not pruned.
         screening_weight: λ of the screening criteria: 0 ranks by magnitude alone, 1 by the F-statistic alone.
         schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable:
             progress ∈ [0, 1] → fraction of the amount.
@@ -87,6 +88,9 @@ class ScreeningPruningCallback(TrainingHooks):
             Not for weights.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
         rewind_weights: put what remains, and the learning rates, back to where the fit began (lottery ticket).
+        budget: what the amount is a fraction of: "candidates"; "params" or "macs", the parameters or multiply–adds of
+            the dense network, counted as slimming will leave it and met to the nearest unit. A unit then goes for a low
+            score divided by what it costs: see `ranking.per_cost.prune_to_cost`. Not for weights.
         soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
             let them grow again (soft filter pruning, arXiv 1808.06866).
 
@@ -102,7 +106,7 @@ class ScreeningPruningCallback(TrainingHooks):
     def __init__(
         self,
         granularity: str = "channel",
-        amount: float = 0.6,
+        amount: Amount = 0.6,
         screening_weight: float = 0.25,
         schedule: ScheduleName | Schedule = "logistic",
         start_epoch: int = 0,
@@ -126,10 +130,11 @@ class ScreeningPruningCallback(TrainingHooks):
         start_step: int | None = None,
         end_step: int | None = None,
         prune_every: int | None = None,
+        budget: Currency = "candidates",
     ) -> None:
         settings = Settings(
             granularity=granularity,
-            amount=amount,
+            amount=dict(amount) if isinstance(amount, Mapping) else amount,
             screening_weight=screening_weight,
             schedule=resolve_schedule(schedule),
             start_epoch=start_epoch,
@@ -150,6 +155,7 @@ class ScreeningPruningCallback(TrainingHooks):
             connections=connections,
             bias=bias,
             feature=feature,
+            budget=budget,
             rewind_lr=rewind_lr,
             rewind_weights=rewind_weights,
             soft=soft,
@@ -246,7 +252,9 @@ class ScreeningPruningCallback(TrainingHooks):
         pruner.reattach()
         pruner.masks.apply()  # averages may have been put into the place of the weights
         if self._budget.asks_for_more(window.end) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            clock.warn_before_the_end(window, clock.position(trainer, window), pruner.pruned_fraction, self.amount)
+            clock.warn_before_the_end(
+                window, clock.position(trainer, window), pruner.pruned_fraction, self.total_amount
+            )
         if reason := pruner.why_not_removable():
             pruner.not_removed = reason
             if self.slim:
@@ -265,47 +273,12 @@ class ScreeningPruningCallback(TrainingHooks):
         """Leave no hook behind after an error."""
         self.teardown(trainer, pl_module, "fit")
 
-    # ---- results and state
-
-    @property
-    def fine_tuning(self) -> bool:
-        """Whether the whole amount is pruned, and the remaining network is being trained."""
-        return self._progress.phase is Phase.FINE_TUNING
+    # ---- state
 
     @functools.cached_property  # Lightning asks for it around every hook
     def state_key(self) -> str:
         """Tells several of these callbacks apart in a checkpoint."""
         return self._generate_state_key(granularity=self.granularity, include=self.include, exclude=self.exclude)
-
-    @property
-    def plan(self) -> SlimmingPlan | None:
-        """The channels and units removed, from the network and its copies in the module; None before slimming."""
-        return self._pruner.plan if self._pruner is not None else None
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """First epoch or step (`window_unit`) of the annealing window, and first one after it; of the last fit."""
-        return self._budget.window.start, self._budget.window.end
-
-    @property
-    def window_unit(self) -> Unit:
-        """What the window counts: "epoch" or "step"."""
-        return self._budget.window.unit
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Boolean masks of the candidates by layer, at their size before slimming, True where kept."""
-        return dict(self._pruner.masks.kept) if self._pruner is not None else {}
-
-    def report(self) -> PruningReport:
-        """The candidates and sizes before and now.
-
-        Raises:
-            RuntimeError: no fit has started yet.
-        """
-        if self._pruner is None:
-            raise RuntimeError("there is nothing to report before Trainer.fit has started with this callback")
-        return self._pruner.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, plan and history, as tensors and primitives (for `weights_only` loading)."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -70,6 +71,12 @@ def select(
             if match(name, patterns) != (argument == "include"):
                 left_out.setdefault(name, f"left out by {argument}={patterns}")
     return left_out
+
+
+def batch_size(inputs: Any) -> int:
+    """Number of instances in the inputs of a call: the length of the first tensor; 0 without one."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    return len(tensors[0]) if tensors else 0
 
 
 @contextlib.contextmanager

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from tqdm.auto import tqdm
 
 from lightning_fscreen.functional import check_num_classes
-from lightning_fscreen.modules import evaluating, select
+from lightning_fscreen.modules import select
 from lightning_fscreen.statistics.collector import ActivationCollector, Probe
-from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, find_num_classes
+from lightning_fscreen.statistics.labels import find_labels, find_num_classes
+from lightning_fscreen.statistics.one_pass import Forward, observe
 
 
 def screen(
@@ -25,7 +23,7 @@ def screen(
     num_classes: int | None = None,
     *,
     labels: Callable[[Any], Tensor] = find_labels,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     progress: bool = True,
@@ -69,28 +67,11 @@ def screen(
     ]
     if not probes:
         raise ValueError(f"nothing to screen in {type(model).__name__}: no linear, convolution or batch-norm layer")
-    collector: ActivationCollector | None = None
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in tqdm(dataloader, desc="screening", unit="batch", disable=not progress):
-                batch = move_data_to_device(batch, device)
-                given = labels(batch)
-                batch_labels = class_labels(given)
-                if collector is None:
-                    collector = ActivationCollector(probes, num_classes or find_num_classes(model, labels=batch_labels))
-                collector.attach()
-                if forward is not None:
-                    forward(model, batch)
-                else:
-                    _call_with_inputs(model, batch, given)
-                collector.remove()
-                collector.update(batch_labels)
-    finally:
-        if collector is not None:
-            collector.remove()
-    if collector is None:
-        raise ValueError("the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last")
+
+    def make_collector(first: Tensor) -> ActivationCollector:
+        return ActivationCollector(probes, num_classes or find_num_classes(model, labels=first))
+
+    collector = observe(model, dataloader, make_collector, labels, forward, progress)
     found = {name: statistics.f for name, statistics in collector.statistics().items()}
     if collector.unmatched:
         name, reason = next(iter(collector.unmatched.items()))
@@ -101,12 +82,3 @@ def screen(
             f"weights without calling them, or not at all; leave them out with exclude={missing}"
         )
     return found
-
-
-def _call_with_inputs(model: nn.Module, batch: Any, labels: Tensor) -> Any:
-    if isinstance(batch, Mapping):
-        inputs = {key: value for key, value in batch.items() if value is not labels}
-        return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
-    if isinstance(batch, Sequence):
-        return model(batch[0])
-    raise ValueError(f"cannot tell the model's input in the batch: {describe(batch)}; pass forward=")

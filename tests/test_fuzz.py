@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_fscreen import load_slimmed, save_slimmed, slim
+from lightning_fscreen.saving.packed import MASKS, unpack
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import PlanError
 
@@ -29,24 +30,25 @@ MEGABYTES = 200  # for all of them
 
 
 class Small(nn.Module):
-    """A depthwise convolution, a channel select, a bias that slimming adds."""
+    """A depthwise convolution, a channel select, a bias that slimming adds, a layer that is mostly zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6)
         self.depthwise, self.norm2 = nn.Conv2d(6, 6, 3, groups=6, bias=False), nn.BatchNorm2d(6)
-        self.point = nn.Conv2d(6, 4, 1, bias=False)
+        self.point, self.sparse = nn.Conv2d(6, 4, 1, bias=False), nn.Conv2d(4, 10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
         h = h + self.norm(h).relu()
-        return self.point(self.norm2(self.depthwise(h)).sigmoid())
+        return self.sparse(self.point(self.norm2(self.depthwise(h)).sigmoid()))
 
 
 def saved(folder: Path) -> Path:
     torch.manual_seed(0)
     network = Small()
     nn.init.normal_(network.norm2.bias)
+    nn.init.sparse_(network.sparse.weight.data.view(10, -1), 0.9)
     keep = {"norm": torch.arange(6) > 1, "norm2": torch.arange(6) < 4}
     plan = slim(network, keep, torch.randn(2, 1, 8, 8), "fold")
     assert plan.cuts and plan.groups and plan.biases
@@ -106,7 +108,8 @@ def hostile_header(data: bytes, rng: random.Random) -> bytes:
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Plan and tensors of a file."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(json.loads(file.metadata()["fscreen"])["plan"]), load_file(path)
+        about = json.loads(file.metadata()["fscreen"])
+    return json.loads(about["plan"]), unpack(load_file(path), about["packed"])
 
 
 def hostile_plan(path: Path, rng: random.Random) -> bytes:
@@ -165,7 +168,36 @@ def edited_plan(path: Path, rng: random.Random) -> bytes:
     return target.read_bytes()
 
 
-MUTATIONS = (flipped, header_flipped, truncated, spliced, hostile_size, hostile_header, hostile_plan, edited_plan)
+def hostile_masks(path: Path, rng: random.Random) -> bytes:
+    """Shapes, masks and values of packed tensors that do not fit, or that fit another tensor."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["fscreen"])
+    tensors, shapes = load_file(path), about["packed"]
+    assert shapes
+    value = rng.choice(
+        [None, "x", [-1], [2**62], [2**40, 2**40], [0], [], [[4]], {"0": 4}, [360], [9, 40], [1.5], [10**9]]
+    )
+    change = rng.randrange(4)
+    if change == 0:
+        about["packed"] = value
+    elif change == 1:
+        about["packed"][rng.choice([*tensors, "sparse.weight", "nothing"])] = value
+    elif change == 2:
+        masks = tensors[MASKS].clone()
+        masks[rng.randrange(len(masks))] ^= 1 << rng.randrange(8)
+        tensors[MASKS] = rng.choice([masks, masks.float(), masks[1:], masks.repeat(2), masks[None], masks.flip(0)])
+    else:
+        values = tensors["sparse.weight"]
+        tensors["sparse.weight"] = rng.choice(
+            [values[1:], values.flip(0), values[None], values.double(), values.cfloat()]
+        )
+    target = path.with_name("masks.safetensors")
+    save_file(tensors, target, metadata={"fscreen": json.dumps(about)})
+    return target.read_bytes()
+
+
+OF_FILES = (hostile_plan, edited_plan, hostile_masks)
+MUTATIONS = (flipped, header_flipped, truncated, spliced, hostile_size, hostile_header, *OF_FILES)
 
 
 @contextlib.contextmanager
@@ -193,7 +225,7 @@ def test_no_damaged_file_gives_a_wrong_model(mutate, tmp_path):
     refused = 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(CASES // len(MUTATIONS) + 1):
-        mutated = mutate(path if mutate in (hostile_plan, edited_plan) else data, rng)
+        mutated = mutate(path if mutate in OF_FILES else data, rng)
         target = tmp_path / "mutated.safetensors"
         target.write_bytes(mutated)
         model = fresh

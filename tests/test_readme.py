@@ -77,6 +77,7 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
     names = {
         "model": MyModule(), "datamodule": Data(), "MyNet": my_net, "MyModule": MyModule,
         "images": loader().dataset[:4][0], "dataloader": loader(count=128), "quiet": QUIET, "torch": torch,
+        "find_gates": find_gates,
     }  # fmt: skip
     found = blocks(README.read_text(), "python")
     assert len(found) == 5

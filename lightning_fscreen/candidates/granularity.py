@@ -8,8 +8,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_fscreen.candidates.costs import Currency
+from lightning_fscreen.costs.size import Size
 from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import ScoringInputs
+from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
@@ -97,6 +100,8 @@ class Granularity(ABC, Generic[Layer]):
     slims_in_fit: ClassVar[bool]
     """Whether `learn` has to be called before anything is pruned, and the network then becomes smaller in the middle of
     the fit; else it does when the fit has ended."""
+    has_costs: ClassVar[bool] = False
+    """Whether a budget can count what candidates cost."""
     options: ClassVar[tuple[str, ...]] = ()
     """Arguments of the callback that are for this granularity alone or for some of them."""
     not_pruned: dict[str, str]
@@ -222,6 +227,15 @@ class Granularity(ABC, Generic[Layer]):
     def kinds(self) -> dict[str, str]:
         """The kind of candidates that each layer has, for `scope="kind"`."""
         return dict.fromkeys(self.names, self.noun)
+
+    def costs(self, present: Size, currency: Currency) -> Costs | None:
+        """What masks cost; None if candidates are counted, or it is not known yet.
+
+        Args:
+            present: the measured size of all networks, as they are.
+            currency: what is counted.
+        """
+        return None
 
     @abstractmethod
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:

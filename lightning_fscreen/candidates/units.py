@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.candidates.activations import activations_of
+from lightning_fscreen.candidates.costs import Currency, NetworkCosts, UnitCosts
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
@@ -24,8 +25,9 @@ from lightning_fscreen.candidates.prunable import (
     heads_of,
     refine,
 )
+from lightning_fscreen.costs.size import Size
 from lightning_fscreen.members import Members
-from lightning_fscreen.modules import is_within, join
+from lightning_fscreen.modules import batch_size, is_within, join
 from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -43,6 +45,7 @@ class _Learned:
 
     network: nn.Module
     captured: Capture
+    instances: int
     layers: list[PrunableUnits]
     excluded: dict[str, str]
 
@@ -78,6 +81,7 @@ class Units(Granularity[PrunableUnits]):
 
     noun = "units"
     slims_in_fit = True
+    has_costs = True
     options = ("bias", "feature")
     gates: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head")
     """The kinds of gates whose units are candidates."""
@@ -144,7 +148,8 @@ class Units(Granularity[PrunableUnits]):
         layers = [replace(layer, readers=_readers(network, gates[layer.name])) for layer in layers]
         others = [layer for layer in self._layers if layer.name not in gates]
         first = 1 + max((int(layer.units.max()) for layer in others), default=STAYS)
-        self._learned[name] = _Learned(network, captured, [_numbered_from(layer, first) for layer in layers], excluded)
+        numbered = [_numbered_from(layer, first) for layer in layers]
+        self._learned[name] = _Learned(network, captured, batch_size((args, kwargs)) or 1, numbered, excluded)
         self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
         require_candidates(self._layers, where, called(self.gates), self.not_pruned)
@@ -195,6 +200,20 @@ class Units(Granularity[PrunableUnits]):
     def kinds(self) -> dict[str, str]:
         """Of gates."""
         return {layer.name: layer.kind for layer in self._layers}
+
+    def costs(self, present: Size, currency: Currency) -> UnitCosts | None:
+        """Parameters or multiply–adds of the networks that have been learned from."""
+        if currency == "candidates" or (cost := getattr(present, currency)) is None or not self._learned:
+            return None
+        names = set(self.names)
+        networks = {}
+        for name, learned in self._learned.items():
+            gates = [layer.name.removeprefix(name).lstrip(".") for layer in learned.layers if layer.name in names]
+            if not gates:
+                continue
+            call = learned.network, learned.captured, learned.instances
+            networks[name] = NetworkCosts(*call, gates, currency, present, self._bias == "zero", name)
+        return UnitCosts(networks, cost)
 
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
         """Sums over the layers' activations."""

@@ -48,6 +48,7 @@ def run_report(
         "criterion": pruning.criterion if pruning else None,
         "screening_weight": pruning.screening_weight if pruning else None,
         "amount": pruning.amount if pruning else 0.0,
+        "budget": pruning.budget if pruning else None,
         **{name.replace("/", "_"): round(float(metrics[name]), 7) for name in _REPORTED if name in metrics},
         "epochs": config.trainer.max_epochs,
         "train_size": _size(data.train_dataloader()),
@@ -104,7 +105,7 @@ def write_figures(
     positions = [int(entry["step"] if in_steps else entry["epoch"] + 1) for entry in history]  # steps or epochs trained
     last = max([end, *positions])
     points = [last * index / _CURVE_POINTS for index in range(_CURVE_POINTS + 1)]
-    curve = [pruning.amount * scheduled_fraction(pruning.schedule, point, start, end) for point in points]
+    curve = [pruning.total_amount * scheduled_fraction(pruning.schedule, point, start, end) for point in points]
     report = pruning.report()
     figures = {
         "schedule": schedule_figure(
@@ -114,7 +115,7 @@ def write_figures(
             curve=(points, curve),
             start_epoch=start,
             end_epoch=end,
-            amount=pruning.amount,
+            amount=pruning.total_amount,
             unit=pruning.window_unit,
         ),
         "layers": layers_figure(

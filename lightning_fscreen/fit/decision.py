@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.fit.spending import Spending
+from lightning_fscreen.ranking.amounts import parts
 from lightning_fscreen.ranking.budgeted import rank_and_prune
 from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.collector import FeatureStatistics
@@ -26,6 +28,7 @@ class Decision:
         settings: the callback's arguments.
         granularity: the candidates.
         masks: their masks until now.
+        spending: what the budget counts.
         statistics: of activations, by layer.
         gradients: by layer.
         unmatched: layers without statistics of activations because they ran on other numbers of instances than there
@@ -40,11 +43,13 @@ class Decision:
         settings: Settings,
         granularity: Granularity[Any],
         masks: Masks,
+        spending: Spending,
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
         unmatched: Mapping[str, str],
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
+        self._spending = spending
         inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
         inputs |= {name: replace(inputs[name], unmatched=why) for name, why in unmatched.items() if name in inputs}
         context, explain = ScoringContext(inputs, settings.screening_weight), settings.resolved_criterion.explain
@@ -55,7 +60,7 @@ class Decision:
         """Masks, at the present size, that prune the lowest-ranked candidates.
 
         Args:
-            fraction: of the candidates at full size that are pruned then.
+            fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
             seed: for criteria that draw.
 
         Raises:
@@ -67,22 +72,33 @@ class Decision:
             generator=torch.Generator().manual_seed(seed),
             progress=self._progress(fraction),
         )
-        return rank_and_prune(
-            settings.resolved_criterion.score(context),
-            self._masks.present,
-            self._present_fraction(fraction),
-            scope=settings.scope,
-            min_kept=settings.min_channels,
-            units=self._granularity.units(),
-            kinds=self._granularity.kinds(),
-        )
+        scores = settings.resolved_criterion.score(context)
+        if (masks := self._spending.prune(scores, self._masks, fraction)) is not None:
+            return masks
+        masks = dict(self._masks.present)
+        whole, units = self._spending.amount(self._masks), self._granularity.units()
+        for amount, layers in parts(settings.amount, list(self._masks.kept)).values():
+            own = fraction if amount == whole else amount * fraction / whole
+            ranked = [name for name in masks if name in layers]
+            masks |= rank_and_prune(
+                {name: scores[name] for name in ranked},
+                {name: masks[name] for name in ranked},
+                self._present_fraction(own, layers),
+                scope=settings.scope,
+                min_kept=settings.min_channels,
+                units=None if units is None else {name: units[name] for name in ranked},
+                kinds=self._granularity.kinds(),
+            )
+        return masks
 
     def _progress(self, fraction: float) -> float:
         """Share of the amount that is pruned already; 1 if this pruning is the last."""
-        if fraction >= self._settings.amount:
+        amount = self._spending.amount(self._masks)
+        if fraction >= amount:
             return 1.0
-        total = sum(mask.numel() for mask in self._masks.kept.values())
-        return min(1 - sum(self._masks.num_kept.values()) / total, fraction) / self._settings.amount
+        total = self._spending.total(self._masks)
+        left = total - self._spending.pruned(self._masks)
+        return min(1 - left / total, fraction) / amount
 
     def carry_out(self, kept: Mapping[str, Tensor], optimizers: Iterable[Optimizer], hold: bool) -> None:
         """Replace the masks, and zero the pruned values.
@@ -100,10 +116,10 @@ class Decision:
         pruned = {name: before[name] & ~mask for name, mask in self._masks.present.items()}
         self._granularity.after_pruning(pruned, self._statistics)
 
-    def _present_fraction(self, fraction: float) -> float:
-        """The fraction of the candidates that remain after other callbacks' slimming."""
-        kept, present = self._masks.kept.values(), self._masks.present.values()
-        total, left = (sum(mask.numel() for mask in masks) for masks in (kept, present))
+    def _present_fraction(self, fraction: float, layers: Sequence[str]) -> float:
+        """The fraction of the candidates of some layers that remain after other callbacks' slimming."""
+        both = self._masks.kept, self._masks.present
+        total, left = (sum(masks[name].numel() for name in layers if name in masks) for masks in both)
         if left == total:
             return fraction
         gone = total - left  # physically

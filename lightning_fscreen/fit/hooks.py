@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,7 +23,6 @@ from lightning_fscreen.fit.report import metrics_of
 from lightning_fscreen.fit.settings import HasSettings, Settings
 from lightning_fscreen.fit.surgery import forget_scores
 from lightning_fscreen.ranking.budget import Budget
-from lightning_fscreen.ranking.budgeted import check_floors
 from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.optimizers import check_state
@@ -47,9 +47,10 @@ class TrainingHooks(HasSettings, Callback):
         super().__init__()
         self.settings = settings
         self.history: list[dict[str, float]] = []
-        """Per round ended: epoch, optimizer steps completed, scheduled and applied pruned fraction."""
+        """Per round ended: epoch, optimizer steps completed, scheduled and applied pruned fraction (of the budget)."""
         start = self.start_step or self.start_epoch
-        self._budget = Budget(self.amount, self.schedule, Window(start, start + 1))  # until the training is known
+        amount = max(self.amount.values()) if isinstance(self.amount, Mapping) else self.amount
+        self._budget = Budget(amount, self.schedule, Window(start, start + 1))  # until the training is known
         self._collection = Collection(self.settings)
         self._progress = Progress()
         self._pruner: Pruner | None = None
@@ -57,13 +58,12 @@ class TrainingHooks(HasSettings, Callback):
         self._loading = ExitStack()  # its end is that of listening to what is loaded
 
     def _set_total(self) -> None:
-        """Tell the budget the number of candidates; if they are final, check that the floors leave enough to prune."""
+        """Tell the budget its total; if the candidates are final, check that the floors leave enough to prune."""
         pruner = self._fit_pruner
-        self._budget.total = pruner.total
+        self._budget.amount = pruner.spending.amount(pruner.masks)
+        self._budget.total = pruner.spending.total(pruner.masks)
         if pruner.found.is_ready and pruner.plan is None:
-            check_floors(
-                {name: mask.numel() for name, mask in pruner.masks.kept.items()}, self.amount, self.min_channels
-            )
+            pruner.spending.check(pruner.masks)
 
     @property
     def _fit_pruner(self) -> Pruner:

@@ -85,6 +85,16 @@ class Masks:
         return {name: mask | grown[name] if name in grown else mask for name, mask in self._kept.items()}
 
     @property
+    def total(self) -> int:
+        """Number of candidates, at full size."""
+        return sum(mask.numel() for mask in self._kept.values())
+
+    @property
+    def num_pruned(self) -> int:
+        """How many of them are pruned."""
+        return self.total - sum(self.num_kept.values())
+
+    @property
     def num_dead(self) -> dict[str, int]:
         """Number of kept candidates, by layer, that slimming took along: they led nowhere, or came from nowhere."""
         left = {name: self._cut(name, self._kept[name]) for name in self.members}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.costs.size import Size, measure_size
-from lightning_fscreen.modules import is_within
+from lightning_fscreen.modules import batch_size, is_within
 from lightning_fscreen.statistics.collector import examined
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,10 +44,10 @@ class Network:
 
     def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember inputs."""
-        batch_size = _batch_size((args, kwargs))
+        instances = batch_size((args, kwargs))
 
         def cut(tensor: Tensor) -> Tensor:
-            first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == batch_size else tensor
+            first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == instances else tensor
             # Without autocast, no layer takes what a layer before has computed under it.
             return first.detach().to(self.dtype if tensor.dtype == lower else tensor.dtype, copy=True)
 
@@ -60,7 +60,7 @@ class Network:
     @property
     def instances(self) -> int:
         """Number of instances in the inputs."""
-        return min(_batch_size(self.inputs), _INSTANCES) or 1
+        return min(batch_size(self.inputs), _INSTANCES) or 1
 
     def inputs_on_device(self) -> Inputs:
         """The inputs, as the network would get them now: it may have been moved, or converted to another dtype."""
@@ -113,11 +113,6 @@ def examining(model: nn.Module, inputs: Any) -> Iterator[None]:
             if log is None:
                 del attributes["log"]
         examined.reset(token)
-
-
-def _batch_size(inputs: Any) -> int:
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    return len(tensors[0]) if tensors else 0
 
 
 def _is_plain(value: Any) -> bool:

@@ -25,6 +25,7 @@ from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.recorder import Recorder
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.fit.surgery import slim_in_fit, slim_networks
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
@@ -47,6 +48,7 @@ class Pruner:
 
     Attributes:
         found: the candidates, and the networks that hold them.
+        spending: what the budget counts.
         masks: their masks.
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
@@ -71,6 +73,7 @@ class Pruner:
         self._optimizers: list[Optimizer] = []
         self.found = Discovery(model, settings, state, copies)
         self._record = Record(state.get("sizes"), state.get("evidence", {}))
+        self.spending = Spending(settings, self.found, self._record)
         self.masks = self._restored_masks()
         self.measure()
 
@@ -142,19 +145,14 @@ class Pruner:
         return {parameter: name for name, parameter in self._model.named_parameters()}
 
     @property
-    def total(self) -> int:
-        """Number of candidates, at full size."""
-        return sum(mask.numel() for mask in self.masks.kept.values())
-
-    @property
     def pruned(self) -> int:
-        """How many of them are pruned."""
-        return self.total - sum(self.masks.num_kept.values())
+        """How much is pruned of what the budget counts."""
+        return self.spending.pruned(self.masks)
 
     @property
     def pruned_fraction(self) -> float:
-        """Fraction of them that are pruned."""
-        return self.pruned / self.total
+        """Fraction of it that is pruned."""
+        return self.pruned / self.spending.total(self.masks)
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
         """Keep pruned values at zero, from now on and in the state of these optimizers."""
@@ -176,7 +174,7 @@ class Pruner:
         """Measure the networks on the inputs that they got."""
         networks = self.recorder.networks.values() or [self.recorder.parent_network]
         size = add_sizes([network.measure(self._model) for network in networks])
-        self._record.note_size(size, pruned=bool(self.pruned or self._applied_plan))
+        self._record.note_size(size, pruned=bool(self.masks.num_pruned or self._applied_plan))
 
     def why_not_removable(self) -> str | None:
         """Measure the networks when the fit has ended; why they cannot be looked at, if they cannot."""
@@ -231,7 +229,8 @@ class Pruner:
         unmatched: Mapping[str, str],
     ) -> Decision:
         """Rank the candidates, and note for the report why they are ranked so; see `Decision`."""
-        decision = Decision(self._settings, self.granularity, self.masks, statistics, gradients, unmatched)
+        found = statistics, gradients, unmatched
+        decision = Decision(self._settings, self.granularity, self.masks, self.spending, *found)
         self._record.note(decision.explained)
         return decision
 

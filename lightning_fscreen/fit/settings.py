@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
 from torch import Tensor, nn
 
+from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.functional import check_num_classes
+from lightning_fscreen.ranking.amounts import Amount, check_range
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.criteria import Criterion, resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule
@@ -27,7 +29,7 @@ class Settings:
     """
 
     granularity: str
-    amount: float
+    amount: Amount
     screening_weight: float
     schedule: Schedule
     start_epoch: int
@@ -51,6 +53,7 @@ class Settings:
     start_step: int | None
     end_step: int | None
     prune_every: int | None
+    budget: Currency = "candidates"
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -58,9 +61,9 @@ class Settings:
         _check_choice("connections", self.connections, get_args(Connections))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("feature", self.feature, get_args(Feature))
+        _check_choice("budget", self.budget, get_args(Currency))
         resolve_criterion(self.criterion)
-        if not 0 <= self.amount < 1:
-            raise ValueError(f"amount is the fraction pruned in the end and must lie in [0, 1), got {self.amount}")
+        check_range(self.amount)
         if not 0 <= self.screening_weight <= 1:
             raise ValueError(f"screening_weight (λ) must lie in [0, 1], got {self.screening_weight}")
         _check_least("min_channels", self.min_channels, 0, "none")
@@ -77,11 +80,17 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             having = [name for name, kind in GRANULARITIES.items() if field.name in kind.options]
+            if field.name == "budget":
+                having = [name for name, kind in GRANULARITIES.items() if kind.has_costs]
             if having and self.granularity not in having and value != field.default:
                 own = " or ".join(f'"{name}"' for name in having)
                 raise ValueError(
                     f'{field.name}={value!r} is for granularity={own}; leave it out with "{self.granularity}"'
                 )
+        if self.budget != "candidates" and isinstance(self.amount, Mapping):
+            raise ValueError(
+                f"amounts by patterns count candidates; with budget={self.budget!r} give one amount for all"
+            )
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')
         if self.feature != "activation":
@@ -194,7 +203,7 @@ class HasSettings:
     settings: Settings
 
     granularity = Setting[str]()
-    amount = Setting[float]()
+    amount = Setting[Amount]()
     screening_weight = Setting[float]()
     schedule = Setting[Schedule]()
     start_epoch = Setting[int]()
@@ -218,6 +227,7 @@ class HasSettings:
     start_step = Setting[int | None]()
     end_step = Setting[int | None]()
     prune_every = Setting[int | None]()
+    budget = Setting[Currency]()
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def rank_and_prune(
         if bool((torch.isnan(score) & kept[name]).any()):
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     if units is not None:
-        return _prune_units(scores, kept, amount, _parts(kept, scope, units, kinds), min_kept, units)
+        return _prune_units(scores, kept, amount, ranked_together(kept, scope, units, kinds), min_kept, units)
     totals = {name: mask.numel() for name, mask in kept.items()}
     left = {name: int(mask.sum()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}
@@ -117,7 +117,7 @@ def _prune_units(
     return {name: masks[name] for name in kept}
 
 
-def _parts(
+def ranked_together(
     kept: Mapping[str, Tensor], scope: Scope, units: Mapping[str, Tensor], kinds: Mapping[str, str] | None
 ) -> list[list[str]]:
     """Layers that are ranked together; coupled ones always are."""

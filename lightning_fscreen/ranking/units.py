@@ -61,9 +61,7 @@ class Units:
 
         Equal scores are pruned in the order of their first candidates.
         """
-        order = self._first.argsort()
-        order = order[self._scores[order].argsort(stable=True)]
-        order = order[~self._stays[order]]
+        order = self.lowest_first(self._scores)
         sizes = self._sizes[order].tolist()
         chosen, rest = [], count
         for place, size in enumerate(sizes):  # a unit that is too large is passed over for the next that fits
@@ -76,7 +74,37 @@ class Units:
             others = sorted(set(range(len(sizes))) - set(chosen), key=lambda place: (sizes[place], place))
             if others and sizes[others[0]] - rest < rest:
                 chosen.append(others[0])
-        pruned = torch.zeros_like(self._stays)
-        pruned[order[chosen]] = True
-        masks = (self._kept & ~pruned[self._members]).split(list(self._lengths.values()))
+        return self.without(order[chosen])
+
+    @property
+    def scores(self) -> Tensor:
+        """(units,) float64, the mean score of each."""
+        return self._scores
+
+    @property
+    def sizes(self) -> Tensor:
+        """(units,) int64, the number of its candidates that are left."""
+        return self._sizes
+
+    def lowest_first(self, keys: Tensor) -> Tensor:
+        """Those units that may go, by ascending keys, (units,); equal ones in the order of their first candidates."""
+        order = self._first.argsort()
+        order = order[keys[order].argsort(stable=True)]
+        return order[~self._stays[order]]
+
+    def total(self, values: Mapping[str, Tensor]) -> Tensor:
+        """(units,) float64, the sum of some values over the candidates that are left; layer → (n,)."""
+        flat = torch.cat([values[name] for name in self._lengths]).double()
+        return torch.zeros_like(self._scores).index_add(0, self._members, torch.where(self._kept, flat, 0.0))
+
+    def part(self, layers: Mapping[str, int]) -> Tensor:
+        """(units,) int64, a number that each unit has from the layer of its first candidate."""
+        numbers = [torch.full((length,), layers[name]) for name, length in self._lengths.items()]
+        return torch.cat(numbers)[self._first]
+
+    def without(self, pruned: Tensor) -> dict[str, Tensor]:
+        """New masks without some units, given by their indices."""
+        gone = torch.zeros_like(self._stays)
+        gone[pruned] = True
+        masks = (self._kept & ~gone[self._members]).split(list(self._lengths.values()))
         return dict(zip(self._lengths, masks, strict=True))

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.modules import join, named_tensors, uncompiled
 from lightning_fscreen.saving.files import is_torch_save, replacing
+from lightning_fscreen.saving.packed import pack, unpack
 from lightning_fscreen.saving.partial import left_out, without
 from lightning_fscreen.slimming.carried import contradictions, out_of_plan, plan_of
 from lightning_fscreen.slimming.fits import check_fits
@@ -36,6 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write weights, buffers and the slimming plan of a model to one safetensors file.
 
+    Tensors that are mostly zeros, as pruned weights leave them, are stored as a bit mask and the values that are left.
     The file is written beside and renamed: an interrupted save leaves the previous file as it was. Equal models give
     equal files, byte for byte.
 
@@ -83,8 +85,10 @@ def save_slimmed(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with replacing(path) as partial:
         tensors = {name: _own_storage(tensor) for name, tensor in _persistent(model).items()}
         plan = plan_of(model).to_json()
+        about: dict[str, Any] = {"plan": plan, "sha256": digest(plan, tensors)}
+        stored, packed = pack(tensors)
         try:
-            save_file(tensors, partial, metadata={_KEY: json.dumps({"plan": plan, "sha256": digest(plan, tensors)})})
+            save_file(stored, partial, metadata={_KEY: json.dumps(about | ({"packed": packed} if packed else {}))})
         except SafetensorError as error:  # how safetensors reports a full disk or a read-only folder
             raise OSError(f"cannot write {str(path)!r}: {error}") from error
 
@@ -175,7 +179,8 @@ def _from_file(path: Path) -> tuple[SlimmingPlan, dict[str, Tensor]]:
             saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise PlanError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
-    text, checksum = _plan_and_checksum(metadata, path)
+    text, checksum, packed = _plan_and_checksum(metadata, path)
+    saved = unpack(saved, packed)
     if checksum != digest(text, saved):
         raise PlanError(
             f"{str(path)!r} is damaged: its contents do not have the checksum that it was written "
@@ -200,15 +205,16 @@ def _from_state_dict(state_dict: Mapping[str, Tensor], network: nn.Module) -> tu
     return plan, {name: tensor.detach().clone() for name, tensor in rest.items() if name not in shared}
 
 
-def _plan_and_checksum(metadata: Mapping[str, str], path: Path) -> tuple[str, str | None]:
+def _plan_and_checksum(metadata: Mapping[str, str], path: Path) -> tuple[str, str | None, Any]:
+    """Plan, checksum, and the shapes of packed tensors."""
     if _KEY in metadata:
         try:
             both = json.loads(metadata[_KEY])
-            return str(both["plan"]), str(both["sha256"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return str(both["plan"]), str(both["sha256"]), both.get("packed", {})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"{str(path)!r} is damaged: its slimming plan cannot be read: {error}") from error
     if _OLD_KEYS[0] in metadata:
-        return metadata[_OLD_KEYS[0]], metadata.get(_OLD_KEYS[1])
+        return metadata[_OLD_KEYS[0]], metadata.get(_OLD_KEYS[1]), {}
     raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
 
 

@@ -146,6 +146,7 @@ def _contracted(
         shared = [place for place in range(len(shape)) if place not in batch]
         factors = [_whole(walk, factor, shared) for factor in factors]  # values that all heads take the mean of
     result = _joined(walk, factors, shape)
+    walk.slots.products[node.name] = result.labels.flatten()
     zero = torch.broadcast_tensors(*(factor.known for factor in factors))
     known = torch.stack(zero).any(0)
     if bool(result.labels.any()):

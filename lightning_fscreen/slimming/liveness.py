@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,10 +32,8 @@ def live_slots(slots: SlotGraph, readers: Sequence[Reader]) -> tuple[Tensor, Ten
     root = slots.components()
     live = torch.zeros(len(root), dtype=torch.bool)  # by representative
     live[root[PINNED]] = True
-    while True:
-        _spread(readers, root, live)
-        if not _keep_one_carrier(readers, root, live):
-            break
+    _spread(readers, root, live)
+    _keep_carriers(readers, root, live)
     return live[root], _keep_shapes(slots, readers, root, live)[root]
 
 
@@ -67,22 +65,51 @@ def _spread(readers: Sequence[Reader], root: Tensor, live: Tensor) -> None:
                 changed = True
 
 
-def _keep_one_carrier(readers: Sequence[Reader], root: Tensor, live: Tensor) -> bool:
-    """Let a constant live where a padded layer needs one to carry the others; whether there was such a layer."""
-    for reader in reversed(readers):
-        if not isinstance(reader, DenseReader) or not reader.padded:
-            continue
-        constants = reader.known & (reader.constant != 0)
-        if not bool(constants.any()):
-            continue
-        rows = reader.reads(live[root[reader.outputs]])
-        alive = live[root[reader.inputs]]
-        strength = reader.constant.abs()
-        gone = torch.where(constants & rows & ~alive, strength, 0.0)
-        if float(gone.max()) * _WEAK > float(torch.where(constants & alive, strength, 0.0).max()):
-            live[root[reader.inputs[gone.argmax()]]] = True
-            return True
-    return False
+def _spread_from(
+    slot: int, writers: Mapping[int, Sequence[int]], readers: Sequence[Reader], root: Tensor, live: Tensor
+) -> None:
+    """The same from one slot that lives from now on; `writers`: slot → the readers whose output it is."""
+    waiting = [slot]
+    while waiting:
+        for index in writers.get(waiting.pop(), ()):
+            reader = readers[index]
+            needed = root[reader.inputs[reader.reads(live[root[reader.outputs]]) & ~reader.spared()]]
+            fresh = needed[~live[needed]].unique()
+            live[fresh] = True
+            waiting += fresh.tolist()
+
+
+def _keep_carriers(readers: Sequence[Reader], root: Tensor, live: Tensor) -> None:
+    """Let a constant live wherever a padded layer needs one to carry the others, and what it depends on."""
+    padded = [
+        reader
+        for reader in reversed(readers)
+        if isinstance(reader, DenseReader) and reader.padded and bool((reader.known & (reader.constant != 0)).any())
+    ]
+    writers: dict[int, list[int]] = {}
+    for index, reader in enumerate(readers if padded else ()):
+        for slot in root[reader.outputs].tolist():
+            writers.setdefault(slot, []).append(index)
+    changed = True
+    while changed:  # once, unless a layer is called again by those that it feeds
+        changed = False
+        for reader in padded:
+            carrier = _missing_carrier(reader, root, live)
+            if carrier is not None:
+                changed = live[carrier] = True
+                _spread_from(carrier, writers, readers, root, live)
+
+
+def _missing_carrier(reader: DenseReader, root: Tensor, live: Tensor) -> int | None:
+    """The input whose constant has to live to carry those that go; None if there is one that does, or none goes."""
+    constants = reader.known & (reader.constant != 0)
+    rows = reader.reads(live[root[reader.outputs]])
+    alive = live[root[reader.inputs]]
+    strength = reader.constant.abs()
+    gone = torch.where(constants & rows & ~alive, strength, 0.0)
+    if float(gone.max()) * _WEAK > float(torch.where(constants & alive, strength, 0.0).max()):
+        return int(root[reader.inputs[gone.argmax()]])
+    return None
 
 
 def _keep_shapes(slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ GIVEN = {
     "start_step": None,
     "end_step": None,
     "prune_every": None,
+    "budget": "macs",
 }
 
 

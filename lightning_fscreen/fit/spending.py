@@ -1,0 +1,129 @@
+"""What a budget counts: candidates, or parameters or multiply–adds of the network that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.fit.report import Record
+from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.ranking.amounts import check_patterns, overall, parts
+from lightning_fscreen.ranking.budgeted import check_floors
+from lightning_fscreen.ranking.per_cost import Costs, check_target, prune_to_cost
+
+
+class Holder(Protocol):
+    """Knows the candidates."""
+
+    @property
+    def granularity(self) -> Granularity[Any]:
+        """They may become fewer."""
+        ...
+
+
+class Spending:
+    """The total that a budget divides, and how much of it is pruned.
+
+    Args:
+        settings: the callback's arguments.
+        found: the candidates.
+        record: the measured sizes before and now.
+    """
+
+    def __init__(self, settings: Settings, found: Holder, record: Record) -> None:
+        self._settings, self._found, self._record = settings, found, record
+        self._known: tuple[object, Costs | None] = (None, None)
+
+    def total(self, masks: Masks) -> int:
+        """What the whole network counts; its parameters, until its multiply–adds are known."""
+        if self._settings.budget == "candidates":
+            return masks.total
+        dense = self._dense
+        return self._record.before.params if dense is None else dense
+
+    def amount(self, masks: Masks) -> float:
+        """Fraction of the total that is pruned in the end."""
+        return overall(self._settings.amount, {name: mask.numel() for name, mask in masks.kept.items()})
+
+    def pruned(self, masks: Masks) -> int:
+        """What of it is pruned."""
+        if self._settings.budget == "candidates":
+            return masks.num_pruned
+        if (dense := self._dense) is None:
+            return 0
+        present: int | None = getattr(self._record.after, self._settings.budget)
+        kept = masks.present if masks.held else masks.kept
+        if present is None or all(bool(mask.all()) for mask in kept.values()):
+            return dense - (present or dense)
+        costs = self.costs()
+        return dense - (present if costs is None else round(costs.of(kept)))
+
+    def check(self, masks: Masks) -> None:
+        """Check, once the candidates are final, that the floors leave enough to prune.
+
+        Raises:
+            ValueError: they do not; says how much can go.
+        """
+        settings = self._settings
+        units = self._granularity.units()
+        if settings.budget == "candidates":
+            totals = {name: mask.numel() for name, mask in masks.kept.items()}
+            check_patterns(settings.amount, list(totals), units)
+            for amount, layers in parts(settings.amount, list(totals)).values():
+                check_floors({name: totals[name] for name in layers}, amount, settings.min_channels)
+            return
+        costs, dense = self.costs(), self._dense
+        if costs is not None and dense is not None and units is not None:
+            full = {name: torch.ones_like(mask) for name, mask in masks.present.items()}
+            check_target(full, costs, (1 - self.amount(masks)) * dense, dense, units, settings.min_channels)
+
+    def prune(self, scores: Mapping[str, Tensor], masks: Masks, fraction: float) -> dict[str, Tensor] | None:
+        """New masks, at the present size, with which a fraction of the cost is gone; None if candidates are counted.
+
+        Raises:
+            ValueError: as `prune_to_cost`.
+        """
+        costs, dense, units = self.costs(afresh=True), self._dense, self._granularity.units()
+        if costs is None or dense is None or units is None:
+            return None
+        settings = self._settings
+        return prune_to_cost(
+            scores,
+            masks.present,
+            costs,
+            (1 - fraction) * dense,
+            dense,
+            units=units,
+            scope=settings.scope,
+            min_kept=settings.min_channels,
+            kinds=self._granularity.kinds(),
+        )
+
+    def costs(self, afresh: bool = False) -> Costs | None:
+        """What masks cost; None if candidates are counted, or nothing is known of the network.
+
+        Args:
+            afresh: ask again where they depend on the weights, by constants that have to be carried.
+        """
+        if self._settings.budget == "candidates":
+            return None
+        key = self._granularity, tuple(self._granularity.names), self._record.after
+        if key != self._known[0] or (afresh and self._settings.bias != "zero"):
+            self._known = key, self._granularity.costs(self._record.after, self._settings.budget)
+        return self._known[1]
+
+    @property
+    def _granularity(self) -> Granularity[Any]:
+        return self._found.granularity
+
+    @property
+    def _dense(self) -> int | None:
+        if self._settings.budget == "candidates":
+            return None
+        dense: int | None = getattr(self._record.before, self._settings.budget)
+        return dense

@@ -1,0 +1,245 @@
+"""From scores to masks under a budget of parameters or multiply–adds: what is worth least for its cost goes first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_fscreen.ranking.budgeted import Scope, ranked_together
+from lightning_fscreen.ranking.units import Units
+
+TOLERANCE = 0.01
+"""Share of the dense cost by which a budget may be missed, where units are too large to meet it."""
+_CLOSE = TOLERANCE / 20  # near enough to look no further
+_STAGES = 8
+_TRIES = 12
+
+
+class Costs(Protocol):
+    """What masks cost."""
+
+    def of(self, kept: Mapping[str, Tensor]) -> float:
+        """Cost of what is left; layer → (n,) bool."""
+        ...
+
+    def priced(self, kept: Mapping[str, Tensor]) -> tuple[float, Mapping[str, Tensor]]:
+        """The same, and layer → (n,) float64: what each candidate costs beside those that are kept."""
+        ...
+
+
+def prune_to_cost(
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    costs: Costs,
+    target: float,
+    dense: float,
+    *,
+    units: Mapping[str, Tensor],
+    scope: Scope = "global",
+    min_kept: int = 1,
+    kinds: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """Prune the units that are worth least for their cost, until a cost is met; those pruned before stay pruned.
+
+    A unit goes while its worth divided by its price is at most λ. Its worth is its share R² / Σ R² of what is left of
+    its layer, the sum running over the candidates of the layer that rank no lower (of coupled candidates: the sum of
+    their shares): scores of different layers need not compare, and the fewer are left of a layer, the more each of them
+    is worth, so that no layer is emptied because it is expensive. Its price, what the network costs more with it than
+    without, is a product with the widths of its neighbours, and becomes less as they do: eight times on the way prices
+    are computed afresh, and an equal part of the cost that is still too much goes. In the last of these stages λ is
+    found by bisection on the exact cost. The best `min_kept` units of a layer stay.
+
+    Args:
+        scores: layer → (n,); higher is more important, +inf the most. If some are negative, the lowest counts as zero.
+        kept: layer → (n,) bool.
+        costs: what masks cost.
+        target: cost to be met, as nearly as the units' sizes allow.
+        dense: cost of the whole network, for the tolerance.
+        units: layer → (n,) int64: equal numbers, in one layer or in several, are pruned as one, and negative ones stay.
+        scope: "global" ranks all units by worth / price. "layer" and "kind" prune the same fraction of every layer
+            (coupled ones count as one), or of every kind: the one that meets the cost; inside they are ranked so.
+        min_kept: units that every layer keeps (all of them, in a layer with fewer).
+        kinds: layer → its kind, for scope "kind".
+
+    Returns:
+        layer → new boolean mask, on the device of the old one.
+
+    Raises:
+        ValueError: NaN scores; a cost that cannot be met without the units that have to stay.
+    """
+    for name, score in scores.items():
+        if bool((torch.isnan(score) & kept[name]).any()):
+            raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
+    devices = {name: mask.device for name, mask in kept.items()}
+    scores, kept, units = ({name: value.cpu() for name, value in each.items()} for each in (scores, kept, units))
+    found_units = Units(scores, kept, units, min_kept)
+    worth = found_units.total({name: shares(score, kept[name]) for name, score in scores.items()})
+    search = _Search(found_units, worth, costs, target, _CLOSE * dense)
+    if scope == "global":
+        found = search.by_stages()
+    else:
+        found = search.by_fraction(kept, ranked_together(kept, scope, units, kinds))
+    if found.cost > target + TOLERANCE * dense:  # units are large, or there are none left
+        _check_least(found_units, costs, target, dense, min_kept, len(kept))
+    return {name: mask.to(devices[name]) for name, mask in search.masks(found).items()}
+
+
+def shares(scores: Tensor, kept: Tensor) -> Tensor:
+    """(n,) float64: the square of every score, as a share of those of a layer that rank no lower.
+
+    The lowest negative score counts as zero; infinite ones stay infinite, beside the others.
+
+    Args:
+        scores: (n,).
+        kept: (n,) bool, those that count.
+    """
+    values = torch.where(kept, scores.double(), 0.0)
+    lowest = torch.where(values.isfinite(), values, 0.0).min().clamp(max=0)
+    values = (values - lowest).clamp(min=0).square()
+    finite = torch.where(kept & values.isfinite(), values, 0.0)
+    order = torch.where(kept, values, torch.inf).argsort(stable=True)
+    no_lower = torch.empty_like(finite)
+    no_lower[order] = finite[order].flip(0).cumsum(0).flip(0)
+    share = finite / torch.where(no_lower > 0, no_lower, 1.0)
+    return torch.where(values.isfinite(), share, torch.inf)
+
+
+def check_target(
+    full: Mapping[str, Tensor], costs: Costs, target: float, dense: float, units: Mapping[str, Tensor], min_kept: int
+) -> None:
+    """Check, before anything is pruned, that the floors leave enough to prune.
+
+    Args:
+        full: layer → mask.
+        costs: what masks cost.
+        target: cost to be met.
+        dense: cost of the whole network.
+        units: layer → (n,) int64, as of `prune_to_cost`.
+        min_kept: units that every layer keeps.
+
+    Raises:
+        ValueError: they do not; says how much can go.
+    """
+    kept = {name: mask.cpu() for name, mask in full.items()}
+    scores = {name: torch.zeros(mask.shape) for name, mask in kept.items()}
+    found = Units(scores, kept, {name: own.cpu() for name, own in units.items()}, min_kept)
+    _check_least(found, costs, target, dense, min_kept, len(kept))
+
+
+def _check_least(units: Units, costs: Costs, target: float, dense: float, min_kept: int, layers: int) -> None:
+    least = costs.of(units.without(units.lowest_first(units.scores)))
+    if least > target + TOLERANCE * dense:
+        raise ValueError(
+            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {min_kept} in each of "
+            f"{layers} layers the network still costs {least / dense:.2%} of what it did, because of what is not "
+            f"pruned; lower amount to {max(1 - least / dense, 0):.4g} or less, or the floor"
+        )
+
+
+class _Found(NamedTuple):
+    """Units to prune, by their indices, and the cost without them."""
+
+    pruned: Tensor
+    cost: float
+
+
+class _Search:
+    """Looks for the units to prune.
+
+    Args:
+        units: the units.
+        worth: (units,) float64.
+        costs: what masks cost.
+        target: cost to be met.
+        close: by how much it may be missed.
+    """
+
+    def __init__(self, units: Units, worth: Tensor, costs: Costs, target: float, close: float) -> None:
+        self._units, self._worth, self._costs, self._target, self._close = units, worth, costs, target, close
+
+    def masks(self, found: _Found) -> dict[str, Tensor]:
+        """Masks without the units found."""
+        return self._units.without(found.pruned)
+
+    def by_stages(self) -> _Found:
+        """The least worth for their price, which is computed afresh several times on the way."""
+        pruned = torch.empty(0, dtype=torch.int64)
+        for left in range(_STAGES, 0, -1):
+            now, prices = self._priced(pruned)
+            order = self._order(prices, pruned)
+            excess = now.cost - self._target
+            if left == 1 or excess <= 0:
+                break
+            affordable = int((prices[order].cumsum(0) <= excess / left).sum())
+            pruned = torch.cat([pruned, order[:affordable]])
+        return self._meet(order, now, prices)
+
+    def by_fraction(self, kept: Mapping[str, Tensor], parts: Sequence[Sequence[str]]) -> _Found:
+        """The same fraction of the candidates of every part, the least worth for their price in each."""
+        now, prices = self._priced(torch.empty(0, dtype=torch.int64))
+        ranked = self._order(prices, now.pruned)
+        part = self._units.part({name: number for number, names in enumerate(parts) for name in names})
+        fractions = torch.full_like(prices, torch.inf)
+        for number, names in enumerate(parts):
+            own = ranked[part[ranked] == number]
+            total = sum(kept[name].numel() for name in names)
+            gone = total - sum(int(kept[name].sum()) for name in names)  # before
+            fractions[own] = (gone + self._units.sizes[own].cumsum(0).double()) / total
+        return self._meet(ranked[fractions[ranked].argsort(stable=True)], now, prices)
+
+    def _priced(self, pruned: Tensor) -> tuple[_Found, Tensor]:
+        """The cost without some units, and the price of each unit then, (units,)."""
+        cost, prices = self._costs.priced(self._units.without(pruned))
+        return _Found(pruned, cost), self._units.total(prices)
+
+    def _order(self, prices: Tensor, pruned: Tensor) -> Tensor:
+        """Those that are left, the least worth for their price first; those that save nothing never go."""
+        order = self._units.lowest_first(torch.where(prices > 0, self._worth / prices, torch.inf))
+        free = prices > 0
+        free[pruned] = False
+        return order[free[order]]
+
+    def _without(self, *pruned: Tensor) -> _Found:
+        indices = torch.cat(pruned)
+        return _Found(indices, self._costs.of(self._units.without(indices)))
+
+    def _meet(self, order: Tensor, start: _Found, prices: Tensor) -> _Found:
+        """Prune the beginning of an order with which the cost is nearest to the target."""
+        if start.cost <= self._target or not len(order):
+            return start
+        enough = self._without(start.pruned, order)
+        if enough.cost >= self._target:
+            return enough
+        too_few, low, high = start, 0, len(order)
+        guess = int((prices[order].cumsum(0) < start.cost - self._target).sum()) + 1
+        step = 1
+        while high - low > 1:
+            middle = min(max(guess, low + 1), high - 1)
+            found = self._without(start.pruned, order[:middle])
+            if found.cost <= self._target:
+                high, enough = middle, found
+            else:
+                low, too_few = middle, found
+            guess = middle - step if found.cost <= self._target else middle + step  # away from it in growing steps,
+            step *= 2
+            if not low < guess < high:  # then by halves
+                guess = (low + high) // 2
+        return self._filled_up(too_few, enough, order[high:], prices)
+
+    def _filled_up(self, too_few: _Found, enough: _Found, others: Tensor, prices: Tensor) -> _Found:
+        """The nearer of two; if neither is near, pass over the unit between them for smaller ones that rank higher."""
+        best = min(too_few, enough, key=self._miss)
+        tries = others[prices[others] <= too_few.cost - self._target + self._miss(best)][:_TRIES]
+        for unit in tries:
+            if self._miss(best) <= self._close:
+                break
+            found = self._without(too_few.pruned, unit[None])
+            best = min(best, found, key=self._miss)
+            too_few = found if found.cost > self._target else too_few
+        return best
+
+    def _miss(self, found: _Found) -> float:
+        return abs(found.cost - self._target)

@@ -1,0 +1,114 @@
+"""What slimming would leave of a network for any masks, after one walk over its graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.kinds import off, switch_of
+from lightning_fscreen.slimming.liveness import live_slots, removed_constants
+from lightning_fscreen.slimming.operators import find_slots
+from lightning_fscreen.slimming.planning import carriable
+from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
+from lightning_fscreen.slimming.slim import heads_in
+from lightning_fscreen.slimming.slots import PINNED, SlotGraph
+
+
+class Widths:
+    """The classes of slots of a network, and those of them that stay for any masks.
+
+    The walk is made with everything switched off that can be. What is constant then is constant for other masks, too,
+    if all units of its own class are off: constants of different slots never meet, or the slots would be one.
+
+    Args:
+        network: the network.
+        captured: its graph.
+        gates: the layers whose units masks may switch off.
+        silent: whether their shifts are zeroed as well; else they stay as they are now.
+
+    Attributes:
+        dims: (tensor name, dim) → the class of each index, for all that can be cut.
+        products: call that multiplies activations → the classes of its result.
+        units: gate → the class of each of its units.
+        held: (pairs, 2): classes without units of their own, and the class of a channel of a batch norm that reads
+            them. They go when no such channel is left; classes that others read as well are not among them.
+    """
+
+    def __init__(self, network: nn.Module, captured: Capture, gates: Collection[str], silent: bool) -> None:
+        heads, switched = heads_in(network, captured, gates), {}
+        for name in gates:
+            module, kind = switch_of(network, name, heads)
+            count = len(heads[name].labels) if name in heads else kind.units(module)
+            switched[name] = off(module, kind, torch.ones(count, dtype=torch.bool), silent)
+        slots = find_slots(network, captured, switched)
+        _, self._class = slots.components().unique(return_inverse=True)  # that of PINNED is 0, like itself
+        self.count = 1 + int(self._class.max())
+        self.dims = {place: self._class[labels] for place, labels in slots.dims.items()}
+        self.products = {call: self._class[labels] for call, labels in slots.products.items()}
+        self.units = {name: self._class[slots.gates[name]] for name in gates}
+        self._readers = [
+            replace(reader, inputs=self._class[reader.inputs], outputs=self._class[reader.outputs])
+            for reader in carriable(network, slots)
+        ]
+        different = {labels.numpy().tobytes(): place for place, labels in self.dims.items()}  # a norm has four alike
+        # Those that may need a bias for constants that they read.
+        self._unbiased = [
+            isinstance(reader, DenseReader) and reader.bias is None and bool((reader.constant != 0).any())
+            for reader in self._readers
+        ]
+        self._graph = SlotGraph(dims={place: self.dims[place] for place in different.values()}, _count=self.count)
+        self._has_units = self._marked(*self.units.values())
+        self.held = self._find_held()
+
+    def remaining(self, keep: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """What stays.
+
+        Args:
+            keep: gate → (units,) bool, True where kept; those not named keep all.
+
+        Returns:
+            (classes,) bool, and the number of bias values that layers without a bias get, to carry constants.
+        """
+        on = self._marked(*(labels[keep[name]] if name in keep else labels for name, labels in self.units.items()))
+        switched = self._has_units & ~on
+
+        def masked(reader: Reader) -> Reader:
+            if isinstance(reader, NormReader):
+                pruned = torch.zeros_like(reader.off) if reader.layer not in keep else ~keep[reader.layer]
+                return replace(reader, off=pruned)
+            off = switched[reader.inputs]
+            reader = replace(reader, known=reader.known & (off | ~self._has_units[reader.inputs]))  # or in any case
+            if isinstance(reader, DenseReader) and reader.muted is not None:
+                return replace(reader, muted=reader.muted & off)
+            return reader
+
+        readers = [masked(reader) for reader in self._readers]
+        live, kept = live_slots(self._graph, readers)
+        biases = 0
+        for reader in itertools.compress(readers, self._unbiased):
+            assert isinstance(reader, DenseReader)
+            gone, carrier = removed_constants(reader, live, kept)
+            biases += int(kept[reader.outputs].sum()) if carrier is None and bool(gone.any()) else 0
+        return kept, biases
+
+    def _find_held(self) -> Tensor:
+        pairs = [torch.empty(0, 2, dtype=torch.int64)]
+        others = self._marked(torch.tensor([PINNED]))
+        for reader in self._readers:
+            if isinstance(reader, NormReader) and reader.layer in self.units:
+                pairs.append(torch.stack([reader.inputs, reader.outputs], dim=1))
+            else:
+                others[reader.inputs[~reader.known]] = True
+        held = torch.cat(pairs)
+        return held[~(others | self._has_units)[held[:, 0]]]
+
+    def _marked(self, *classes: Tensor) -> Tensor:
+        marked = torch.zeros(self.count, dtype=torch.bool)
+        for labels in classes:
+            marked[labels] = True
+        return marked

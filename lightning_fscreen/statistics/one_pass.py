@@ -1,0 +1,87 @@
+"""Statistics of a network's activations in one pass over the data, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_fscreen.modules import evaluating
+from lightning_fscreen.statistics.collector import ActivationCollector
+from lightning_fscreen.statistics.labels import class_labels, describe
+
+Forward = Callable[[nn.Module, Any], Any]
+"""(model, batch) → anything, runs the model."""
+
+
+def observe(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    make_collector: Callable[[Tensor], ActivationCollector],
+    labels: Callable[[Any], Tensor],
+    forward: Forward | None = None,
+    progress: bool = True,
+    title: str = "screening",
+) -> ActivationCollector:
+    """Sums over the activations of all batches, in eval mode and without gradients.
+
+    Args:
+        model: the model; on the device of its parameters.
+        dataloader: batches; consumed once.
+        make_collector: labels of the first batch → what sums the activations.
+        labels: batch → class indices (N,) or class weights (N, C).
+        forward: runs the model; by default calls it with the batch's first item, or with what is not the labels.
+        progress: show a progress bar.
+        title: of that.
+
+    Raises:
+        ValueError: an empty loader, labels not found or out of range, NaN or inf activations.
+    """
+    collector: ActivationCollector | None = None
+    device = device_of(model)
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in tqdm(dataloader, desc=title, unit="batch", disable=not progress):
+                batch = move_data_to_device(batch, device)
+                given = labels(batch)
+                batch_labels = class_labels(given)
+                if collector is None:
+                    collector = make_collector(batch_labels)
+                collector.attach()
+                call(model, batch, given, forward)
+                collector.remove()
+                collector.update(batch_labels)
+    finally:
+        if collector is not None:
+            collector.remove()
+    if collector is None:
+        raise ValueError(EMPTY)
+    return collector
+
+
+EMPTY = "the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def call(model: nn.Module, batch: Any, labels: Tensor, forward: Forward | None = None) -> Any:
+    """Run a model on a batch.
+
+    Raises:
+        ValueError: its input cannot be told from the batch.
+    """
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if value is not labels}
+        return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
+    if isinstance(batch, Sequence):
+        return model(batch[0])
+    raise ValueError(f"cannot tell the model's input in the batch: {describe(batch)}; pass forward=")

@@ -1,0 +1,70 @@
+"""Costs of masks in closed form, against the slim network counted by torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_fscreen.candidates.units import Units
+from lightning_fscreen.costs.size import measure_size
+from tests.slimming.attentions import random_block
+from tests.test_channel_fit import post_net, residual_net
+from tests.test_unit_fit import convnext, mixed_net, sigmoid_net
+
+
+def count(network: nn.Module, x: Tensor) -> dict[str, int]:
+    """By torch's own counter."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network.eval()(x)
+    return {"params": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2 // len(x)}
+
+
+def random_masks(units: Units, seed: int) -> dict[str, Tensor]:
+    """Whole units, no layer emptied."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = units.units()
+    assert numbers is not None
+    kept = {unit: bool(torch.rand((), generator=generator) < 0.5) for own in numbers.values() for unit in own.tolist()}
+    for own in numbers.values():
+        kept[int(own[0])] = kept[-1] = True
+    return {name: torch.tensor([kept[unit] for unit in own.tolist()]) for name, own in numbers.items()}
+
+
+def check(network: nn.Module, x: Tensor, bias: Literal["zero", "fold"], seed: int) -> None:
+    units = Units(network, None, None, bias=bias)
+    units.learn(network, (x,), {})
+    before, masks = measure_size(network, ((x,), {}), len(x)), random_masks(units, seed)
+    found = {}
+    for currency in ("params", "macs"):
+        costs = units.costs(before, currency)  # type: ignore[arg-type]
+        assert costs is not None
+        found[currency], prices = costs.priced(masks)
+        assert found[currency] == costs.of(masks) and all(bool((own >= 0).all()) for own in prices.values())
+    units.slim(network, (x,), {}, masks)
+    assert found == pytest.approx(count(network, x), rel=1e-9)
+
+
+@pytest.mark.parametrize("bias", ["zero", "fold"])
+@pytest.mark.parametrize("net", [residual_net, post_net, mixed_net, sigmoid_net, convnext])
+def test_channels_and_neurons(net, bias):  # type: ignore[no-untyped-def]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = net()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.bias)
+        check(network, torch.randn(3, 1, 8, 8), bias, seed)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_heads(seed: int) -> None:
+    """In float64, where torch counts every product, and in float32, where it does not see all of them."""
+    for dtype in (torch.float64, torch.float32):
+        network = random_block(seed).to(dtype)
+        width = network.before.normalized_shape[0]
+        check(network, torch.randn(2, 5, width, dtype=dtype), "zero", seed)

@@ -1,0 +1,135 @@
+"""Masks that meet a cost, against costs computed by hand and small searches."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_fscreen.ranking.budgeted import SCOPES, Scope
+from lightning_fscreen.ranking.per_cost import check_target, prune_to_cost, shares
+
+WIDTHS = {"a": 12, "b": 8, "c": 10}
+
+
+class Chain:
+    """Three layers in a row behind an input of 3: a · 3 + b · a + c · b values, and what is not pruned."""
+
+    def __init__(self, rest: float = 20.0) -> None:
+        self.rest, self.asked = rest, 0
+
+    def of(self, kept: dict[str, Tensor]) -> float:
+        self.asked += 1
+        a, b, c = (int(kept[name].sum()) for name in "abc")
+        return self.rest + 3 * a + a * b + b * c
+
+    def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        a, b, c = (int(kept[name].sum()) for name in "abc")
+        each = {"a": 3 + b, "b": a + c, "c": b}
+        return self.of(kept), {name: torch.full((width,), float(each[name])) for name, width in WIDTHS.items()}
+
+
+def world(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(width, generator=generator) for name, width in WIDTHS.items()}
+    kept = {name: torch.ones(width, dtype=torch.bool) for name, width in WIDTHS.items()}
+    return scores, kept, dict(zip(WIDTHS, torch.arange(30).split(list(WIDTHS.values())), strict=True))
+
+
+KINDS = {"a": "x", "b": "x", "c": "y"}
+DENSE = Chain().of(world()[1])
+
+
+@given(st.integers(0, 99), st.floats(0, 0.85), st.sampled_from(SCOPES))
+def test_the_cost_is_met_with_the_best_of_every_layer(seed: int, amount: float, scope: Scope) -> None:
+    scores, kept, units = world(seed)
+    target = (1 - amount) * DENSE
+    masks = prune_to_cost(scores, kept, Chain(), target, DENSE, units=units, scope=scope, kinds=KINDS)
+    assert abs(Chain().of(masks) - target) <= (12 + 10) / 2  # half of the most that a unit costs
+    for name, mask in masks.items():
+        assert bool(mask[scores[name].argmax()])
+
+
+def test_what_is_worth_least_for_its_price_goes_first() -> None:
+    """In a layer the lowest; between layers of equal scores the one whose units cost more, until it is narrower."""
+    _, kept, units = world()
+    scores = {name: torch.ones(width) for name, width in WIDTHS.items()}
+    masks = prune_to_cost(scores, kept, Chain(), 0.6 * DENSE, DENSE, units=units)
+    left = {name: int(mask.sum()) for name, mask in masks.items()}
+    # Equal scores: Π of the widths is to be as large as possible for the cost, which a search over all finds.
+    options = [
+        {"a": a, "b": b, "c": c}
+        for a, b, c in itertools.product(range(1, 13), range(1, 9), range(1, 11))
+        if 20 + 3 * a + a * b + b * c <= 20 + 3 * left["a"] + left["a"] * left["b"] + left["b"] * left["c"]
+    ]
+    best = max(option["a"] * option["b"] * option["c"] for option in options)
+    assert left["a"] * left["b"] * left["c"] >= 0.9 * best
+
+
+def test_nothing_comes_back_and_a_met_cost_changes_nothing() -> None:
+    scores, kept, units = world()
+    kept["a"][scores["a"].argmax()] = False
+    before = Chain().of(kept)
+    masks = prune_to_cost(scores, kept, Chain(), 0.7 * DENSE, DENSE, units=units)
+    assert all(not bool((mask & ~kept[name]).any()) for name, mask in masks.items())
+    again = prune_to_cost(scores, masks, Chain(), before, DENSE, units=units)
+    assert all(torch.equal(again[name], mask) for name, mask in masks.items())
+
+
+def test_coupled_units_go_together_and_negative_ones_stay() -> None:
+    scores, kept, units = world()
+    units["b"], units["c"] = torch.arange(12, 20), torch.cat([torch.arange(12, 20), torch.tensor([-1, -1])])
+    masks = prune_to_cost(scores, kept, Chain(), 0.4 * DENSE, DENSE, units=units)
+    assert torch.equal(masks["b"], masks["c"][:8]) and bool(masks["c"][8:].all()) and not bool(masks["b"].all())
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_floors_hold(scope: str) -> None:
+    scores, kept, units = world()
+    options = {"units": units, "min_kept": 5, "scope": scope}
+    masks = prune_to_cost(scores, kept, Chain(), 0.5 * DENSE, DENSE, **options)  # type: ignore[arg-type]
+    for name, mask in masks.items():
+        assert bool(mask[scores[name].argsort()[-5:]].all())
+    least = 20 + 15 + 25 + 25
+    with pytest.raises(
+        ValueError, match=rf"amount=0.8 .* 5 in each of 3 layers .* lower amount to {1 - least / DENSE:.4g}"
+    ):
+        prune_to_cost(scores, kept, Chain(), 0.2 * DENSE, DENSE, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"amount=0.8 .* lower amount to"):
+        check_target(kept, Chain(), 0.2 * DENSE, DENSE, units, 5)
+    check_target(kept, Chain(), 0.4 * DENSE, DENSE, units, 5)
+
+
+def test_the_same_fraction_of_every_layer() -> None:
+    scores, kept, units = world()
+    masks = prune_to_cost(scores, kept, Chain(), 0.4 * DENSE, DENSE, units=units, scope="layer")
+    fractions = [1 - float(mask.float().mean()) for mask in masks.values()]
+    assert max(fractions) - min(fractions) <= 1 / 8 + 1e-6  # a unit of the smallest layer
+
+
+def test_nan_scores_are_refused() -> None:
+    scores, kept, units = world()
+    scores["b"][3] = float("nan")
+    with pytest.raises(ValueError, match="'b' contain NaN"):
+        prune_to_cost(scores, kept, Chain(), 0.5 * DENSE, DENSE, units=units)
+
+
+def test_few_costs_are_asked_for() -> None:
+    scores, kept, units = world()
+    costs = Chain()
+    prune_to_cost(scores, kept, costs, 0.5 * DENSE, DENSE, units=units)
+    assert costs.asked < 40
+
+
+def test_shares_by_hand() -> None:
+    kept = torch.tensor([True, True, False, True, True])
+    scores = torch.tensor([2.0, 1.0, 9.0, 3.0, torch.inf])
+    assert shares(scores, kept).tolist() == pytest.approx([4 / 13, 1 / 14, 0.0, 1.0, torch.inf])
+    assert shares(torch.tensor([-1.0, 0.0, 1.0]), torch.ones(3, dtype=torch.bool)).tolist() == pytest.approx(
+        [0, 0.2, 1]
+    )
+    assert not bool(shares(torch.zeros(3), torch.ones(3, dtype=torch.bool)).any())

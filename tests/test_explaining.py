@@ -1,0 +1,85 @@
+"""What `explain` says of a network, against what slimming does to it."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fscreen import explain, find_gates, prune, slim
+from tests.conftest import digits, loader
+from tests.test_channel_fit import post_net, residual_net
+from tests.test_cost_fit import count
+from tests.test_unit_fit import Attentive, convnext, mixed_net, plain_net
+
+NETS = [residual_net, post_net, mixed_net, plain_net, convnext, Attentive]
+
+
+@pytest.mark.parametrize("granularity", ["unit", "channel"])
+@pytest.mark.parametrize("net", NETS)
+def test_one_unit_takes_along_what_was_said(net, granularity):
+    network, images = net().eval(), digits(4)[0]
+    before = copy.deepcopy(network.state_dict())
+    if granularity == "channel" and net in (plain_net, convnext, Attentive):
+        with pytest.raises(ValueError, match="nothing to prune"):
+            explain(network, images, granularity)
+        return
+    explanation = explain(network, images, granularity)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    kinds = ["channel"] if granularity == "channel" else None
+    gates = {gate.name: gate for gate in find_gates(network, images, kinds)}
+    for layer in explanation.layers:
+        saved = {"params": 0, "macs": 0}
+        prunable = [index for index, unit in enumerate(gates[layer.name].units) if unit >= 0]
+        assert (layer.units, layer.prunable) == (gates[layer.name].channels, len(prunable))
+        for index in prunable[:2]:
+            unit = gates[layer.name].units[index]
+            keep = {name: torch.tensor([each != unit for each in gate.units]) for name, gate in gates.items()}
+            small = copy.deepcopy(network)
+            slim(small, {name: mask for name, mask in keep.items() if not mask.all()}, images)
+            for what in saved:
+                saved[what] += (count(network, what) - count(small, what)) / 2
+        shared = {
+            name for name, gate in gates.items() if set(gate.units) & {gates[layer.name].units[i] for i in prunable}
+        }
+        assert set(layer.coupled) == shared - {layer.name}
+        if not layer.coupled and net is not residual_net:  # where streams are shared, costs are shared out
+            assert (layer.params, layer.macs) == (round(saved["params"]), round(saved["macs"]))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_no_layer_with_weights_is_left_unexplained(net):
+    network = net()
+    explanation = explain(network, digits(4)[0])
+    said = {layer.name for layer in explanation.layers} | set(explanation.not_pruned)
+    layers = {
+        name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d)
+    }
+    inside = {name for name in layers if any(name.startswith(f"{outer}.") for outer in said)}  # of an attention
+    assert layers - inside <= said
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_no_budget_can_exceed_what_was_said(budget):
+    network = plain_net()
+    full, least = getattr(explain(network, digits(4)[0], include="2"), budget)
+    most, options = 1 - least / full, {"budget": budget, "include": "2", "bias": "zero", "progress": False}
+    assert full == count(network, budget)
+    with pytest.raises(ValueError, match=f"lower amount to {most:.4g}"):
+        prune(network, loader(), most + 0.02, **options)
+    prune(network, loader(), most, **options)
+    assert count(network, budget) == least
+
+
+def test_it_can_be_read_and_kept():
+    explanation = explain(post_net(), digits(4)[0])
+    text = str(explanation)
+    assert "lose the same units:" in text and "at most, with one unit left in every layer:" in text
+    assert "<table>" in explanation._repr_html_()
+    data = json.loads(explanation.to_json())
+    assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in explanation.layers]
+    with pytest.raises(ValueError, match='"unit" or "channel", got \'weight\''):
+        explain(post_net(), digits(4)[0], "weight")
