@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ class NetworkCosts:
         network: the network.
         captured: its graph.
         instances: how many it was captured with.
-        gates: layers with units that can be pruned, by their names in the network.
+        gates: layers with units that can be pruned, by their names in the network, and how many they have.
         currency: "params" or "macs".
         size: measured, with names as in the model.
         silent: whether shifts of pruned units are zeroed.
@@ -38,7 +38,7 @@ class NetworkCosts:
         network: nn.Module,
         captured: Capture,
         instances: int,
-        gates: Sequence[str],
+        gates: Mapping[str, int],
         currency: Currency,
         size: Size,
         silent: bool,

@@ -208,7 +208,8 @@ class Units(Granularity[PrunableUnits]):
         names = set(self.names)
         networks = {}
         for name, learned in self._learned.items():
-            gates = [layer.name.removeprefix(name).lstrip(".") for layer in learned.layers if layer.name in names]
+            layers = [layer for layer in learned.layers if layer.name in names]
+            gates = {layer.name.removeprefix(name).lstrip("."): len(layer.units) for layer in layers}
             if not gates:
                 continue
             call = learned.network, learned.captured, learned.instances

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.slimming.capture import Capture
-from lightning_fscreen.slimming.kinds import off, switch_of
+from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.kinds import kind_of, off
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
-from lightning_fscreen.slimming.slim import heads_in
 from lightning_fscreen.slimming.slots import PINNED, SlotGraph
 
 
 class Widths:
-    """The classes of slots of a network, and those of them that stay for any masks.
+    """The classes of slots of a network, and those of them that stay for any masks that prune whole units.
 
     The walk is made with everything switched off that can be. What is constant then is constant for other masks, too,
-    if all units of its own class are off: constants of different slots never meet, or the slots would be one.
+    if all units of its own class are off: constants of different slots never meet, or the slots would be one. (Where
+    two are multiplied one of them is enough; but they are one unit, see `Gate.units`, and go together.)
 
     Args:
         network: the network.
         captured: its graph.
-        gates: the layers whose units masks may switch off.
+        gates: the gates whose units masks may switch off, and how many they have.
         silent: whether their shifts are zeroed as well; else they stay as they are now.
 
     Attributes:
@@ -39,12 +40,15 @@ class Widths:
             them. They go when no such channel is left; classes that others read as well are not among them.
     """
 
-    def __init__(self, network: nn.Module, captured: Capture, gates: Collection[str], silent: bool) -> None:
-        heads, switched = heads_in(network, captured, gates), {}
-        for name in gates:
-            module, kind = switch_of(network, name, heads)
-            count = len(heads[name].labels) if name in heads else kind.units(module)
-            switched[name] = off(module, kind, torch.ones(count, dtype=torch.bool), silent)
+    def __init__(self, network: nn.Module, captured: Capture, gates: Mapping[str, int], silent: bool) -> None:
+        modules, switched = dict(network.named_modules()), {}
+        for name, count in gates.items():
+            everything = torch.ones(count, dtype=torch.bool)
+            kind = kind_of(modules[name]) if name in modules else None
+            if kind is None:  # heads, of which nothing is left
+                switched[name] = Off(everything, torch.zeros(count, dtype=torch.float64))
+            else:
+                switched[name] = off(modules[name], kind, everything, silent)
         slots = find_slots(network, captured, switched)
         _, self._class = slots.components().unique(return_inverse=True)  # that of PINNED is 0, like itself
         self.count = 1 + int(self._class.max())
