@@ -57,8 +57,9 @@ SEEN = {}
 
 def remember(ranked, screening_weight, generator):
     """Magnitude, which keeps the F-statistics that it is shown (the first process decides)."""
-    SEEN.update({name: one.f.clone() for name, one in ranked.items()})
-    SEEN.update({f"{name}, spread": one.spread.clone() for name, one in ranked.items()})
+    seen = {name: one for name, one in ranked.items() if one.unmatched is None}
+    SEEN.update({name: one.f.clone() for name, one in seen.items()})
+    SEEN.update({f"{name}, spread": one.spread.clone() for name, one in seen.items()})
     return {name: one.weight.abs() for name, one in ranked.items()}
 
 

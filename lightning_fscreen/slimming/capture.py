@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class Capture:
         tensors: placeholder name → name of the parameter or buffer of the network that it stands for; the first, if it
             has several.
         training: whether it is the train mode.
+        memory: what has been found out about the graph alone, to be asked once.
     """
 
     graph: fx.Graph
     tensors: dict[str, str]
     training: bool = False
+    memory: dict[str, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def users(self, tensor: str) -> list[fx.Node]:
         """The calls that read a tensor."""

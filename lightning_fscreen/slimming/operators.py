@@ -35,7 +35,9 @@ def find_slots(
         walk.run()
         return walk
 
-    walk = Walk(network, captured, HANDLERS, off, literal, attention.find_head_dims(captured.graph, seek))
+    if "head_dims" not in captured.memory:
+        captured.memory["head_dims"] = attention.find_head_dims(captured.graph, seek)
+    walk = Walk(network, captured, HANDLERS, off, literal, captured.memory["head_dims"])
     slots = walk.run()
     slots.heads = find_heads(slots, walk.modules)
     mute(slots, {name: own.pruned for name, own in (off or {}).items() if name in slots.heads})

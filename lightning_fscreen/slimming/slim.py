@@ -97,8 +97,9 @@ def slim(
     used, copies, before = optimizers_of(model, optimizers), copies_of(model, followers), dict(model.named_parameters())
     awaited, (args, kwargs) = awaiting(before), call_arguments(example_inputs)
     captured = capture_training(model, args, kwargs)
-    check_keep(model, keep, heads_in(model, captured, keep))
-    plan = slim_captured(model, captured, keep, args, kwargs, bias, copies)
+    heads = heads_in(model, captured, keep)
+    check_keep(model, keep, heads)
+    plan = slim_captured(model, captured, keep, args, kwargs, bias, copies, heads=heads)
     replaced = follow_plan(used, model, before, plan)
     warn_of_orphans(used, model, replaced, awaited)
     for module in followers:
@@ -116,19 +117,21 @@ def slim_captured(
     bias: Bias = "zero",
     copies: Sequence[Copy] = (),
     agree: Agree = unanimous,
+    heads: Mapping[str, Heads] | None = None,
 ) -> SlimmingPlan:
     """As `slim`, for a network that has been captured, masks that have been checked, and copies that have been found.
 
     Nobody takes the optimizers along. `agree` has the last word: network and copies are untouched after its error.
+    `heads` are those of the network, if they are known.
     """
-    heads = heads_in(network, captured, keep)
+    known = heads_in(network, captured, keep) if heads is None else heads
 
     def switched() -> dict[str, Off]:
-        return {name: off(*switch_of(network, name, heads), ~mask) for name, mask in keep.items()}
+        return {name: off(*switch_of(network, name, known), ~mask) for name, mask in keep.items()}
 
-    undo = [switch_off(network, keep, bias, heads)]
+    undo = [switch_off(network, keep, bias, known)]
     try:
-        undo.append(take_pruned(copies, network, _pruned(network, keep, heads)))
+        undo.append(take_pruned(copies, network, _pruned(network, keep, known)))
         return remove_dead_slots(network, captured, args, kwargs, switched, copies, agree)
     except BaseException:
         for step in reversed(undo):
