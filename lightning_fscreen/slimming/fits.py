@@ -67,10 +67,10 @@ def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
         if name not in modules:
             raise PlanError(f"the plan changes sizes in {name!r}, which {type(network).__name__} does not have")
         for size in sizes:
-            if not 0 <= size.place < size.sizes or not 1 <= size.after < size.before:
+            if not 0 <= size.place < size.sizes or min(size.before, size.after) < 1 or size.before == size.after:
                 raise PlanError(
                     f"the plan makes {size.after} of size {size.before} in a call of {size.name} in {name!r}, at place "
-                    f"{size.place} of {size.sizes}, which is no smaller size"
+                    f"{size.place} of {size.sizes}, which is no other size"
                 )
     for name in plan.selects:
         _check_select(plan, name, modules.get(name), type(network).__name__, first)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_fscreen.modules import is_transposed_linear, own_tensors
 from lightning_fscreen.slimming.kinds import Kind, register_kind
 from lightning_fscreen.slimming.readers import DenseReader
+from lightning_fscreen.slimming.sizes import repeated
 from lightning_fscreen.slimming.slots import Heads, SlotGraph
 
 
@@ -70,7 +71,7 @@ def find_heads(slots: SlotGraph, layers: Mapping[str, nn.Module]) -> dict[str, H
             continue
         inputs = root[reader.inputs]
         for module, labels in slots.attended:
-            heads = _once(labels)
+            heads = repeated(labels)
             size, rest = divmod(len(inputs), len(heads))
             if not rest and torch.equal(root[heads].repeat_interleave(size), inputs):
                 found[reader.module] = module, heads
@@ -81,13 +82,6 @@ def find_heads(slots: SlotGraph, layers: Mapping[str, nn.Module]) -> dict[str, H
         own = modules[module] == 1 and module and not isinstance(layers[module], nn.Linear)
         named[module if own else f"{projection}.heads"] = Heads(projection, heads)
     return named
-
-
-def _once(labels: Tensor) -> Tensor:
-    """The heads of one instance, where those of all instances stand in one dimension."""
-    first = len(labels.unique())
-    repeated = labels[:first].repeat(-(-len(labels) // first))[: len(labels)]
-    return labels[:first] if torch.equal(labels, repeated) else labels
 
 
 def mute(slots: SlotGraph, off: Mapping[str, Tensor]) -> None:

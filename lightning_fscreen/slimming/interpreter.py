@@ -158,20 +158,29 @@ class Walk:
         pytree.tree_map_only(Value, lambda value: self.slots.pin(value.labels, reason), self.values[node])
 
     def is_computed(
-        self, node: fx.Node, *values: Value, counted: Mapping[int, Tensor] | None = None, sizes: int = 1
+        self,
+        node: fx.Node,
+        *values: Value,
+        counted: Mapping[int, Tensor | int] | None = None,
+        sizes: int = 1,
+        dim: int | None = None,
     ) -> bool:
         """Whether the sizes of a call are taken for computed from its input's shape.
 
         Args:
             node: the call.
             values: what it takes and gives.
-            counted: place of a size → slots that it counts.
+            counted: place of a size → slots that it counts, or their number.
             sizes: how many sizes the call is given.
+            dim: the dimension that it divides, from the last one.
         """
         if node.name in self._literal:
             return False
         name = operator_name(node).removesuffix("_with_sizes")
-        call = Call(module_of(node), name, sizes, counted, values[0].varying()) if counted and name in SIZED else None
+        source = values[0]
+        call = None
+        if counted and name in SIZED:
+            call = Call(module_of(node), name, sizes, counted, source.shape, source.varying(), dim)
         line = "\n".join((node.meta.get("stack_trace") or node.name).strip().splitlines()[-2:]).strip()
         self.slots.assumed[node.name] = Assumption(line, module_of(node), values, call)
         return True

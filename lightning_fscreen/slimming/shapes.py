@@ -65,11 +65,12 @@ def expand(walk: Walk, node: Any) -> Value:
 def unflatten(walk: Walk, node: Any) -> Value:
     """As `move`, to sizes that forward gives for the parts of one dimension."""
     result = move(walk, node)
-    _respect_sizes(walk, node, result, list(node.args[2]), first=node.args[1] % len(walk.value(node.args[0]).shape))
+    rank = len(walk.value(node.args[0]).shape)
+    _respect_sizes(walk, node, result, list(node.args[2]), node.args[1] % rank, node.args[1] % rank - rank)
     return result
 
 
-def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first: int) -> None:
+def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first: int, dim: int | None = None) -> None:
     """Sizes in forward: written as numbers, they stay; computed, all of a split dimension's parts keep the same.
 
     Args:
@@ -78,6 +79,7 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
         result: its output, whose labels may be narrowed.
         sizes: of the output's dimensions from `first` on; -1 is free.
         first: the first dimension that they belong to.
+        dim: the dimension that the call divides, from the last one.
     """
     varying = [dim for dim, size in enumerate(result.labels.shape) if size > 1]
     if walk.head_dims is None:
@@ -91,13 +93,15 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
         channels = _channel_dim(node)
         last = channels if channels in varying else varying[-1]
         free = next((dim for dim in varying if dim not in fixed), last)
-    counted = {free - first: result.along(free)} if free in fixed else {}
-    if not walk.is_computed(node, vector(walk, node.args[0]), result, counted=counted, sizes=len(sizes)):
+    counted: dict[int, Tensor | int] = {place: size for place, size in enumerate(sizes) if size != -1}
+    if free in fixed:
+        counted[free - first] = result.along(free)
+    if not walk.is_computed(node, vector(walk, node.args[0]), result, counted=counted, sizes=len(sizes), dim=dim):
         walk.keep_all(node, result.labels, f"{operator_name(node)} has sizes {sizes} written into forward")
         return
-    for dim in varying:
-        if dim != free:
-            row = result.labels.narrow(dim, 0, 1)
+    for place in varying:
+        if place != free:
+            row = result.labels.narrow(place, 0, 1)
             walk.slots.unify(result.labels, row)
             result.labels = row
 

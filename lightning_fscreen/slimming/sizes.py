@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -28,29 +29,35 @@ class Call:
         module: the module whose forward makes it.
         name: which call it is, one of `SIZED`.
         sizes: how many sizes it is given.
-        counted: place of a size → slots that it counts, in the order of the elements.
+        counted: place of a size → slots that it counts, in the order of the elements; or their number, if all stay.
+        shape: of its input.
         reads: dimension of its input, from the last one → slots that lie along it.
+        dim: the dimension that it divides, from the last one; None if it divides none in particular.
     """
 
     module: str
     name: str
     sizes: int
-    counted: Mapping[int, Tensor]
+    counted: Mapping[int, Tensor | int]
+    shape: tuple[int, ...]
     reads: Mapping[int, Tensor]
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
 class Size:
-    """A size that a call is given becomes a smaller one, where its input has become smaller.
+    """A size that a call is given becomes another one, where its input has become smaller.
 
     Attributes:
         name: which call it is, one of `SIZED`.
         sizes: how many sizes it is given.
         place: the place of this one among them.
-        before: what the call is given.
+        before: what the call is given; 0 for anything else than `after`.
         after: what it gets.
         times: whether instances are counted with it, so that it may be any multiple of `before`.
         reads: the input by which the call is known: (dimension from the last one, its size) of what has become smaller.
+        dim: the dimension that the call divides, from the last one; None if it divides none in particular.
+        shape: of the whole input, where that is known.
     """
 
     name: str
@@ -60,23 +67,35 @@ class Size:
     after: int
     times: bool = False
     reads: tuple[tuple[int, int], ...] = ()
+    dim: int | None = None
+    shape: tuple[int, ...] = ()
 
-    def of(self, name: str, source: Tensor, sizes: Sequence[Any]) -> bool:
+    def of(self, name: str, source: Tensor, sizes: Sequence[Any], dim: int | None) -> bool:
         """Whether a call is given this size, and has such an input."""
-        if name != self.name or len(sizes) != self.sizes or any(source.dim() < -dim for dim, _ in self.reads):
+        if (name, len(sizes), dim) != (self.name, self.sizes, self.dim):
             return False
-        if any(source.shape[dim] != size for dim, size in self.reads):
+        if any(source.dim() < -place or source.shape[place] != size for place, size in self.reads):
+            return False
+        if self.shape and tuple(source.shape) != self.shape:
             return False
         size = sizes[self.place]
+        if self.before == 0:
+            return bool(size not in (-1, self.after))
         return bool(size > 0 and size % self.before == 0 if self.times else size == self.before)
+
+    def given(self, size: int) -> Size:
+        """With what a call was found to be given."""
+        share = Fraction(self.after, size)
+        before, after = (share.denominator, share.numerator) if self.times else (size, self.after)
+        return replace(self, before=before, after=after, shape=())
 
 
 Sizes = dict[str, tuple[Size, ...]]
-"""Module → the sizes that become smaller in its forward."""
+"""Module → the sizes that become others in its forward."""
 
 
 def proposed_sizes(calls: Iterable[Call], kept: Tensor) -> Sizes:
-    """The sizes that calls need, if they are given those of before.
+    """The sizes that calls need, for the inputs that the network was captured with, whatever they are given.
 
     Args:
         calls: that are given sizes.
@@ -85,14 +104,21 @@ def proposed_sizes(calls: Iterable[Call], kept: Tensor) -> Sizes:
     proposed: dict[str, dict[Size, None]] = {}
     for call in calls:
         reads = tuple((dim, int(kept[labels].sum())) for dim, labels in sorted(call.reads.items()))
-        for place, labels in call.counted.items():
-            share = Fraction(int(kept[labels].sum()), len(labels))
-            times = len(labels.unique()) < len(labels) and len(labels) % share.denominator == 0
-            before = share.denominator if times else len(labels)
-            size = Size(call.name, call.sizes, place, before, int(before * share), times, reads)
-            if share < 1:
-                proposed.setdefault(call.module, {})[size] = None
+        smaller = {len(call.shape) + dim: size for dim, size in reads}
+        shape = tuple(smaller.get(dim, size) for dim, size in enumerate(call.shape))
+        for place, counted in call.counted.items():
+            needed = counted if isinstance(counted, int) else int(kept[counted].sum())
+            times = isinstance(counted, Tensor) and len(repeated(counted)) < len(counted)
+            size = Size(call.name, call.sizes, place, 0, needed, times, reads, call.dim, shape)
+            proposed.setdefault(call.module, {})[size] = None
     return {module: tuple(sizes) for module, sizes in proposed.items()}
+
+
+def repeated(labels: Tensor) -> Tensor:
+    """What is repeated in labels as a whole, once for every instance; all of them if nothing is."""
+    first = len(labels.unique())
+    whole = labels[:first].repeat(-(-len(labels) // first))[: len(labels)]
+    return labels[:first] if torch.equal(labels, whole) else labels
 
 
 def stale_sizes(network: nn.Module, proposed: Sizes, run: Callable[[], object]) -> Sizes:
@@ -128,8 +154,8 @@ class SizedForward:
 
     Args:
         module: the module.
-        sizes: what becomes smaller.
-        met: gets those that calls were given.
+        sizes: what becomes another.
+        met: gets what calls were given.
     """
 
     def __init__(self, module: nn.Module, sizes: Sequence[Size], met: dict[Size, None] | None = None) -> None:
@@ -170,13 +196,23 @@ class _Resizing(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         head, sizes, tail, rest = _parted(name, args, dict(kwargs or {}))
         given = list(sizes) if isinstance(sizes, list | tuple) else [sizes]
+        dim = _divided(name, head, tail, rest)
         changed = list(given)
         for size in self._sizes:
-            if head and size.of(name, head[0], given):
+            if head and size.of(name, head[0], given, dim):
+                size = size.given(given[size.place]) if self._met is not None else size
                 changed[size.place] = given[size.place] // size.before * size.after
                 if self._met is not None:
                     self._met[size] = None
         return func(*head, changed if isinstance(sizes, list | tuple) else changed[0], *tail, **rest)
+
+
+def _divided(name: str, head: tuple[Any, ...], tail: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The dimension that a call divides, from the last one."""
+    if name not in ("unflatten", "split") or not head:
+        return None
+    dim: Any = kwargs.get("dim", head[1] if len(head) > 1 else tail[0] if tail else 0)
+    return int(dim) if dim < 0 else int(dim) - head[0].dim()
 
 
 _KEYWORDS = ("size", "sizes", "shape", "split_size", "split_size_or_sections")
@@ -238,19 +274,16 @@ def _followed(first: Sequence[Size], second: Sequence[Size]) -> tuple[Size, ...]
 
 
 def _goes_on(first: Size, second: Size) -> bool:
-    same = (first.name, first.sizes, first.place, first.times) == (
-        second.name,
-        second.sizes,
-        second.place,
-        second.times,
-    )
+    same = all(getattr(first, key) == getattr(second, key) for key in ("name", "sizes", "place", "times", "dim"))
     return same and (first.times or first.after == second.before)
 
 
 def sizes_to_json(sizes: Sizes) -> dict[str, list[list[Any]]]:
     """As lists."""
     return {
-        module: [[s.name, s.sizes, s.place, s.before, s.after, s.times, [list(read) for read in s.reads]] for s in own]
+        module: [
+            [s.name, s.sizes, s.place, s.before, s.after, s.times, [list(read) for read in s.reads], s.dim] for s in own
+        ]
         for module, own in sizes.items()
     }
 
@@ -259,9 +292,9 @@ def sizes_from_json(data: Mapping[str, Any], integer: Callable[[Any], int]) -> S
     """From what `sizes_to_json` gave."""
 
     def size(row: Any) -> Size:
-        name, *numbers, times, reads = row
+        name, *numbers, times, reads, dim = row
         count, place, before, after = map(integer, numbers)
         known = tuple((integer(dim), integer(size)) for dim, size in reads)
-        return Size(str(name), count, place, before, after, times is True, known)
+        return Size(str(name), count, place, before, after, times is True, known, None if dim is None else integer(dim))
 
     return {str(module): tuple(map(size, own)) for module, own in data.items()}

@@ -128,7 +128,7 @@ def test_a_damaged_plan_is_refused() -> None:
     (size, *_) = plan.sizes["attention"]
     for changes in ({"before": size.after}, {"after": 0}, {"place": -1}, {"place": 5}):
         damaged = SlimmingPlan.from_json(replace(plan, sizes={"attention": (replace(size, **changes),)}).to_json())
-        with pytest.raises(PlanError, match="which is no smaller size"):
+        with pytest.raises(PlanError, match="which is no other size"):
             slim_like(attention("of the stream"), damaged)
     with pytest.raises(PlanError, match="changes sizes in 'other', which Block does not have"):
         slim_like(attention("of the stream"), replace(plan, sizes={"other": (size,)}))
