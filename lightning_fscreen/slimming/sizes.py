@@ -103,9 +103,10 @@ def proposed_sizes(calls: Iterable[Call], kept: Tensor) -> Sizes:
     """
     proposed: dict[str, dict[Size, None]] = {}
     for call in calls:
-        reads = tuple((dim, int(kept[labels].sum())) for dim, labels in sorted(call.reads.items()))
-        smaller = {len(call.shape) + dim: size for dim, size in reads}
-        shape = tuple(smaller.get(dim, size) for dim, size in enumerate(call.shape))
+        left = {dim: int(kept[labels].sum()) for dim, labels in sorted(call.reads.items())}
+        shape = tuple(left.get(dim - len(call.shape), size) for dim, size in enumerate(call.shape))
+        alone = [dim for dim, labels in call.reads.items() if len(repeated(labels)) == len(labels)]
+        reads = tuple((dim, left[dim]) for dim in sorted(alone))  # others' sizes depend on the number of instances
         for place, counted in call.counted.items():
             needed = counted if isinstance(counted, int) else int(kept[counted].sum())
             times = isinstance(counted, Tensor) and len(repeated(counted)) < len(counted)
