@@ -7,6 +7,7 @@ the module runs, the calls that are given them get smaller ones.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -197,10 +198,13 @@ class _Resizing(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         head, sizes, tail, rest = _parted(name, args, dict(kwargs or {}))
         given = list(sizes) if isinstance(sizes, list | tuple) else [sizes]
+        if not head or any(isinstance(size, torch.dtype) for size in given):  # view(dtype)
+            return func(*args, **(kwargs or {}))
         dim = _divided(name, head, tail, rest)
         changed = list(given)
-        for size in self._sizes:
-            if head and size.of(name, head[0], given, dim):
+        fits = name in ("view", "reshape") and -1 not in given and math.prod(given) == head[0].numel()
+        for size in () if fits else self._sizes:  # a call that is right as it is
+            if size.of(name, head[0], given, dim):
                 size = size.given(given[size.place]) if self._met is not None else size
                 changed[size.place] = given[size.place] // size.before * size.after
                 if self._met is not None:
