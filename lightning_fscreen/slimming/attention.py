@@ -95,14 +95,16 @@ def scaled_dot_product_attention(walk: Walk, node: Any) -> Value:
     values = [query, *(_for_each_query(item, query) if given.get("enable_gqa") else item for item in (key, value))]
     rank = len(query.shape) - 2
     factors = []
+    values = [_whole(walk, item, [-1, -2]) for item in values]
     for item in values:
-        item = _whole(walk, item, [-1, -2])
-        parts = (item.labels, item.constant, _silent(item, [-1, -2]))
-        narrowed = [part[..., :1, :1] for part in parts]
+        # Queries and keys of zeros attend to everything alike: only values of zeros give zeros.
+        silent = _silent(item, [-1, -2]) if item is values[-1] else torch.zeros_like(item.known)
+        narrowed = [part[..., :1, :1] for part in (item.labels, item.constant, silent)]
         factors.append(Value((*item.shape[:-2], 1, 1), *narrowed))
     if given["attn_mask"] is not None:
         mask = _whole(walk, walk.value(given["attn_mask"]), [-1, -2])
-        factors.append(Value((*mask.shape[:-2], 1, 1), *(part[..., :1, :1] for part in mask.fields())))
+        fields = (mask.labels, mask.constant, torch.zeros_like(mask.known))
+        factors.append(Value((*mask.shape[:-2], 1, 1), *(part[..., :1, :1] for part in fields)))
     return _contracted(walk, node, values, factors, range(rank))
 
 

@@ -134,6 +134,26 @@ def test_a_damaged_plan_is_refused() -> None:
         slim_like(attention("of the stream"), replace(plan, sizes={"other": (size,)}))
 
 
+class Asking(Block):
+    """Its queries are zeros and its mask is one of zeros: it takes the mean of all values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        mask = torch.zeros_like(x[:, :1, :1].unsqueeze(1).expand(-1, 1, x.shape[1], x.shape[1]))
+        attended = nn.functional.scaled_dot_product_attention(torch.zeros_like(q), k, v, mask)
+        return self.head(self.mlp(self.attention.projection(attended.transpose(1, 2).flatten(2))).mean(1))
+
+
+def test_queries_of_zeros_are_no_values_of_zeros() -> None:
+    block = Asking(16, attention().attention, cross=False).double()
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    keep = {gate.name: torch.tensor([True, False, False, True])}
+    reference, x = masked(block, [gate], keep), inputs(block)
+    slim(block, keep, x)
+    inner: Any = block.attention
+    assert inner.qkv.weight.shape == (24, 16) and difference(outputs(reference, x), outputs(block, x)) < 1e-9
+
+
 class Weights(nn.Module):
     """Attention weights are an output, too."""
 
