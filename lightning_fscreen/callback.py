@@ -83,9 +83,9 @@ class ScreeningPruningCallback(Results):
         bias: output of pruned channels and units until training makes up for them: "zero" (γ = β = 0; weights and bias
             0); "fold", their shift or bias, carried into the layers that read them; "mean", their mean activation,
             likewise, if the layer has a shift or bias to take it. Not for weights.
-        feature: what is screened, averaged over the positions: "activation", the unit behind the activation function
-            after its layer; "activation_square", its square; "output" and "output_square", of the layer's own output.
-            Not for weights.
+        feature: what is screened, averaged over the positions (of tokens, those that an entry `attention_mask` of the
+            batch keeps): "activation", the unit behind the activation function after its layer; "activation_square",
+            its square; "output" and "output_square", of the layer's own output. Not for weights.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
         rewind_weights: put what remains, and the learning rates, back to where the fit began (lottery ticket).
         budget: what the amount is a fraction of: "candidates"; "params" or "macs", the parameters or multiply–adds of

@@ -20,6 +20,7 @@ from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.statistics.labels import class_labels, find_num_classes
+from lightning_fscreen.statistics.padding import find_tokens
 from lightning_fscreen.statistics.sampling import collection_stride, instances_needed
 
 MakeCollector = Callable[[int], ActivationCollector]
@@ -102,10 +103,11 @@ class Collection:
         assert self._num_classes is not None
         for name in self._collectors.keys() - makers.keys():  # it has turned out to be none
             self._collectors.pop(name).remove()
+        tokens = find_tokens(self._batch[0]) if self._batch is not None else None
         for name, make in makers.items():
             if name not in self._collectors:
                 self._collectors[name] = make(self._num_classes)
-            self._collectors[name].attach()
+            self._collectors[name].attach(tokens)
 
     def close(self) -> None:
         """Gather nothing until the next `open`."""

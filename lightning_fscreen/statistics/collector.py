@@ -21,6 +21,7 @@ from lightning_fscreen.statistics.features import Activation, PositionMeans
 from lightning_fscreen.statistics.labels import check_proportions
 from lightning_fscreen.statistics.moments import Sums, spread_statistic
 from lightning_fscreen.statistics.origins import is_learned
+from lightning_fscreen.statistics.padding import Tokens
 from lightning_fscreen.statistics.sums import FeatureSums
 
 log = logging.getLogger(__name__)
@@ -109,11 +110,17 @@ class ActivationCollector:
         self._weights: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._means = PositionMeans()
+        self._tokens: Tokens | None = None  # of the batch that runs
         self._buffer = ActivationBuffer([probe.num_features for probe in self._probes], self._device)
         self.reset()
 
-    def attach(self) -> None:
-        """Register the hooks, unless they are."""
+    def attach(self, tokens: Tokens | None = None) -> None:
+        """Register the hooks, unless they are.
+
+        Args:
+            tokens: those that count in the batch that runs next; None for all.
+        """
+        self._tokens = tokens
         if self._handles:
             return
         for index, probe in enumerate(self._probes):
@@ -282,7 +289,7 @@ class ActivationCollector:
         probe = self._probes[index]
         if self._batches == 0:
             self._learned[index] |= is_learned(read)
-        values = self._means(activation, module, probe.activation, probe.square)
+        values = self._means(activation, module, probe.activation, probe.square, self._tokens)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module, activation):
             values = values.clone()

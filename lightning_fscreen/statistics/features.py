@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_fscreen.modules import is_transposed_linear
+from lightning_fscreen.statistics.padding import Tokens
 
 # Values transformed at a time on CPUs: in float32 they stay in the cache until their mean is taken.
 _CHUNK = 2**19
@@ -43,7 +44,12 @@ class PositionMeans:
         self._memory = torch.empty(0, device="cpu")
 
     def __call__(
-        self, activation: Tensor, module: nn.Module, function: Activation | None = None, square: bool = False
+        self,
+        activation: Tensor,
+        module: nn.Module,
+        function: Activation | None = None,
+        square: bool = False,
+        tokens: Tokens | None = None,
     ) -> Tensor:
         """Mean over all positions: one value per instance and channel, (N, channels), detached.
 
@@ -54,6 +60,7 @@ class PositionMeans:
             module: the layer.
             function: an element-wise function to apply first.
             square: whether to square then.
+            tokens: those that count, if the activation has such; None for all positions.
         """
         activation = activation.detach()
         if isinstance(module, nn.Linear) or is_transposed_linear(module):
@@ -65,6 +72,9 @@ class PositionMeans:
                 activation = activation.unsqueeze(0)
             positions = tuple(range(2, activation.ndim))
         dtype = torch.promote_types(activation.dtype, torch.float32)
+        if tokens is not None and (dimension := tokens.dimension(activation, positions)) is not None:
+            values = (activation if function is None else function(activation)).to(dtype)
+            return tokens.mean(values.square() if square else values, positions, dimension)
         if function is None and not square:
             return activation.mean(positions, dtype=dtype) if positions else activation
         if not positions:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from lightning_fscreen.modules import evaluating
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import class_labels, describe
+from lightning_fscreen.statistics.padding import find_tokens
 
 Forward = Callable[[nn.Module, Any], Any]
 """(model, batch) → anything, runs the model."""
@@ -27,7 +28,7 @@ def observe(
     progress: bool = True,
     title: str = "screening",
 ) -> ActivationCollector:
-    """Sums over the activations of all batches, in eval mode and without gradients.
+    """Sums over the activations of all batches, in eval mode and without gradients; padding does not count.
 
     Args:
         model: the model; on the device of its parameters.
@@ -51,7 +52,7 @@ def observe(
                 batch_labels = class_labels(given)
                 if collector is None:
                     collector = make_collector(batch_labels)
-                collector.attach()
+                collector.attach(find_tokens(batch))
                 call(model, batch, given, forward)
                 collector.remove()
                 collector.update(batch_labels)
