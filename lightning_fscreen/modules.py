@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -77,6 +78,19 @@ def batch_size(inputs: Any) -> int:
     """Number of instances in the inputs of a call: the length of the first tensor; 0 without one."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
     return len(tensors[0]) if tensors else 0
+
+
+def with_instances(inputs: Any, count: int, device: torch.device) -> Any:
+    """The inputs of a call for so many instances, repeated as need be, on a device."""
+    instances = batch_size(inputs)
+
+    def repeated(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device)
+        if tensor.ndim == 0 or len(tensor) != instances:
+            return tensor
+        return tensor[torch.arange(count, device=device) % instances]
+
+    return pytree.tree_map_only(Tensor, repeated, inputs)
 
 
 @contextlib.contextmanager

@@ -175,7 +175,7 @@ def test_learning_rates_that_are_tensors_are_rewound_in_place():
 
 def test_latency_is_measured_on_the_device():
     with pretending():
-        assert measure_latency(mlp().to("cuda"), (1, 8, 8), (2,))[2] > 0
+        assert measure_latency(mlp().to("cuda"), (torch.zeros(2, 1, 8, 8),), batch_sizes=(2,))[2] > 0
 
 
 def test_inputs_that_change_in_place_behind_autocasts_back_are_seen_as_they_were():

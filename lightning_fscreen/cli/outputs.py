@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,12 @@ def _size(loader: Any) -> int | None:
     return len(dataset) if isinstance(dataset, Sized) else None
 
 
-def latency_report(dense: nn.Module, network: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:
+def latency_report(
+    dense: nn.Module, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Milliseconds of a forward pass before and after, by batch size."""
-    before = measure_latency(dense.to(next(network.parameters())), image_shape)
-    after = measure_latency(network, image_shape)
+    before = measure_latency(dense.to(next(network.parameters())), args, kwargs)
+    after = measure_latency(network, args, kwargs)
     return {str(size): {"before": round(before[size], 4), "after": round(after[size], 4)} for size in before}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
@@ -34,6 +33,7 @@ from lightning_fscreen.cli.outputs import (
     write_outputs,
 )
 from lightning_fscreen.cli.resuming import EpochSeed, KeepMetrics, WholeCheckpoints
+from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.saving.files import replacing
 from lightning_fscreen.saving.onnx import export_onnx
 
@@ -107,6 +107,7 @@ def _run(config: DictConfig) -> float | None:
     pruning = next((callback for callback in callbacks if isinstance(callback, ScreeningPruningCallback)), None)
 
     dense = copy.deepcopy(network) if config.extras.latency and pruning is not None and first else None
+    called = _first_call(network)
 
     trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
     metrics: dict[str, Any] = kept.latest | trainer.callback_metrics
@@ -116,16 +117,21 @@ def _run(config: DictConfig) -> float | None:
     value = _optimized(config.optimized_metric, metrics)
 
     if trainer.is_global_zero:
-        shape = getattr(data, "image_shape", None)
         report = run_report(config, _experiment(), network, pruning, metrics, data)
-        if dense is not None and shape is not None:
-            report["latency_ms"] = latency_report(dense, network, shape)
+        if dense is not None and called.inputs is not None:
+            report["latency_ms"] = latency_report(dense, network, *called.inputs_on_device())
         report["seconds"] = round(time.perf_counter() - start, 3)
         write_outputs(folder, report, network)
         if config.extras.figures and pruning is not None:
-            write_figures(folder / "figures", pruning, network, shape)
+            write_figures(folder / "figures", pruning, network, getattr(data, "image_shape", None))
         if config.extras.export_onnx:
-            export_onnx(network, (torch.zeros(2, *_known(shape, data), device=model.device),), folder / "model.onnx")
+            if called.inputs is None:
+                raise ValueError(
+                    "extras.export_onnx=true needs inputs, but the training never called "
+                    f"{type(network).__name__} as a whole; let training_step call it, or the module's net"
+                )
+            args, kwargs = called.inputs_on_device()
+            export_onnx(network, args, folder / "model.onnx", kwargs)
         if config.extras.print_report:
             print_report(report, pruning.report() if pruning else None, folder)
     return value
@@ -183,13 +189,16 @@ def _experiment() -> str | None:
     return None if choice in (None, "none") else str(choice)
 
 
-def _known(shape: tuple[int, ...] | None, data: LightningDataModule) -> tuple[int, ...]:
-    if shape is None:
-        raise ValueError(
-            f"extras.export_onnx=true needs the shape of an input: give {type(data).__name__} the attribute "
-            "image_shape, (channels, height, width)"
-        )
-    return shape
+def _first_call(network: nn.Module) -> Network:
+    """The network, and the inputs of its first call once that was made."""
+    called = Network("", network)
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.record(args, kwargs)
+        handle.remove()
+
+    handle = network.register_forward_pre_hook(record, with_kwargs=True)
+    return called
 
 
 def _optimized(name: str | None, metrics: dict[str, Any]) -> float | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from lightning_fscreen.modules import evaluating
+from lightning_fscreen.modules import evaluating, with_instances
 
 BATCH_SIZES = (1, 64)
 _BLOCK = 0.02  # seconds of calls that are timed together: many clock ticks
@@ -18,25 +19,29 @@ _SECONDS = 0.3
 
 
 def measure_latency(
-    network: nn.Module, shape: Sequence[int], batch_sizes: Sequence[int] = BATCH_SIZES
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> dict[int, float]:
     """Median time of a forward pass in eval mode, by batch size, with as many threads as torch uses now.
 
     Args:
         network: the network, on any device.
-        shape: of one input.
+        args: example inputs, of one instance or more.
+        kwargs: likewise, those given by name.
         batch_sizes: how many at once.
 
     Returns:
         batch size → milliseconds.
     """
-    tensor = next(network.parameters())
-    threads = torch.get_num_threads()
+    device, threads = next(network.parameters()).device, torch.get_num_threads()
     times = {}
     with evaluating(network), torch.inference_mode():
         for batch_size in batch_sizes:
-            inputs = torch.zeros(batch_size, *shape, device=tensor.device, dtype=tensor.dtype)
-            timer = Timer("network(inputs)", globals={"network": network, "inputs": inputs}, num_threads=threads)
+            given, named = with_instances((args, dict(kwargs or {})), batch_size, device)
+            names = {"network": network, "args": given, "kwargs": named}
+            timer = Timer("network(*args, **kwargs)", globals=names, num_threads=threads)
             times[batch_size] = 1000 * _median_time(timer)
     return times
 

@@ -17,6 +17,7 @@ from lightning_fscreen.data.images import ImageSet, TensorImages
 from lightning_fscreen.data.khan import KhanDataModule
 from lightning_fscreen.data.mnist import MNISTDataModule
 from lightning_fscreen.data.noisy import NoisyMNISTDataModule
+from lightning_fscreen.data.texts import GeneratedTextsDataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -25,6 +26,7 @@ __all__ = [
     "FeatureSet",
     "FlippedDigitsDataModule",
     "GeneratedDataModule",
+    "GeneratedTextsDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageSet",

@@ -156,7 +156,8 @@ def measure(experiment, seed, method, amount, checkpoint, overrides):
 
 def speedup():
     """By batch size."""
-    pairs = [(measure_latency(Keep.dense, Keep.shape), measure_latency(Keep.network, Keep.shape)) for _ in range(3)]
+    args = (torch.zeros(1, *Keep.shape),)
+    pairs = [(measure_latency(Keep.dense, args), measure_latency(Keep.network, args)) for _ in range(3)]
     return {str(size): round(statistics.median(a[size] / b[size] for a, b in pairs), 3) for size in pairs[0][0]}
 
 

@@ -8,6 +8,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -141,11 +142,12 @@ def test_overrides_take_effect(overrides, check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "experiment", [name for name in GROUPS["experiment"] if name not in ("none", "resnet164_cifar10")]
+    "experiment", [name for name in GROUPS["experiment"] if name not in ("none", "resnet164_cifar10", "textcls")]
 )
 def test_every_experiment_goes_through_all_stages(experiment, tmp_path):
     short = ["data=digits", "data.batch_size=16", "debug=fdr"]
     short += ["model.net.patch=2"] if experiment == "convnext_cifar10" else []  # 8 × 8 pixels, halved twice
+    short += ["model.net.size=8"] if experiment == "vit_cifar10" else []
     run(composed(f"experiment={experiment}", *short, f"paths.output_dir={tmp_path}"))
     report = json.loads((tmp_path / "report.json").read_text())
     total, kept = (report["candidates"][key] for key in ("total", "kept"))
@@ -156,6 +158,36 @@ def test_every_experiment_goes_through_all_stages(experiment, tmp_path):
             report["params"]["after"] < report["params"]["before"]
             and report["macs"]["after"] < report["macs"]["before"]
         )
+
+
+def test_a_run_on_texts_loses_heads_and_hidden_units_and_is_timed_and_exported_with_its_own_inputs(tmp_path):
+    run(
+        composed(
+            "experiment=textcls",
+            *QUIET,
+            "callbacks.fscreen.start_epoch=0",
+            "callbacks.fscreen.end_epoch=2",
+            "data.train_size=300",
+            "data.test_size=100",
+            "extras.figures=true",
+            "extras.latency=true",
+            f"extras.export_onnx={ONNX}",
+            f"paths.output_dir={tmp_path}",
+        )
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {layer["name"].split(".")[-1]: layer["kept"] < layer["total"] for layer in report["layers"]} == {
+        "attention": True,
+        "expand": True,
+    }
+    assert report["latency_ms"]["64"]["after"] > 0
+    net, texts = models.text_transformer(), torch.randint(100, (3, 16))
+    load_slimmed(net, tmp_path / "model.safetensors").eval()
+    assert sum(p.numel() for p in net.parameters()) == report["params"]["after"]
+    if ONNX:
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        (out,) = session.run(None, {session.get_inputs()[0].name: texts.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), net(texts).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_channel_run_leaves_a_smaller_network_that_others_load(tmp_path):

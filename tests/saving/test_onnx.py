@@ -43,3 +43,22 @@ def test_a_missing_package_is_named(network, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"need onnx; .*lightning-fscreen\[onnx\]"):
         export_onnx(network, (torch.randn(2, 3, 16, 16),), tmp_path / "model.onnx")
+
+
+@pytest.mark.skipif(not ONNX, reason="earlier exporters fail on batch norms")
+def test_onnx_of_a_network_that_takes_its_inputs_by_name(tmp_path):
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, ids, scale=1.0, mask=None):
+            return self.head((self.words(ids) * scale * mask[..., None]).mean(1))
+
+    network, ids = Masked(), torch.randint(9, (4, 5))
+    mask = (ids > 3).float()
+    export_onnx(network, (ids[:1],), tmp_path / "model.onnx", {"mask": mask[:1]})
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    names = [each.name for each in session.get_inputs()]
+    (out,) = session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))
+    torch.testing.assert_close(torch.from_numpy(out), network(ids, mask=mask).detach(), rtol=1e-4, atol=1e-5)
