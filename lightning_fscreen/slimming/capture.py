@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,12 +105,22 @@ def plain_norms(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_outputs(network: nn.Module) -> Iterator[None]:
-    """Objects that torch does not know are returned as the tensors that they hold (the cache of a language model)."""
+    """Objects that torch does not know are returned as the tensors that they hold.
+
+    Not so what a network returns for itself, to be given back under the same name (the keys and values that a language
+    model caches): that is no result, and whoever gives it back has it from the same, smaller network.
+    """
     own, forward = vars(network).get("forward"), network.forward
 
     @functools.wraps(forward)
     def plain(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_map(_known, forward(*args, **kwargs))
+        outputs = forward(*args, **kwargs)
+        own_state = {id(value) for value in _given_back(outputs, network)}
+        return pytree.tree_map(
+            lambda value: [] if id(value) in own_state else _known(value),
+            outputs,
+            is_leaf=lambda value: id(value) in own_state,
+        )
 
     network.forward = plain
     try:
@@ -121,11 +132,28 @@ def plain_outputs(network: nn.Module) -> Iterator[None]:
             network.forward = own
 
 
+def _given_back(outputs: Any, network: nn.Module) -> Iterator[Any]:
+    """Objects among the outputs that have the name of an argument of some module's forward."""
+    if isinstance(outputs, Mapping):
+        unknown = {
+            str(key): value
+            for key, value in outputs.items()
+            if _is_unknown(value) and not isinstance(value, Mapping | list | tuple)
+        }
+        if unknown:
+            taken = {name for module in network.modules() for name in inspect.signature(module.forward).parameters}
+            yield from (value for key, value in unknown.items() if key in taken)
+    elif isinstance(outputs, list | tuple):
+        for each in outputs:
+            yield from _given_back(each, network)
+
+
 def _known(value: Any) -> Any:
-    unknown = (
-        hasattr(value, "__dict__") and not isinstance(value, type) and not type(value).__module__.startswith("torch")
-    )
-    return list(_tensors_in(value, set())) if unknown else value
+    return list(_tensors_in(value, set())) if _is_unknown(value) else value
+
+
+def _is_unknown(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, type) and not type(value).__module__.startswith("torch")
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

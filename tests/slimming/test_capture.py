@@ -156,10 +156,14 @@ class Remembers(nn.Module):
         super().__init__()
         self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
 
-    def forward(self, x: Tensor) -> dict[str, Any]:
+    def forward(self, x: Tensor, known: Cache | None = None) -> dict[str, Any]:
         hidden = self.first(x).relu()
         remembered = self.second(hidden).relu()
-        return {"logits": self.third(remembered), "cache": Cache(remembered)}
+        if known is not None:
+            remembered = remembered + known.layers[0]["keys"]
+        return {"logits": self.third(remembered), self.key: Cache(remembered)}
+
+    key = "cache"
 
 
 def test_tensors_in_objects_that_torch_does_not_know_are_outputs() -> None:
@@ -175,3 +179,18 @@ def test_tensors_in_objects_that_torch_does_not_know_are_outputs() -> None:
     assert isinstance(after["cache"], Cache) and "forward" not in vars(network) and network.first.out_features == 3
     torch.testing.assert_close(after["logits"], before["logits"])
     torch.testing.assert_close(after["cache"].layers[0]["keys"], before["cache"].layers[0]["keys"])
+
+
+def test_what_a_network_returns_to_be_given_back_to_it_is_no_result() -> None:
+    network, x = Remembers(), torch.randn(3, 4)
+    network.key = "known"
+    gates = {gate.name: gate.excluded for gate in find_gates(network, x)}
+    assert gates["second"] is None
+    keep = torch.arange(5) > 1
+    with torch.no_grad():
+        network.second.weight[~keep] = network.second.bias[~keep] = 0
+        before = network(x, known=network(x)["known"])
+        slim(network, {"second": keep}, x)
+        after = network(x, known=network(x)["known"])
+    assert after["known"].layers[0]["keys"].shape == (3, 3)
+    torch.testing.assert_close(after["logits"], before["logits"])
