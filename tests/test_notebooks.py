@@ -10,7 +10,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["paper", "quickstart", "torchvision_onnx"]
+    assert [path.stem for path in NOTEBOOKS] == ["paper", "quickstart", "torchvision_onnx", "transformers_onnx"]
 
 
 @pytest.mark.slow
