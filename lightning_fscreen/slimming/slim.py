@@ -35,11 +35,12 @@ def slim(
 ) -> SlimmingPlan:
     """Switch off units, and physically remove them, in place.
 
-    Units are the channels of batch norms and the outputs of linear and convolution layers (see `find_gates`). The
-    output stays that of the same network with γ = β = 0 on the pruned channels, zeros in the rows and biases of the
-    pruned neurons (bias="zero"), or with β and the biases kept (bias="fold"), in eval and in train mode. Constants are
-    carried into the biases of the layers that read them or, where zero padding meets them, into one unit that stays.
-    Units that cannot be removed exactly stay, switched off.
+    Units are the channels of batch norms, the outputs of linear and convolution layers and the heads of attentions (see
+    `find_gates`). The output stays that of the same network with γ = β = 0 on the pruned channels, zeros in the rows
+    and biases of the pruned neurons (bias="zero"), or with β and the biases kept (bias="fold"), and zeros in the
+    columns that read the pruned heads, in eval and in train mode. Constants are carried into the biases of the layers
+    that read them or, where zero padding meets them, into one unit that stays. Units that cannot be removed exactly
+    stay, switched off.
 
     Args:
         model: any module that `torch.export` can capture. Its class, `forward`, modes, devices, dtypes, hooks,
@@ -53,7 +54,8 @@ def slim(
             schedulers, moments and pending gradients go along. The next steps are those of the masked network where
             updates are element-wise (SGD, Adam, RMSprop, Lion); where they are computed from whole matrices (Muon) they
             are those of the smaller matrices, which differ by the scale that follows from the shape, by what was left
-            of the removed momentum, and by rounding in bfloat16.
+            of the removed momentum, and by rounding in bfloat16. Gains of norms over channels of which some are gone
+            (RMSNorm, ConvNeXt-V2's) are scaled to make up for them, so that their next steps differ.
         follow: copies of the model whose values follow it: moving averages, a mean teacher, or modules around such a
             copy (`AveragedModel`, timm's `ModelEmaV3`). On the pruned channels they take the model's γ and β, since
             averages of zeros would take long to be zero; then they lose the same channels, with constants of their own.
