@@ -1,7 +1,7 @@
 """Gates whose units are the heads of an attention, switched off by the columns of the layer that projects them.
 
-Heads go as a whole. Channels within them would have to go in equal numbers from every head of a layer, with the scale of
-the scores kept, and leave sizes that attention kernels are not made for.
+Heads go as a whole. Channels within them would have to go in equal numbers from every head of a layer, with the scale
+of the scores kept, and leave sizes that attention kernels are not made for.
 """
 
 from __future__ import annotations
