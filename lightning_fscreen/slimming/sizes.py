@@ -30,7 +30,8 @@ class Call:
         module: the module whose forward makes it.
         name: which call it is, one of `SIZED`.
         sizes: how many sizes it is given.
-        counted: place of a size → slots that it counts, in the order of the elements; or their number, if all stay.
+        counted: place of a size → slots that it counts, in the order of the elements; or their number, if all stay. The
+            others are -1.
         shape: of its input.
         reads: dimension of its input, from the last one → slots that lie along it.
         dim: the dimension that it divides, from the last one; None if it divides none in particular.
@@ -59,6 +60,7 @@ class Size:
         reads: the input by which the call is known: (dimension from the last one, its size) of what has become smaller.
         dim: the dimension that the call divides, from the last one; None if it divides none in particular.
         shape: of the whole input, where that is known.
+        given: all sizes as they were captured, where they are known.
     """
 
     name: str
@@ -70,25 +72,34 @@ class Size:
     reads: tuple[tuple[int, int], ...] = ()
     dim: int | None = None
     shape: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
 
-    def of(self, name: str, source: Tensor, sizes: Sequence[Any], dim: int | None) -> bool:
-        """Whether a call is given this size, and has such an input."""
+    def may_be_of(self, name: str, source: Tensor, sizes: Sequence[Any], dim: int | None) -> bool:
+        """Whether a call has such an input and as many sizes, all but one of them as captured, where that is known."""
         if (name, len(sizes), dim) != (self.name, self.sizes, self.dim):
             return False
         if any(source.dim() < -place or source.shape[place] != size for place, size in self.reads):
             return False
         if self.shape and tuple(source.shape) != self.shape:
             return False
+        return not self.given or self.agreement(sizes) >= self.sizes - 1
+
+    def is_among(self, sizes: Sequence[Any]) -> bool:
+        """Whether a call is given what becomes another."""
         size = sizes[self.place]
         if self.before == 0:
             return bool(size not in (-1, self.after))
         return bool(size > 0 and size % self.before == 0 if self.times else size == self.before)
 
-    def given(self, size: int) -> Size:
+    def agreement(self, sizes: Sequence[Any]) -> int:
+        """How many sizes of a call are those that were captured: what tells two calls with the same input apart."""
+        return sum(size == captured for size, captured in zip(sizes, self.given, strict=False))
+
+    def found(self, size: int) -> Size:
         """With what a call was found to be given."""
         share = Fraction(self.after, size)
         before, after = (share.denominator, share.numerator) if self.times else (size, self.after)
-        return replace(self, before=before, after=after, shape=())
+        return replace(self, before=before, after=after, shape=(), given=())
 
 
 Sizes = dict[str, tuple[Size, ...]]
@@ -108,10 +119,12 @@ def proposed_sizes(calls: Iterable[Call], kept: Tensor) -> Sizes:
         shape = tuple(left.get(dim - len(call.shape), size) for dim, size in enumerate(call.shape))
         alone = [dim for dim, labels in call.reads.items() if len(repeated(labels)) == len(labels)]
         reads = tuple((dim, left[dim]) for dim in sorted(alone))  # others' sizes depend on the number of instances
+        given = [call.counted.get(place, -1) for place in range(call.sizes)]
+        captured = tuple(size if isinstance(size, int) else len(size) for size in given)
         for place, counted in call.counted.items():
             needed = counted if isinstance(counted, int) else int(kept[counted].sum())
             times = isinstance(counted, Tensor) and len(repeated(counted)) < len(counted)
-            size = Size(call.name, call.sizes, place, 0, needed, times, reads, call.dim, shape)
+            size = Size(call.name, call.sizes, place, 0, needed, times, reads, call.dim, shape, captured)
             proposed.setdefault(call.module, {})[size] = None
     return {module: tuple(sizes) for module, sizes in proposed.items()}
 
@@ -203,13 +216,18 @@ class _Resizing(TorchFunctionMode):
         dim = _divided(name, head, tail, rest)
         changed = list(given)
         fits = name in ("view", "reshape") and -1 not in given and math.prod(given) == head[0].numel()
-        for size in () if fits else self._sizes:  # a call that is right as it is
-            if size.of(name, head[0], given, dim):
-                size = size.given(given[size.place]) if self._met is not None else size
-                changed[size.place] = given[size.place] // size.before * size.after
-                if self._met is not None:
-                    self._met[size] = None
+        for size in () if fits else self._for(name, head[0], given, dim):  # a call that is right as it is
+            size = size.found(given[size.place]) if self._met is not None else size
+            changed[size.place] = given[size.place] // size.before * size.after
+            if self._met is not None:
+                self._met[size] = None
         return func(*head, changed if isinstance(sizes, list | tuple) else changed[0], *tail, **rest)
+
+    def _for(self, name: str, source: Tensor, given: Sequence[Any], dim: int | None) -> list[Size]:
+        """The sizes that a call gets."""
+        sizes = [size for size in self._sizes if size.may_be_of(name, source, given, dim)]
+        best = max((size.agreement(given) for size in sizes), default=0)
+        return [size for size in sizes if size.agreement(given) == best and size.is_among(given)]
 
 
 def _divided(name: str, head: tuple[Any, ...], tail: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

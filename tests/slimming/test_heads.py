@@ -252,3 +252,44 @@ def test_an_encoder_with_padding_is_right_on_all_its_paths() -> None:
         with torch.no_grad():
             expected, found = reference(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding)
         assert difference([expected[~padding]], [found[~padding]]) < 1e-9
+
+
+class Windows(nn.Module):
+    """Attention within windows of 2 × 2 positions, with a bias whose sizes are a tuple; as MaxViT is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.projection = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.table, self.bias_shape = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 4)), (4, 4, 4)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 3)
+
+    def attend(self, x: Tensor) -> Tensor:
+        shape = x.shape[:-1]
+        qkv = self.qkv(x).view(len(x), -1, 4, 12).transpose(1, 2)
+        place = torch.arange(4, dtype=x.dtype)
+        between = torch.stack([place[:, None] - place, place[:, None] * place], -1).flatten(0, 1)
+        bias = self.table(between).view(self.bias_shape).permute(2, 0, 1)
+        values = nn.functional.scaled_dot_product_attention(*qkv.chunk(3, -1), attn_mask=bias[None])
+        projected: Tensor = self.projection(values.transpose(1, 2).reshape(*shape, -1))
+        return projected
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width, channels = x.shape[1:]
+        y = self.norm(x).view(-1, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
+        y = self.attend(y.reshape(-1, 2, 2, channels))
+        y = y.view(-1, height // 2, width // 2, 2, 2, channels).transpose(2, 3).reshape(-1, height, width, channels)
+        logits: Tensor = self.head((x + y).mean((1, 2)))
+        return logits
+
+
+def test_two_calls_with_the_same_input_are_told_apart() -> None:
+    torch.manual_seed(0)
+    network, x = Windows().double(), torch.randn(2, 4, 4, 16, dtype=torch.float64)
+    keep = {
+        gate.name: torch.tensor([True, False, False, True]) for gate in find_gates(network, x) if gate.kind == "head"
+    }
+    assert list(keep.values())
+    reference = masked(network, find_gates(network, x), keep)
+    plan = slim(network, keep, x)
+    assert network.qkv.out_features == 24 and network.projection.in_features == 8 and not plan.kept_for
+    assert difference([reference(x)], [network(x)]) < 1e-9
