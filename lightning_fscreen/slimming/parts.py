@@ -78,13 +78,15 @@ def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
 
 
 def _match_if_equal(walk: Walk, node: Any, value: Value, parts: list[Value]) -> None:
-    """Sizes of parts: equal ones may be computed from the input's shape."""
+    """Sizes of parts: equal ones may be computed from the input's shape, others if each is given by itself."""
     dim = arguments(node)["dim"] % len(value.shape) - len(value.shape)
     equal = len({part.shape for part in parts}) == 1
-    sizes = len(parts) if operator_name(node) == "split_with_sizes" else 1
-    counted: dict[int, Tensor | int] = dict.fromkeys(range(sizes), parts[0].along(dim)) if equal else {}
-    if equal and walk.is_computed(node, value, parts[0], counted=counted, sizes=sizes, dim=dim):
-        _match(walk, [part.labels for part in parts])
+    listed = operator_name(node) == "split_with_sizes"
+    given = parts if listed else parts[:1]
+    counted: dict[int, Tensor | int] = {place: part.along(dim) for place, part in enumerate(given)}
+    if (equal or listed) and walk.is_computed(node, value, *parts, counted=counted, sizes=len(given), dim=dim):
+        if equal:
+            _match(walk, [part.labels for part in parts])
     else:
         walk.keep_all(node, value.labels, f"{operator_name(node)} has sizes written into forward")
 

@@ -49,16 +49,40 @@ def expand(walk: Walk, node: Any) -> Value:
     value, sizes = vector(walk, node.args[0]), list(node.args[1])
     new = len(sizes) - len(value.shape)
     copied = [dim for dim, size in enumerate(sizes) if size > 1 and (dim < new or value.shape[dim - new] == 1)]
+    copies = _copies(walk, node, value, copied)
+    if copies is None:
+        return resize(walk, node)
+    _respect_sizes(walk, node, copies, sizes, first=0)
+    return copies
+
+
+def repeat_interleave(walk: Walk, node: Any) -> Value:
+    """Every element of a dimension several times in a row; the only one of a dimension as in `expand`."""
+    value, given = walk.value(node.args[0]), arguments(node)
+    dim, times = given["dim"], given["repeats"]
+    if not isinstance(times, int) or dim is None:
+        raise Unsupported("it repeats elements by different numbers, or of no dimension in particular")
+    dim %= len(value.shape)
+    copies = _copies(walk, node, value, [dim]) if value.shape[dim] == 1 else None
+    if copies is not None:
+        _respect_sizes(walk, node, copies, [times], first=dim, dim=dim - len(value.shape))
+        return copies
+    fields = (part if part.shape[dim] == 1 else part.repeat_interleave(times, dim) for part in value.fields())
+    return Value(tuple(node.meta["val"].shape), *fields)
+
+
+def _copies(walk: Walk, node: Any, value: Value, copied: list[int]) -> Value | None:
+    """What is repeated for every head, along one of these dimensions; None if it is not, as far as is known."""
     if walk.head_dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
         (dim,) = copied
     elif walk.head_dims and walk.head_dims.get(node.name) in copied:
         dim = walk.head_dims[node.name]
         walk.slots.pin(value.labels, "all heads share it")
     else:
-        return resize(walk, node)
+        return None
     result = Value.pinned(tuple(node.meta["val"].shape))
-    result.labels = walk.slots.new(sizes[dim]).reshape([-1 if place == dim else 1 for place in range(len(sizes))])
-    _respect_sizes(walk, node, result, sizes, first=0)
+    shape = [-1 if place == dim else 1 for place in range(len(result.shape))]
+    result.labels = walk.slots.new(result.shape[dim]).reshape(shape)
     return result
 
 
@@ -204,6 +228,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), resize),
     "expand": expand,
+    "repeat_interleave": repeat_interleave,
     "unflatten": unflatten,
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand_as": expand_as,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-SIZED = ("view", "reshape", "unflatten", "expand", "split")
+SIZED = ("view", "reshape", "unflatten", "expand", "split", "repeat_interleave")
 """The calls that are given sizes."""
 
 
@@ -232,13 +232,14 @@ class _Resizing(TorchFunctionMode):
 
 def _divided(name: str, head: tuple[Any, ...], tail: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The dimension that a call divides, from the last one."""
-    if name not in ("unflatten", "split") or not head:
+    if name not in _DIVIDING or not head:
         return None
     dim: Any = kwargs.get("dim", head[1] if len(head) > 1 else tail[0] if tail else 0)
     return int(dim) if dim < 0 else int(dim) - head[0].dim()
 
 
-_KEYWORDS = ("size", "sizes", "shape", "split_size", "split_size_or_sections")
+_KEYWORDS = ("size", "sizes", "shape", "split_size", "split_size_or_sections", "repeats")
+_DIVIDING = ("unflatten", "split", "repeat_interleave")
 
 
 def _parted(
@@ -249,7 +250,7 @@ def _parted(
     if keyword is not None:
         return args, kwargs.pop(keyword), (), kwargs
     first = 2 if name == "unflatten" and len(args) > 1 else 1
-    if name in ("split", "unflatten") or len(args) == first or isinstance(args[first], list | tuple):
+    if name in _DIVIDING or len(args) == first or isinstance(args[first], list | tuple):
         return args[:first], args[first] if len(args) > first else (), args[first + 1 :], kwargs
     return args[:first], args[first:], (), kwargs
 

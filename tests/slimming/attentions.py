@@ -48,9 +48,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.num_groups, self.all_heads = heads, size, groups, heads * size
         self.product, self.sizes, self.extra, self.causal = product, sizes, extra, causal
-        self.fused = fused and groups == heads
-        if self.fused:
-            self.qkv = nn.Linear(width, 3 * heads * size, bias=bias)
+        self.fused, self.parts = fused, [heads * size, groups * size, groups * size]
+        if fused:
+            self.qkv = nn.Linear(width, sum(self.parts), bias=bias)
         else:
             self.query = nn.Linear(width, heads * size, bias=bias)
             self.key, self.value = (nn.Linear(width, groups * size, bias=bias) for _ in range(2))
@@ -68,7 +68,11 @@ class Attention(nn.Module):
             size, total = width // self.num_heads, width
         else:
             size, total = self.head_dim, self.all_heads if self.sizes == "attributes" else -1
-        if self.fused and memory is None:
+        if self.fused and self.num_groups < self.num_heads:
+            of_memory = self.qkv(x if memory is None else memory).split(self.parts, -1)[1:]
+            parts = zip((self.qkv(x).split(self.parts, -1)[0], *of_memory), self._heads(), strict=True)
+            q, k, v = (self._taken_apart(part, size, heads) for part, heads in parts)
+        elif self.fused and memory is None:
             shape = (count, length, 3, self.num_heads, size)
             q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
         elif self.fused:
@@ -80,19 +84,17 @@ class Attention(nn.Module):
                 )
             )
         else:
-            q, k, v = (
-                self._taken_apart(layer(source), size, heads)
-                for layer, source, heads in (
-                    (self.query, x, self.num_heads),
-                    (self.key, x if memory is None else memory, self.num_groups),
-                    (self.value, x if memory is None else memory, self.num_groups),
-                )
-            )
+            memory = x if memory is None else memory
+            parts = zip((self.query(x), self.key(memory), self.value(memory)), self._heads(), strict=True)
+            q, k, v = (self._taken_apart(part, size, heads) for part, heads in parts)
         if self.extra == "norm":
             q, k = self.norm(q), self.norm(k)
         if self.extra == "rotation":
             q, k = rotated(q), rotated(k)
         return self.projection(self._attended(q, k, v, size).transpose(1, 2).reshape(count, length, total))
+
+    def _heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.num_groups, self.num_groups
 
     def _taken_apart(self, x: Tensor, size: int, heads: int) -> Tensor:
         if self.sizes == "attributes":
@@ -102,10 +104,13 @@ class Attention(nn.Module):
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
         if k.shape[1] < q.shape[1] and self.product != "fused":
             repeats = self.num_heads // self.num_groups
-            k, v = (
-                part[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(len(part), -1, *part.shape[2:])
-                for part in (k, v)
-            )
+            if self.product == "matmul":
+                k, v = (part.repeat_interleave(repeats, 1) for part in (k, v))
+            else:
+                k, v = (
+                    part[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(len(part), -1, *part.shape[2:])
+                    for part in (k, v)
+                )
         if self.extra == "scale":
             q = q * self.scale
         bias = None
