@@ -24,6 +24,7 @@ from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
+from lightning_fscreen.slimming.gates import call_arguments
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.labels import find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
@@ -61,7 +62,7 @@ def observed(
     settings: Settings,
     dataloader: Iterable[Any],
     forward: Forward | None,
-    network: Network | None = None,
+    example_inputs: Any = None,
     *,
     progress: bool,
     title: str,
@@ -73,7 +74,7 @@ def observed(
         settings: from `settings_of`.
         dataloader: batches; consumed once, and no further than the first if no statistics are needed.
         forward: runs the model on a batch.
-        network: the model with its inputs; by default with those of the first batch.
+        example_inputs: of the model's forward, as of `slim`; by default those of the first batch.
         progress: show a progress bar.
         title: of that.
 
@@ -86,7 +87,10 @@ def observed(
         batches = iter(dataloader)
         if (first := next(batches, None)) is None:
             raise ValueError(EMPTY)
-        network = network or _network(model, first, settings.labels, forward)
+        if example_inputs is None:
+            network = _network(model, first, settings.labels, forward)
+        else:
+            network = with_inputs(model, example_inputs)
         found = OneShot(model, settings, granularity, network)
         found.check()
         if settings.needs_activations:
@@ -262,6 +266,13 @@ class OneShot:
                 parameter.copy_(value)
 
         return put_back
+
+
+def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
+    """The model with these inputs of its forward: a tensor, a tuple of arguments or a dict of keyword arguments."""
+    network = Network("", model)
+    network.record(*call_arguments(example_inputs))
+    return network
 
 
 def _network(model: nn.Module, batch: Any, labels: Callable[[Any], Tensor], forward: Forward | None) -> Network:
