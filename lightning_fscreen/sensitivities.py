@@ -53,6 +53,8 @@ class GroupSensitivity:
 class Sensitivity(Shown):
     """How a metric depends on each group; `print(sensitivity)`, or a notebook, shows it as a table.
 
+    `cli.layer_figures.sensitivity_figure` draws it.
+
     Attributes:
         fractions: of the units of one group that were masked, the lowest-ranked first.
         metric: of the network as it is.
