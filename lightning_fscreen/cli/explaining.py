@@ -62,19 +62,23 @@ def explain_run(config: DictConfig) -> Explanation:
         amount=pruning.amount,
         **cast(Ranking, {name: getattr(pruning, name) for name in Ranking.__annotations__}),
     )
-    with replacing(folder / "explanation.json") as partial:
-        partial.write_text(explanation.to_json() + "\n")
-    if config.extras.figures:
-        assert explanation.prediction is not None
-        layers = explanation.prediction.report.layers
-        counts = [layer.name for layer in layers], [layer.total for layer in layers], [layer.kept for layer in layers]
-        save_figures({"explanation": units_figure(*counts, "units")}, folder / "figures")
+    _write(explanation, folder, config.extras.figures)
     console = Console()
     weights = "before any training" if config.ckpt_path is None else f"of {config.ckpt_path}"
     console.print(f"with the weights {weights}", style="italic", markup=False)
     console.print(str(explanation), markup=False, highlight=False, soft_wrap=True)
     console.print(f"results: {folder}", markup=False, soft_wrap=True)
     return explanation
+
+
+def _write(explanation: Explanation, folder: Path, figures: bool) -> None:
+    """Write explanation.json and, if wanted, the picture of the units that every layer keeps."""
+    with replacing(folder / "explanation.json") as partial:
+        partial.write_text(explanation.to_json() + "\n")
+    if figures and explanation.prediction is not None:
+        layers = explanation.prediction.report.layers
+        counts = [layer.name for layer in layers], [layer.total for layer in layers], [layer.kept for layer in layers]
+        save_figures({"explanation": units_figure(*counts, "units")}, folder / "figures")
 
 
 class _Inside(nn.Module):
