@@ -10,6 +10,7 @@ from lightning_fscreen.ranking.criteria import register_criterion
 from lightning_fscreen.saving.checkpoints import load_from_checkpoint
 from lightning_fscreen.saving.slimmed import load_slimmed, save_slimmed
 from lightning_fscreen.screening import screen
+from lightning_fscreen.sensitivities import sensitivity
 from lightning_fscreen.slimming import SlimmingPlan, find_gates, register_operator, slim
 from lightning_fscreen.statistics.metric import FStatistic
 
@@ -31,5 +32,6 @@ __all__ = [
     "register_operator",
     "save_slimmed",
     "screen",
+    "sensitivity",
     "slim",
 ]

@@ -1,22 +1,31 @@
-"""`explain`: what could be pruned from a network, what goes together, what it would save, and why the rest stays."""
+"""`explain`: what could be pruned from a network, what goes together, what it would save, why the rest stays."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
-from lightning_fscreen.costs.size import Size, measure_size
-from lightning_fscreen.modules import batch_size, uncompiled
+from lightning_fscreen.auto_amount import MAX_DROP, limit_of
+from lightning_fscreen.candidates.granularity import Granularity, Patterns
+from lightning_fscreen.costs.size import Size
+from lightning_fscreen.evaluation import Measure
+from lightning_fscreen.modules import uncompiled
+from lightning_fscreen.one_shot import Choice, OneShot, Pruned, observed, with_inputs
+from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.ranking.units import Units
-from lightning_fscreen.slimming.gates import call_arguments
-from lightning_fscreen.tables import Row, Table, grouped, percent, readable
+from lightning_fscreen.statistics.one_pass import Forward
+from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
+from lightning_fscreen.without_trainer import Ranking, settings_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class ExplainedLayer:
         coupled: other layers that lose the same units.
         params: parameters that go with one of its units, in this layer and in all others; the mean over its units.
         macs: multiply–adds of one instance, likewise.
+        kept: how many of its units `prune` would keep; None if that was not asked.
+        cut: the highest score of those that would go, and the lowest of the others that could have gone; None where
+            there are none, or it is infinite. Scores are those of the criterion, before anything is divided by costs.
     """
 
     name: str
@@ -40,85 +52,132 @@ class ExplainedLayer:
     coupled: tuple[str, ...]
     params: int
     macs: int
+    kept: int | None = None
+    cut: tuple[float | None, float | None] = (None, None)
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Shown):
     """What could be pruned from a network; `print(explanation)`, or a notebook, shows it as a table.
 
     Attributes:
         layers: those with units that can be pruned, in the order of the network.
         not_pruned: all others with weights, and why.
         params, macs: of the network, and what is left of them if every layer keeps only as much as it has to.
+        prediction: what `prune` would do; None if that was not asked.
     """
 
     layers: tuple[ExplainedLayer, ...]
     not_pruned: Mapping[str, str]
     params: tuple[int, int]
     macs: tuple[int, int]
-
-    def __str__(self) -> str:
-        """As a table of the layers, and what stays, grouped by its reason."""
-        return str(self._table())
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._table().title}>"
-
-    def _repr_html_(self) -> str:
-        """The same, for notebooks."""
-        return self._table().to_html()
+    prediction: Pruned | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As primitives."""
-        return {**asdict(self), "not_pruned": dict(self.not_pruned)}
+        """As primitives; the prediction as its report."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "not_pruned": dict(self.not_pruned),
+            "params": self.params,
+            "macs": self.macs,
+            "prediction": None if self.prediction is None else self.prediction.report.to_dict(),
+        }
 
     def to_json(self) -> str:
         """As JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def _table(self) -> Table:
-        rows = [Row(layer.name, ((layer.prunable,), (layer.params,), (layer.macs,))) for layer in self.layers]
         together = [", ".join(sorted([layer.name, *layer.coupled])) for layer in self.layers if layer.coupled]
-        least = [f"{percent(full - left, full)} of the {what}" for what, (full, left) in self._budgets().items()]
+        budgets = {"parameters": self.params, "multiply–adds": self.macs}
+        least = [f"{percent(full - left, full)} of the {what}" for what, (full, left) in budgets.items()]
         return Table(
             f"{readable(sum(layer.prunable for layer in self.layers))} units can be pruned",
-            (("units", "counts"), ("parameters of one", "counts"), ("multiply–adds of one", "counts")),
-            tuple(rows),
+            (
+                ("units", "counts"),
+                ("parameters of one", "counts"),
+                ("multiply–adds of one", "counts"),
+                ("would go", "counts"),
+                ("highest score that goes", "value"),
+                ("lowest that stays", "value"),
+            ),
+            tuple(Row(layer.name, _cells(layer)) for layer in self.layers),
             None,
             {
+                "these arguments would leave": self._left(),
                 "at most, with one unit left in every layer": least,
                 "lose the same units": list(dict.fromkeys(together)),
                 "not pruned": grouped(self.not_pruned.items()),
             },
         )
 
-    def _budgets(self) -> dict[str, tuple[int, int]]:
-        return {"parameters": self.params, "multiply–adds": self.macs}
+    def _left(self) -> list[str]:
+        if self.prediction is None:
+            return []
+        report = self.prediction.report
+        counts = {
+            "units": (report.total, report.kept),
+            "parameters": (report.before.params, report.after.params),
+            "multiply–adds": (report.before.macs or 0, report.after.macs or 0),
+        }
+        return [
+            f"{readable(left)} of {readable(full)} {what} ({percent(left, full)})"
+            for what, (full, left) in counts.items()
+        ]
+
+
+def _cells(layer: ExplainedLayer) -> tuple[Cell, ...]:
+    gone = None if layer.kept is None else (layer.units - layer.kept,)
+    below, above = (None if end is None else (end,) for end in layer.cut)
+    return (layer.prunable,), (layer.params,), (layer.macs,), gone, below, above
 
 
 def explain(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     granularity: Literal["unit", "channel"] = "unit",
     include: Patterns = None,
     exclude: Patterns = None,
+    *,
+    dataloader: Iterable[Any] | None = None,
+    amount: Amount | Literal["auto"] = 0.5,
+    forward: Forward | None = None,
+    metric: Measure | None = None,
+    val_dataloader: Iterable[Any] | None = None,
+    max_drop: float = MAX_DROP,
+    progress: bool = True,
+    **ranking: Unpack[Ranking],
 ) -> Explanation:
     """Look at what could be pruned, without changing anything.
 
     The costs of a unit are what slimming removes with it alone, from the whole network; beside others that go as well
     it is less.
 
+    With a dataloader, also what `prune` would do with it and with the same arguments: it is done, and undone. Random
+    numbers are then as before, so that a loader that shuffles by them gives `prune` the same batches.
+
     Args:
         model: any module that `torch.export` can capture; untouched.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
-            instances.
+            instances. With a dataloader they may be left out, for those of its first batch.
         granularity: "unit" or "channel", as of `ScreeningPruningCallback`.
         include: glob patterns over module names, one of which a layer must match.
         exclude: glob patterns over module names, none of which a layer may match.
+        dataloader: as of `prune`, and so are all that follow.
+        amount: what goes.
+        forward: runs the model on a batch.
+        metric: for amount="auto".
+        val_dataloader: likewise.
+        max_drop: likewise.
+        progress: show a progress bar.
+        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature,
+            num_classes, labels.
 
     Raises:
-        ValueError: nothing to prune, with all reasons; another granularity; patterns that match nothing.
+        ValueError: nothing to prune, with all reasons; another granularity; patterns that match nothing; neither inputs
+            nor a dataloader; arguments of `prune` without one; as `prune`.
         CaptureError: the model cannot be captured.
+        VerificationError: as `prune`.
 
     Example:
         >>> import torch
@@ -140,21 +199,30 @@ def explain(
           a batch norm normalises its outputs, and the channels of that are the units: 0
           it is an output of the network: 4
     """
-    if granularity not in ("unit", "channel"):
-        raise ValueError(f'granularity must be "unit" or "channel", got {granularity!r}')
     model = uncompiled(model)
-    args, kwargs = call_arguments(example_inputs)
-    found = GRANULARITIES[granularity](model, include, exclude)
-    unused = found.learn(model, args, kwargs)
-    found.leave_out(dict.fromkeys(unused, "the example inputs do not reach it"))
-    size = measure_size(model, (args, kwargs), batch_size((args, kwargs)) or 1)
-    units = {name: own.cpu() for name, own in (found.units() or {}).items()}
-    whole = {name: torch.ones(len(own), dtype=torch.bool) for name, own in units.items()}
-    costs = {currency: _costs(found, size, currency) for currency in ("params", "macs")}
+    if dataloader is None:
+        given = [each for each in (forward, metric, val_dataloader) if each is not None]
+        if ranking or given or amount != 0.5 or max_drop != MAX_DROP:
+            raise ValueError("what these arguments would prune depends on the data; give dataloader=, too")
+        if example_inputs is None:
+            raise ValueError("explain() needs example_inputs or a dataloader")
+        settings = settings_of(granularity, 0.0, include, exclude, bias="zero")
+        found = OneShot(model, settings, settings.find_candidates(model), with_inputs(model, example_inputs))
+        return _explanation(found)
+    auto = amount == "auto"
+    settings = settings_of(granularity, 0.0 if amount == "auto" else amount, include, exclude, **ranking)
+    limit = limit_of(model, auto, metric, val_dataloader, max_drop, settings.labels, forward)
+    found = observed(model, settings, dataloader, forward, example_inputs, progress=progress, title="explaining")
+    return _explanation(found, found.choose(settings.amount) if limit is None else limit.largest(found, progress))
+
+
+def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:
+    granularity, size = found.granularity, found.record.before
+    units, whole = found.units, {name: mask.cpu() for name, mask in found.whole.items()}
+    costs = {currency: _costs(granularity, size, currency) for currency in ("params", "macs")}
     prices = {currency: _of_units(units, each.priced(whole)[1]) for currency, each in costs.items()}
-    rest = Units({name: torch.zeros(len(own)) for name, own in units.items()}, whole, units, 1)
-    least = rest.without(rest.lowest_first(rest.scores))
-    kinds, members = found.kinds(), {name: set(own[own >= 0].tolist()) for name, own in units.items()}
+    least = Units({name: torch.zeros(len(own)) for name, own in units.items()}, whole, units, 1).least()
+    kinds, members = granularity.kinds(), {name: set(own[own >= 0].tolist()) for name, own in units.items()}
     layers = tuple(
         ExplainedLayer(
             name,
@@ -162,13 +230,26 @@ def explain(
             len(own),
             int((own >= 0).sum()),
             tuple(other for other in units if other != name and members[other] & members[name]),
-            *(round(float(prices[currency][name][own >= 0].mean())) for currency in ("params", "macs")),
+            round(float(prices["params"][name][own >= 0].mean())),
+            round(float(prices["macs"][name][own >= 0].mean())),
+            None if choice is None else int(choice.kept[name].sum()),
+            (None, None) if choice is None else _cut(choice.scores[name].cpu(), choice.kept[name].cpu(), own >= 0),
         )
         for name, own in units.items()
     )
     left = {currency: round(each.of(least)) for currency, each in costs.items()}
+    prediction = None if choice is None else found.rehearse(choice.kept)
     assert size.macs is not None
-    return Explanation(layers, dict(found.not_pruned), (size.params, left["params"]), (size.macs, left["macs"]))
+    sizes = (size.params, left["params"]), (size.macs, left["macs"])
+    return Explanation(layers, dict(granularity.not_pruned), *sizes, prediction)
+
+
+def _cut(scores: Tensor, kept: Tensor, prunable: Tensor) -> tuple[float | None, float | None]:
+    """The highest score that goes, and the lowest that stays of what can be pruned."""
+    goes, stays = scores[~kept], scores[kept & prunable]
+    ends = (float(goes.max()) if len(goes) else math.inf, float(stays.min()) if len(stays) else math.inf)
+    below, above = (end if math.isfinite(end) else None for end in ends)
+    return below, above
 
 
 def _costs(found: Granularity[Any], size: Size, currency: Literal["params", "macs"]) -> Costs:

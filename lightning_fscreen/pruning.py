@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_fscreen.auto_amount import MAX_DROP, limit_of
 from lightning_fscreen.candidates.costs import Currency
-from lightning_fscreen.candidates.granularity import Granularity, Patterns
+from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
-from lightning_fscreen.fit.decision import Decision
-from lightning_fscreen.fit.masks import Masks
-from lightning_fscreen.fit.networks import Network
-from lightning_fscreen.fit.report import PruningReport, Record
-from lightning_fscreen.fit.settings import Settings
-from lightning_fscreen.fit.spending import Spending
-from lightning_fscreen.members import Members
-from lightning_fscreen.modules import evaluating, uncompiled
+from lightning_fscreen.evaluation import Measure
+from lightning_fscreen.modules import uncompiled
+from lightning_fscreen.one_shot import Pruned, observed
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
-from lightning_fscreen.ranking.schedule import one_shot
-from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.optimizers import awaiting, follow_plan, optimizers_of, warn_of_orphans
-from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
-from lightning_fscreen.statistics.labels import find_labels, find_num_classes
-from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
-
-_UNUSED = "the model does not use it on the first batch"
-_UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"
-
-
-class Pruned(NamedTuple):
-    """What `prune` has done.
-
-    Attributes:
-        plan: what was removed.
-        report: candidates, parameters and multiply–adds, by layer and in total, before and after.
-    """
-
-    plan: SlimmingPlan
-    report: PruningReport
+from lightning_fscreen.statistics.labels import find_labels
+from lightning_fscreen.statistics.one_pass import Forward
+from lightning_fscreen.without_trainer import settings_of
 
 
 def prune(
     model: nn.Module,
     dataloader: Iterable[Any],
-    amount: Amount = 0.5,
+    amount: Amount | Literal["auto"] = 0.5,
     *,
     budget: Currency = "macs",
     granularity: Literal["unit", "channel"] = "unit",
@@ -68,6 +42,9 @@ def prune(
     labels: Callable[[Any], Tensor] = find_labels,
     forward: Forward | None = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
+    metric: Measure | None = None,
+    val_dataloader: Iterable[Any] | None = None,
+    max_drop: float = MAX_DROP,
     progress: bool = True,
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.
@@ -87,7 +64,8 @@ def prune(
         dataloader: batches, which the model gets in eval mode; consumed once, and no further than the first batch if
             the criterion looks at weights alone and no mean activations are needed.
         amount: what goes of the multiply–adds, the parameters or the candidates that the model has now; of candidates
-            also one for every pattern.
+            also one for every pattern. "auto": the largest whose `metric` right after pruning, before any fine-tuning,
+            is worse by `max_drop` at most; bisection, by ten evaluations of the masked network and one before.
         budget: "macs", "params" or "candidates".
         granularity: "unit": channels of batch norms, outputs of all other layers, heads; "channel": the first alone.
         criterion: any that needs no gradients.
@@ -104,6 +82,10 @@ def prune(
         forward: (model, batch) → anything, runs the model; by default calls it with the batch's first item (or the item
             that is not the labels).
         optimizers: the optimizers in use, as of `slim`.
+        metric: for "auto": (model, dataloader) → float, higher is better; or a metric of torchmetrics that is given
+            outputs and labels, with its own `higher_is_better`. The model is in eval mode then, without gradients.
+        val_dataloader: for "auto": the batches of the metric; such that the ranking has not seen.
+        max_drop: for "auto", in the unit of the metric.
         progress: show a progress bar.
 
     Returns:
@@ -111,7 +93,7 @@ def prune(
 
     Raises:
         ValueError: an argument outside its range, a criterion that needs gradients, an empty loader, labels not found,
-            nothing to prune, a budget that cannot be met.
+            nothing to prune, a budget that cannot be met, a metric that is no finite number.
         CaptureError: the model cannot be captured.
         VerificationError: outputs would change.
         Nothing has changed after an error.
@@ -127,147 +109,28 @@ def prune(
         (Linear(in_features=8, out_features=32, bias=True), 704, 352)
     """
     model = uncompiled(model)
-    settings = Settings(
-        granularity=granularity,
-        amount=amount,
+    auto = amount == "auto"
+    settings = settings_of(
+        granularity,
+        0.0 if amount == "auto" else amount,
+        include,
+        exclude,
         budget=budget,
         criterion=criterion,
         screening_weight=screening_weight,
         scope=scope,
         min_channels=min_channels,
-        include=include,
-        exclude=exclude,
         bias=bias,
         feature=feature,
         num_classes=num_classes,
         labels=labels,
-        schedule=one_shot,
-        start_epoch=0,
-        end_epoch=None,
-        start_step=None,
-        end_step=None,
-        prune_every=None,
-        slim=True,
-        collect_every="auto",
-        collect_epochs=1,
-        rewind_lr=False,
-        rewind_weights=False,
-        soft=False,
     )
-    _check(settings)
-    found = _Found(settings.find_candidates(model))
     used = optimizers_of(model, optimizers)
-    batches = iter(dataloader)
-    if (first := next(batches, None)) is None:
-        raise ValueError(EMPTY)
-    network = _network(model, first, labels, forward)
-    args, kwargs = network.inputs_on_device()
-    with network.examining(model):
-        found.leave_out(found.granularity.learn(model, args, kwargs), _UNUSED)
-    record = Record(None, {})
-    record.note_size(network.measure(model), pruned=False)
-    spending = Spending(settings, found, record)
-    spending.check(Masks(found.granularity.members()))
-
-    def make_collector(labels: Tensor) -> ActivationCollector:
-        return found.granularity.collector(num_classes or find_num_classes(model, labels=labels))
-
-    statistics: dict[str, FeatureStatistics] = {}
-    unmatched: Mapping[str, str] = {}
-    if settings.needs_activations:
-        both = itertools.chain([first], batches)
-        collector = observe(model, both, make_collector, labels, forward, progress, "pruning")
-        statistics, unmatched = dict(collector.statistics()), dict(collector.unmatched)
-        found.leave_out([name for name in found.granularity.names if name not in {**statistics, **unmatched}], _UNSEEN)
-    members = found.granularity.members()
-    masks = Masks(members)
-    decision = Decision(settings, found.granularity, masks, spending, statistics, {}, unmatched)
-    record.note(decision.explained)
-    kept = decision.new_masks(spending.amount(masks), torch.initial_seed() % 2**63)
+    limit = limit_of(model, auto, metric, val_dataloader, max_drop, labels, forward)
+    found = observed(model, settings, dataloader, forward, progress=progress, title="pruning")
+    choice = found.choose(settings.amount) if limit is None else limit.largest(found, progress)
     before = dict(model.named_parameters())
     awaited = awaiting(before)
-    with _restored_after_errors(members), network.examining(model):
-        decision.carry_out(kept, (), hold=True)
-        plan = found.granularity.slim(model, args, kwargs, kept)
+    plan = found.slim(choice.kept)
     warn_of_orphans(used, model, follow_plan(used, model, before, plan), awaited)
-    record.note_size(network.measure(model), pruned=True)
-    return Pruned(plan, _report(model, settings, found.granularity, record, kept, plan))
-
-
-def _check(settings: Settings) -> None:
-    if settings.granularity not in ("unit", "channel"):
-        raise ValueError(
-            f'prune() removes units: granularity must be "unit" or "channel", got {settings.granularity!r}; for others '
-            "use ScreeningPruningCallback"
-        )
-    if settings.needs_gradients:
-        raise ValueError(
-            f"criterion={settings.criterion!r} needs gradients, which a pass without a loss does not have; use another "
-            "one, or ScreeningPruningCallback"
-        )
-
-
-@dataclass
-class _Found:
-    """The candidates of the model."""
-
-    granularity: Granularity[Any]
-
-    def leave_out(self, names: Iterable[str], reason: str) -> None:
-        self.granularity.leave_out(dict.fromkeys(names, reason))
-
-
-def _network(model: nn.Module, batch: Any, labels: Callable[[Any], Tensor], forward: Forward | None) -> Network:
-    """The model and the inputs that it gets."""
-    network = Network("", model)
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if network.inputs is None:
-            network.record(args, kwargs)
-
-    batch = move_data_to_device(batch, device_of(model))
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, batch, labels(batch), forward)
-    finally:
-        handle.remove()
-    if network.inputs is None:
-        raise ValueError(f"forward= does not call the {type(model).__name__} that is to be pruned")
-    return network
-
-
-@contextmanager
-def _restored_after_errors(members: Mapping[str, Members]) -> Iterator[None]:
-    """Put the parameters of candidates back if what is done inside fails."""
-    parameters = {parameter for own in members.values() for parameter in (own.weight, *own.others)}
-    values = {parameter: parameter.detach().clone() for parameter in parameters}
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in values.items():
-                parameter.copy_(value)
-        raise
-
-
-def _report(
-    model: nn.Module,
-    settings: Settings,
-    before: Granularity[Any],
-    record: Record,
-    kept: Mapping[str, Tensor],
-    plan: SlimmingPlan,
-) -> PruningReport:
-    left = settings.find_candidates(model)
-    left.restore(before.structure())
-    left.keep_only(list(kept), before.not_pruned)
-    members, names = left.members(), {parameter: name for name, parameter in model.named_parameters()}
-    masks = Masks(members, kept, True, plan, {layer: names[own.weight] for layer, own in members.items()})
-    return record.report(
-        masks,
-        granularity=settings.granularity,
-        removed=dict(plan.removed),
-        not_pruned=dict(before.not_pruned),
-        not_removed=before.still_there(plan),
-    )
+    return found.report(choice.kept, plan)

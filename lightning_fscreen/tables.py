@@ -1,7 +1,8 @@
-"""Tables of counts for people to read, as plain text and as HTML; long ones are folded by the names of their rows."""
+"""Tables of numbers for people to read, as plain text and as HTML; long ones are folded by the names of their rows."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,9 +14,9 @@ _MOST_NAMES = 4  # in a remark, before the rest is counted
 _EXACT = 1_000_000  # counts below are written in full
 _UNITS = ("M", "G", "T", "P")
 
-Cell = tuple[int, ...] | None
-"""(before, after) or (count,); None where the row has nothing of the kind, or it is not known."""
-Style = Literal["counts", "share"]
+Cell = tuple[float, ...] | None
+"""(before, after) or (number,); None where the row has nothing of the kind, or it is not known."""
+Style = Literal["counts", "share", "value"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Counts by module, in total, and what is to be said besides.
+    """Numbers by module, in total, and what is to be said besides.
 
     Attributes:
         title: one line above the table.
         columns: title and style of every column of cells: "counts" are written before → after, "share" is after in
-            percent of before.
+            percent of before, and a "value", of which there are no sums, has four digits.
         rows: in the order of the network.
         total: cells of the last line; None for no such line.
         sections: title → the lines below it; empty ones are left out.
+        most_rows: how many are shown before they are folded.
     """
 
     title: str
@@ -45,6 +47,7 @@ class Table:
     rows: tuple[Row, ...]
     total: tuple[Cell, ...] | None = None
     sections: Mapping[str, Sequence[str]] | None = None
+    most_rows: int = MOST_ROWS
 
     def __str__(self) -> str:
         """Aligned columns, without any control sequences."""
@@ -76,24 +79,48 @@ class Table:
 
     def _lines(self) -> list[list[str]]:
         """The texts: titles, rows, total; columns without a number are left out; the remarks come last, if any."""
-        rows = folded(self.rows) + ([] if self.total is None else [Row("all", self.total)])
+        rows = folded(self.rows, self.most_rows) + ([] if self.total is None else [Row("all", self.total)])
+        single = {row.name for row in self.rows}
+
+        def cells(place: int, style: Style) -> list[Cell]:
+            return [row.cells[place] if style != "value" or row.name in single else None for row in rows]
+
         columns = [
-            (title, _column([row.cells[place] for row in rows], style))
+            (title, _column(cells(place, style), style))
             for place, (title, style) in enumerate(self.columns)
             if any(row.cells[place] is not None for row in rows)
         ]
         lines = [["layer", *(title for title, _ in columns)]]
-        lines += [[row.name, *cells] for row, *cells in zip(rows, *(texts for _, texts in columns), strict=True)]
+        lines += [[row.name, *texts] for row, *texts in zip(rows, *(own for _, own in columns), strict=True)]
         if any(row.remark for row in rows):
             remarks = ["", *(row.remark for row in rows)]
             lines = [[*line, remark] for line, remark in zip(lines, remarks, strict=True)]
         return lines
 
     def _sections(self) -> list[tuple[str, Sequence[str]]]:
-        shown = len(folded(self.rows))
+        shown = len(folded(self.rows, self.most_rows))
         note = f"{len(self.rows)} layers in {shown} lines: a.* (n) has the sums of n layers whose names begin alike"
         sections = {"folded": [note] if shown < len(self.rows) else [], **(self.sections or {})}
         return [(title, remarks) for title, remarks in sections.items() if remarks]
+
+
+class Shown(ABC):
+    """Is shown as a table: as text, as HTML in notebooks, and by the title of the table among other objects.
+
+    A dataclass needs `repr=False` for the last.
+    """
+
+    @abstractmethod
+    def _table(self) -> Table: ...
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._table().title}>"
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()
 
 
 def folded(rows: Sequence[Row], most: int = MOST_ROWS) -> list[Row]:
@@ -132,7 +159,7 @@ def listing(names: Sequence[str]) -> str:
     return shown if rest <= 1 else f"{shown} and {rest} more"
 
 
-def readable(count: int) -> str:
+def readable(count: float) -> str:
     """A count with separators of thousands, from a million on with four digits and a unit."""
     if abs(count) < _EXACT:
         return f"{count:,}"
@@ -144,7 +171,7 @@ def readable(count: int) -> str:
     return f"{value:.4g} {unit}"
 
 
-def percent(part: int, whole: int) -> str:
+def percent(part: float, whole: float) -> str:
     """A share in percent; a dash if there is no whole."""
     return f"{100 * part / whole:.2f} %" if whole else "–"
 
@@ -159,6 +186,8 @@ def _column(cells: Sequence[Cell], style: Style) -> list[str]:
     """Texts of the cells of one column, in which numbers stand below each other."""
     if style == "share":
         return ["–" if cell is None else percent(cell[-1], cell[0]) for cell in cells]
+    if style == "value":
+        return ["–" if cell is None else f"{cell[0]:.4g}" for cell in cells]
     changed = [cell for cell in cells if cell is not None and cell[0] != cell[-1]]
     width = max((len(readable(cell[-1])) for cell in changed), default=0)
 

@@ -8,11 +8,14 @@ import json
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fscreen import explain, find_gates, prune, slim
 from tests.conftest import digits, loader
 from tests.test_channel_fit import post_net, residual_net
-from tests.test_cost_fit import count
+from tests.test_cost_fit import count, wide_net
+from tests.test_pruning import trained
+from tests.test_sensitivities import accuracy, check_unchanged, state_of
 from tests.test_unit_fit import Attentive, convnext, mixed_net, plain_net
 
 NETS = [residual_net, post_net, mixed_net, plain_net, convnext, Attentive]
@@ -72,6 +75,44 @@ def test_no_budget_can_exceed_what_was_said(budget):
         prune(network, loader(), most + 0.02, **options)
     prune(network, loader(), most, **options)
     assert count(network, budget) == least
+
+
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        (wide_net, {"amount": 0.4, "budget": "params"}),
+        (mixed_net, {"bias": "zero", "include": ["1", "kind=neuron"]}),
+        (residual_net, {"granularity": "channel", "amount": 0.3, "bias": "fold"}),
+        (Attentive, {"amount": 0.3, "criterion": "magnitude"}),
+        (plain_net, {"amount": {"0": 0.5, "6": 0.25}, "budget": "candidates", "scope": "layer", "min_channels": 2}),
+        (plain_net, {"amount": "auto", "max_drop": 0.1, "metric": accuracy, "val_dataloader": loader()}),
+    ],
+)
+def test_what_it_predicts_is_what_pruning_does(net, options):
+    network, data = trained(net), loader(shuffle=True)
+    before, images = state_of(network), None if net is plain_net else digits(4)[0]
+    explanation = explain(network, images, dataloader=data, progress=False, **options)
+    check_unchanged(network, before)
+    plan, report = prune(network, data, progress=False, **options)
+    assert plan and explanation.prediction == (plan, report)
+    assert report.after.macs == count(network, "macs") and report.after.params == count(network, "params")
+    assert {layer.name: layer.kept for layer in explanation.layers} == {x.name: x.kept for x in report.layers}
+    for layer in explanation.layers:
+        below, above = layer.cut
+        assert (below is None) == (layer.kept == layer.units) and (layer.coupled or not below or below <= above)
+    data = json.loads(explanation.to_json())["prediction"]
+    assert data["macs"]["after"] == report.after.macs and f"{report.after.params:,} of" in str(explanation)
+
+
+def test_what_needs_data_is_refused_without():
+    network = plain_net()
+    for options in ({"amount": 0.3}, {"bias": "mean"}, {"metric": MulticlassAccuracy(10)}):
+        with pytest.raises(ValueError, match="depends on the data; give dataloader="):
+            explain(network, digits(4)[0], **options)
+    with pytest.raises(ValueError, match="needs example_inputs or a dataloader"):
+        explain(network)
+    with pytest.raises(TypeError, match="wdith"):
+        explain(network, dataloader=loader(), wdith=3)
 
 
 def test_it_can_be_read_and_kept():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_fscreen.tables import Row, folded, grouped, listing, readable
+from lightning_fscreen.tables import Row, Style, Table, folded, grouped, listing, readable
 
 
 def test_many_rows_are_folded_by_as_many_levels_of_their_names_as_fit() -> None:
@@ -29,3 +29,10 @@ def test_equal_reasons_are_said_once_and_long_lists_are_cut() -> None:
     pairs = [(name, "frozen" if name != "layer1" else "left out") for name in names]
     assert grouped(pairs) == ["frozen: layer0, layer2, layer3, layer4 and 4 more", "left out: layer1"]
     assert listing(names[:5]) == ", ".join(names[:5]) and listing([""]) == "the module itself"
+
+
+def test_values_have_no_sums() -> None:
+    rows = tuple(Row(f"net.{number}", ((1,), (0.12345,))) for number in range(3))
+    columns: tuple[tuple[str, Style], ...] = (("units", "counts"), ("score", "value"))
+    assert str(Table("title", columns, rows, most_rows=3)).splitlines()[-1].split() == ["net.2", "1", "0.1235"]
+    assert "net.* (3)      3      –" in str(Table("title", columns, rows, most_rows=2))

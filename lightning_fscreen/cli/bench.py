@@ -31,6 +31,7 @@ import lightning_fscreen
 from lightning_fscreen.cli.run import main as fscreen
 from lightning_fscreen.cli.tables import by_layer, curves, markdown, metric_of
 from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.saving.lines import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -74,25 +75,6 @@ def runs_of(table: Mapping[str, Any]) -> Iterator[Run]:
             for amount in [None] if dense else table["amounts"]:
                 chosen = [] if amount is None else [f"callbacks.fscreen.amount={amount}"]
                 yield Run(setting, method, amount, seed, (*overrides, *chosen, f"seed={seed}"))
-
-
-def load_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file; none if there is no file.
-
-    Raises:
-        ValueError: a line that is no JSON; names it.
-    """
-    if not path.is_file():
-        return []
-    results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"line {number} of {path} is no JSON ({error}); delete that line, and its run is repeated"
-            ) from error
-    return results
 
 
 def run_one(run: Run, metric: str, extra: Sequence[str], threads: int) -> dict[str, Any]:
@@ -190,7 +172,7 @@ def run_table(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: 
 
 def _run_missing(table: Mapping[str, Any], path: Path, extra: Sequence[str], jobs: int, only: Sequence[str]) -> None:
     metric = metric_of(table)
-    todo = missing_runs(table, load_results(path), only)
+    todo = missing_runs(table, read_lines(path), only)
     failures = []
     threads = max((os.cpu_count() or 1) // jobs, 1)
     with ThreadPoolExecutor(jobs) as pool:
@@ -217,7 +199,7 @@ def bench(config: DictConfig) -> None:
     if not config.render_only:
         run_table(table, path, list(config.extra), config.jobs, list(config.only))
     commands, metric = {run.command for run in runs_of(table)}, metric_of(table)
-    results = [line for line in load_results(path) if line["command"] in commands and metric in line]
+    results = [line for line in read_lines(path) if line["command"] in commands and metric in line]
     if not results:
         raise ValueError(f"{path} has no results of table {table['name']!r} yet; run it without render_only=true")
     text = markdown(table, results)

@@ -1,4 +1,4 @@
-"""Pictures of the layers of a pruned network: how much each of them keeps.
+"""Pictures of the layers of a network: how much each of them keeps, and how a metric depends on it.
 
 Pure functions from numbers to `matplotlib.figure.Figure`, as in `figures`.
 """
@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_fscreen.cli.figure_style import BLUE, LIGHT, ORANGE, RED, finish, new_figure, percent, ratio, short
+from lightning_fscreen.tables import listing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lightning_fscreen.sensitivities import Sensitivity
 
 _MAX_BARS = 40
 _MAX_TICKS = 24
@@ -51,6 +54,20 @@ def units_figure(names: Sequence[str], total: Sequence[int], kept: Sequence[int]
     axes.set_title(f"{noun.capitalize()} of every layer")
     finish(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def sensitivity_figure(found: Sensitivity) -> Figure:
+    """Draw a metric with some units of one group masked: a field for every group and fraction."""
+    names = [short(listing(group.layers)) for group in found.groups]
+    figure = new_figure(3.5 + 1.2 * len(found.fractions), 1.6 + 0.3 * len(names))
+    axes = figure.subplots()
+    fields = axes.imshow([group.metrics for group in found.groups], aspect="auto", cmap="cividis")
+    axes.set_xticks(range(len(found.fractions)), [percent(fraction) for fraction in found.fractions])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("masked units of one group")
+    axes.set_title(f"The metric, {found.metric:.4g} as the network is", fontsize="medium")
+    figure.colorbar(fields, ax=axes)
     return figure
 
 

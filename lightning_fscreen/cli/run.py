@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +25,7 @@ from torch import nn
 
 from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.cli.errors import in_one_line
-from lightning_fscreen.cli.filling import fit_to_data, has_open_values, leave_out_unknown
+from lightning_fscreen.cli.explaining import explain_run
 from lightning_fscreen.cli.outputs import (
     latency_report,
     print_config,
@@ -32,6 +34,7 @@ from lightning_fscreen.cli.outputs import (
     write_figures,
     write_outputs,
 )
+from lightning_fscreen.cli.parts import check_writable, data_of, instantiate_all, network_of
 from lightning_fscreen.cli.resuming import EpochSeed, KeepMetrics, WholeCheckpoints
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.saving.files import replacing
@@ -53,12 +56,21 @@ def main() -> None:
     """Entry point of the command `fscreen`."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for modules of the user's own: model._target_=my_module.MyModule
-    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(_command)()
+    command = _run_command
+    if sys.argv[1:2] == ["explain"]:
+        del sys.argv[1]  # what is left are overrides
+        command = _explain_command
+    hydra.main(version_base="1.3", config_path="pkg://lightning_fscreen.conf", config_name="train")(command)()
 
 
-def _command(config: DictConfig) -> float | None:
+def _run_command(config: DictConfig) -> float | None:
     with in_one_line():
         return run(config)
+
+
+def _explain_command(config: DictConfig) -> None:
+    with in_one_line(), _without_noise(config):
+        explain_run(config)
 
 
 def run(config: DictConfig) -> float | None:
@@ -68,10 +80,16 @@ def run(config: DictConfig) -> float | None:
         ValueError: a configuration that does not fit together, an `optimized_metric` that was not logged.
         NotADirectoryError, PermissionError: the run folder cannot be written.
     """
+    with _without_noise(config):
+        return _run(config)
+
+
+@contextlib.contextmanager
+def _without_noise(config: DictConfig) -> Iterator[None]:
     with warnings.catch_warnings():
         for message in (".*",) if config.extras.ignore_warnings else _NOISE:
             warnings.filterwarnings("ignore", message=message)
-        return _run(config)
+        yield
 
 
 def _run(config: DictConfig) -> float | None:
@@ -80,14 +98,8 @@ def _run(config: DictConfig) -> float | None:
     check_writable(folder)
     seed_everything(config.seed, workers=True, verbose=False)
 
-    leave_out_unknown(config)
-    data: LightningDataModule = instantiate(config.data, _convert_="all")
     first = getattr(rank_zero_only, "rank", 0) == 0  # children of a DDP run start again from here
-    if has_open_values(config):  # otherwise the Trainer does it
-        if first:
-            data.prepare_data()
-        data.setup("fit")
-    fit_to_data(config, data)
+    data = data_of(config, first)
     config.paths.output_dir = str(folder)  # the folder itself, where ${hydra:…} cannot be resolved any more
     if first:
         with replacing(folder / "config.yaml") as partial:
@@ -97,7 +109,7 @@ def _run(config: DictConfig) -> float | None:
 
     model: LightningModule = instantiate(config.model, _convert_="all")
     network = network_of(model)
-    callbacks, loggers = _instantiate_all(config.callbacks), _instantiate_all(config.logger)
+    callbacks, loggers = instantiate_all(config.callbacks), instantiate_all(config.logger)
     kept = KeepMetrics(folder)
     trainer: Trainer = instantiate(
         config.trainer, callbacks=[EpochSeed(config.seed), kept, *callbacks], logger=loggers, _convert_="all"
@@ -137,12 +149,6 @@ def _run(config: DictConfig) -> float | None:
     return value
 
 
-def network_of(model: LightningModule) -> nn.Module:
-    """What is reported and saved: the module's `net`, if it has one, else the module itself."""
-    net = getattr(model, "net", None)
-    return net if isinstance(net, nn.Module) else model
-
-
 class RunFolderCheck(Callback):
     """Hydra callback: stops a run whose folder cannot be written, before Hydra itself stumbles over it."""
 
@@ -159,29 +165,6 @@ class RunFolderCheck(Callback):
             check_writable(folder)
         except OSError as error:  # Hydra only warns of a callback's exceptions
             raise SystemExit(f"fscreen: {error}") from error
-
-
-def check_writable(folder: Path) -> None:
-    """Make the run folder, and make sure that files can be written there.
-
-    Raises:
-        OSError: they cannot; names the folder and the override that moves it.
-    """
-    probe = folder / ".fscreen_write_test"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise type(error)(
-            f"the run folder {str(folder)!r} cannot be written ({error.strerror}); "
-            "choose another with hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for sweeps)"
-        ) from error
-
-
-def _instantiate_all(entries: DictConfig | None) -> list[Any]:
-    """Objects of a group of named entries; what an experiment adds to an entry that is not there is left out."""
-    return [instantiate(entry, _convert_="all") for entry in (entries or {}).values() if "_target_" in entry]
 
 
 def _experiment() -> str | None:

@@ -66,13 +66,7 @@ class Decision:
         Raises:
             ValueError: NaN scores; a budget that the floors make impossible.
         """
-        settings = self._settings
-        context = replace(
-            self._context,
-            generator=torch.Generator().manual_seed(seed),
-            progress=self._progress(fraction),
-        )
-        scores = settings.resolved_criterion.score(context)
+        settings, scores = self._settings, self.scores(fraction, seed)
         if (masks := self._spending.prune(scores, self._masks, fraction)) is not None:
             return masks
         masks = dict(self._masks.present)
@@ -90,6 +84,15 @@ class Decision:
                 kinds=self._granularity.kinds(),
             )
         return masks
+
+    def scores(self, fraction: float, seed: int) -> Mapping[str, Tensor]:
+        """Layer → scores of its candidates, by which `new_masks` ranks them; the arguments are the same."""
+        context = replace(
+            self._context,
+            generator=torch.Generator().manual_seed(seed),
+            progress=self._progress(fraction),
+        )
+        return self._settings.resolved_criterion.score(context)
 
     def _progress(self, fraction: float) -> float:
         """Share of the amount that is pruned already; 1 if this pruning is the last."""

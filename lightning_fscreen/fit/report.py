@@ -12,7 +12,7 @@ from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity
 from lightning_fscreen.costs.size import LayerSize, Size
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.ranking.criteria import Explained
-from lightning_fscreen.tables import Cell, Row, Table, grouped, percent, readable
+from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
 
 if TYPE_CHECKING:
     import pandas
@@ -42,8 +42,8 @@ class LayerReport:
     dead: int = 0
 
 
-@dataclass(frozen=True)
-class PruningReport:
+@dataclass(frozen=True, repr=False)
+class PruningReport(Shown):
     """The work of a `ScreeningPruningCallback` so far; `print(report)`, or a notebook, shows it as a table.
 
     Attributes:
@@ -77,17 +77,6 @@ class PruningReport:
     def pruned_fraction(self) -> float:
         """Fraction of the candidates pruned, in [0, 1]."""
         return 1 - self.kept / self.total
-
-    def __str__(self) -> str:
-        """As a table of the layers: candidates, parameters, multiply–adds, before → after; and what was left alone."""
-        return str(self._table())
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._table().title}>"
-
-    def _repr_html_(self) -> str:
-        """The same, for notebooks."""
-        return self._table().to_html()
 
     def _table(self) -> Table:
         entries = self._entries()

@@ -15,6 +15,7 @@ from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import check_patterns, overall, parts
 from lightning_fscreen.ranking.budgeted import check_floors
 from lightning_fscreen.ranking.per_cost import Costs, check_target, prune_to_cost
+from lightning_fscreen.ranking.units import Units
 
 
 class Holder(Protocol):
@@ -81,6 +82,17 @@ class Spending:
         if costs is not None and dense is not None and units is not None:
             full = {name: torch.ones_like(mask) for name, mask in masks.present.items()}
             check_target(full, costs, (1 - self.amount(masks)) * dense, dense, units, settings.min_channels)
+
+    def most(self, masks: Masks) -> float:
+        """The fraction of the total that goes if every layer keeps only as much as it has to."""
+        kept = {name: mask.cpu() for name, mask in masks.present.items()}
+        units = {name: own.cpu() for name, own in (self._granularity.units() or {}).items()}
+        scores = {name: torch.zeros(mask.shape) for name, mask in kept.items()}
+        least = Units(scores, kept, units, self._settings.min_channels).least()
+        costs, dense = self.costs(), self._dense
+        if costs is not None and dense is not None:
+            return 1 - costs.of(least) / dense
+        return 1 - sum(int(mask.sum()) for mask in least.values()) / masks.total
 
     def prune(self, scores: Mapping[str, Tensor], masks: Masks, fraction: float) -> dict[str, Tensor] | None:
         """New masks, at the present size, with which a fraction of the cost is gone; None if candidates are counted.

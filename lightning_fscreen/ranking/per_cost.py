@@ -130,7 +130,7 @@ def check_target(
 
 
 def _check_least(units: Units, costs: Costs, target: float, dense: float, min_kept: int, layers: int) -> None:
-    least = costs.of(units.without(units.lowest_first(units.scores)))
+    least = costs.of(units.least())
     if least > target + TOLERANCE * dense:
         raise ValueError(
             f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {min_kept} in each of "

@@ -92,6 +92,10 @@ class Units:
         order = order[keys[order].argsort(stable=True)]
         return order[~self._stays[order]]
 
+    def least(self) -> dict[str, Tensor]:
+        """New masks with only what has to stay."""
+        return self.without(self.lowest_first(self._scores))
+
     def total(self, values: Mapping[str, Tensor]) -> Tensor:
         """(units,) float64, the sum of some values over the candidates that are left; layer → (n,)."""
         flat = torch.cat([values[name] for name in self._lengths]).double()

@@ -14,7 +14,7 @@ from lightning_fscreen.modules import join
 from lightning_fscreen.slimming.attributes import Attributes, attributes_from_json, attributes_to_json, followed
 from lightning_fscreen.slimming.sizes import Sizes, followed_sizes, sizes_from_json, sizes_to_json
 from lightning_fscreen.slimming.summary import plan_table
-from lightning_fscreen.tables import Table
+from lightning_fscreen.tables import Shown, Table
 
 _FORMAT = 1
 _LARGE, _BLOCK = 2**20, 2**18  # elements
@@ -24,8 +24,8 @@ class PlanError(ValueError):
     """A slimming plan that is damaged or does not fit the model."""
 
 
-@dataclass(frozen=True)
-class SlimmingPlan:
+@dataclass(frozen=True, repr=False)
+class SlimmingPlan(Shown):
     """How a network became smaller; enough to do the same to a fresh one. `print(plan)` shows it as a table.
 
     Attributes:
@@ -63,17 +63,6 @@ class SlimmingPlan:
     def __bool__(self) -> bool:
         """Whether it changes anything."""
         return bool(self.cuts or self.biases or self.selects)
-
-    def __str__(self) -> str:
-        """As a table: what stays of every layer; then selects, biases added, operators that kept their channels."""
-        return str(self._table())
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._table().title}>"
-
-    def _repr_html_(self) -> str:
-        """The same, for notebooks."""
-        return self._table().to_html()
 
     def _table(self) -> Table:
         return plan_table(self.shapes, self.cuts, self.groups, self.biases, self.selects, self.pinned, self.removed)

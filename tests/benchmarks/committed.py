@@ -6,7 +6,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from lightning_fscreen.cli.bench import load_results, runs_of
+from lightning_fscreen.cli.bench import runs_of
+from lightning_fscreen.saving.lines import read_lines
 
 RESULTS = Path(__file__).parent / "results"
 EXTRA = {
@@ -22,4 +23,4 @@ def table_and_results(name):
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
         table = OmegaConf.to_container(compose("bench", [f"table={name}", *EXTRA.get(name, [])]).table, resolve=True)
     commands = {run.command for run in runs_of(table)}
-    return table, [line for line in load_results(RESULTS / f"{name}.jsonl") if line["command"] in commands]
+    return table, [line for line in read_lines(RESULTS / f"{name}.jsonl") if line["command"] in commands]

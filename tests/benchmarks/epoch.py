@@ -22,7 +22,8 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from lightning_fscreen.cli.run import fit_to_data, run
+from lightning_fscreen.cli.filling import fit_to_data
+from lightning_fscreen.cli.run import run
 from lightning_fscreen.data import random_crop
 
 ROUNDS, EPOCHS = 9, 5

@@ -8,8 +8,9 @@ from filelock import FileLock
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from lightning_fscreen.cli.bench import bench, load_results, missing_runs, runs_of
+from lightning_fscreen.cli.bench import bench, missing_runs, runs_of
 from lightning_fscreen.cli.tables import by_layer, curves, markdown
+from lightning_fscreen.saving.lines import read_lines
 
 TABLES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "table").glob("*.yaml"))
 TABLE = {
@@ -140,7 +141,7 @@ def test_a_table_can_compare_validation_errors():
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(ValueError, match="line 2 of .*a.jsonl.*delete that line"):
-        load_results(tmp_path / "a.jsonl")
+        read_lines(tmp_path / "a.jsonl")
 
 
 def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
@@ -148,7 +149,7 @@ def test_real_runs_are_recorded_with_what_repeats_them(tmp_path):
     config.table = TABLE | {"seeds": [3], "settings": {"": ["+trainer.limit_train_batches=2"]}, "amounts": [0.5]}
     bench(config)
     path = tmp_path / "small.jsonl"
-    (result,) = load_results(path)
+    (result,) = read_lines(path)
     assert result["command"].startswith("fscreen experiment=digits_weight trainer.max_epochs=2")
     assert result["command"].endswith("method=random callbacks.fscreen.amount=0.5 seed=3")
     assert result["candidates"]["kept"] == pytest.approx(0.5 * result["candidates"]["total"], abs=1)
@@ -167,7 +168,7 @@ def test_runs_compared_by_validation_error_do_not_touch_the_test_images(tmp_path
     settings = {"": ["trainer.limit_test_batches=0"]}
     config.table = TABLE | {"metric": "val_error", "seeds": [3], "settings": settings, "amounts": [0.5]}
     bench(config)
-    (result,) = load_results(tmp_path / "small.jsonl")
+    (result,) = read_lines(tmp_path / "small.jsonl")
     assert 0 <= result["val_error"] <= 1 and "test_error" not in result
 
 
@@ -178,7 +179,7 @@ def test_a_run_without_the_metric_of_its_table_fails(tmp_path, caplog):
     with pytest.raises(RuntimeError, match="these runs failed"):
         bench(config)
     assert "reports no val_error; a val_error needs images held out (data.val_size above 0)" in caplog.text
-    assert load_results(tmp_path / "small.jsonl") == []
+    assert read_lines(tmp_path / "small.jsonl") == []
 
 
 def test_a_table_that_is_being_run_is_not_run_a_second_time(tmp_path):

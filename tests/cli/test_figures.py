@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lightning_fscreen.cli import figure_style, figures, layer_figures
+from lightning_fscreen.sensitivities import GroupSensitivity, Sensitivity
 
 
 def texts(figure: Figure) -> list[str]:
@@ -143,6 +144,15 @@ def test_layers_of_any_depth_do_not_overlap(tmp_path: Path, layers: int, kept: i
             assert next_one.x1 - one.x1 > 12
         else:
             assert not one.overlaps(next_one)
+
+
+def test_sensitivities_are_fields_of_groups_and_fractions(tmp_path: Path) -> None:
+    groups = GroupSensitivity(("a", "b"), 8, (2, 4), (0.9, 0.8)), GroupSensitivity(("c",), 4, (1, 2), (0.95, 0.1))
+    figure = layer_figures.sensitivity_figure(Sensitivity((0.25, 0.5), 0.97, groups))
+    (axes,) = shown(figure)
+    assert np.asarray(axes.images[0].get_array()).tolist() == [[0.9, 0.8], [0.95, 0.1]]
+    assert {"a, b", "c", "25 %", "50 %"} <= set(texts(figure)) and "0.97" in axes.get_title()
+    assert written(figure, tmp_path).stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

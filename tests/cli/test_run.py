@@ -19,7 +19,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_fscreen import load_slimmed, models
-from lightning_fscreen.cli.run import check_writable, fit_to_data, main, run
+from lightning_fscreen.cli.filling import fit_to_data
+from lightning_fscreen.cli.parts import check_writable
+from lightning_fscreen.cli.run import main, run
 from lightning_fscreen.data import DigitsDataModule
 from tests.conftest import ONNX
 from tests.processes import run_command

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from lightning_fscreen.cli.run import fit_to_data
+from lightning_fscreen.cli.filling import fit_to_data
 from lightning_fscreen.data import CIFAR10DataModule, cifar
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -1,0 +1,295 @@
+"""A trained network whose units are ranked at once, without a Trainer: what goes is masked, removed, or rehearsed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.fit.decision import Decision
+from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.fit.report import PruningReport, Record
+from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.fit.spending import Spending
+from lightning_fscreen.modules import evaluating
+from lightning_fscreen.randomness import same_random_numbers
+from lightning_fscreen.ranking.amounts import Amount
+from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.apply import Agree, unanimous
+from lightning_fscreen.slimming.gates import call_arguments
+from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
+from lightning_fscreen.statistics.labels import find_num_classes
+from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
+
+_UNUSED = "the model does not use it on these inputs"
+_UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"
+
+
+class Pruned(NamedTuple):
+    """What `prune` has done.
+
+    Attributes:
+        plan: what was removed.
+        report: candidates, parameters and multiply–adds, by layer and in total, before and after.
+    """
+
+    plan: SlimmingPlan
+    report: PruningReport
+
+
+class Choice(NamedTuple):
+    """What goes under one amount.
+
+    Attributes:
+        kept: layer → (units,) bool, False where a unit goes.
+        scores: layer → (units,), of the criterion.
+    """
+
+    kept: dict[str, Tensor]
+    scores: Mapping[str, Tensor]
+
+
+def observed(
+    model: nn.Module,
+    settings: Settings,
+    dataloader: Iterable[Any],
+    forward: Forward | None,
+    example_inputs: Any = None,
+    *,
+    progress: bool,
+    title: str,
+) -> OneShot:
+    """A model with the statistics that its ranking needs; global random numbers stay as they are.
+
+    Args:
+        model: any module, not under `torch.compile`.
+        settings: from `settings_of`.
+        dataloader: batches; consumed once, and no further than the first if no statistics are needed.
+        forward: runs the model on a batch.
+        example_inputs: of the model's forward, as of `slim`; by default those of the first batch.
+        progress: show a progress bar.
+        title: of that.
+
+    Raises:
+        ValueError: an empty loader, labels not found, nothing to prune, a budget that cannot be met.
+        CaptureError: the model cannot be captured.
+    """
+    granularity = settings.find_candidates(model)
+    with same_random_numbers():  # a loader that shuffles draws some
+        batches = iter(dataloader)
+        if (first := next(batches, None)) is None:
+            raise ValueError(EMPTY)
+        if example_inputs is None:
+            network = _network(model, first, settings.labels, forward)
+        else:
+            network = with_inputs(model, example_inputs)
+        found = OneShot(model, settings, granularity, network)
+        found.check()
+        if settings.needs_activations:
+            found.observe(itertools.chain([first], batches), forward, progress, title)
+    return found
+
+
+class _RehearsedError(Exception):
+    """Undoes a removal that was only to be looked at."""
+
+
+class OneShot:
+    """A model and its candidates.
+
+    Args:
+        model: any module, not under `torch.compile`.
+        settings: from `settings_of`.
+        granularity: the candidates, from `settings`; learns from the network which of them can be pruned.
+        network: the model with its inputs.
+
+    Attributes:
+        granularity: the candidates.
+        record: the size of the model.
+
+    Raises:
+        ValueError: nothing to prune, with all reasons.
+        CaptureError: the model cannot be captured.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, granularity: Granularity[Any], network: Network) -> None:
+        self._model, self._settings, self._network = model, settings, network
+        self.granularity, self.record = granularity, Record(None, {})
+        self._inputs = args, kwargs = network.inputs_on_device()
+        with network.examining(model):
+            unused = granularity.learn(model, args, kwargs)
+        granularity.leave_out(dict.fromkeys(unused, _UNUSED))
+        self.record.note_size(network.measure(model), pruned=False)
+        self._statistics: Mapping[str, FeatureStatistics] = {}
+        self._unmatched: Mapping[str, str] = {}
+
+    def check(self) -> None:
+        """Check, before anything is read, that the amount can be met.
+
+        Raises:
+            ValueError: it cannot; says how much can go.
+        """
+        self._spending(self._settings).check(self._masks())
+
+    def observe(self, batches: Iterable[Any], forward: Forward | None, progress: bool, title: str) -> None:
+        """Gather statistics of activations; layers without any are left out."""
+        granularity, num_classes = self.granularity, self._settings.num_classes
+
+        def make_collector(labels: Tensor) -> ActivationCollector:
+            return granularity.collector(num_classes or find_num_classes(self._model, labels=labels))
+
+        collector = observe(self._model, batches, make_collector, self._settings.labels, forward, progress, title)
+        self._statistics, self._unmatched = dict(collector.statistics()), dict(collector.unmatched)
+        unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
+        granularity.leave_out(dict.fromkeys(unseen, _UNSEEN))
+
+    @property
+    def units(self) -> dict[str, Tensor]:
+        """Layer → (units,) int64 on the CPU, equal for units that go together, negative for those that stay."""
+        return {name: own.cpu() for name, own in (self.granularity.units() or {}).items()}
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """Masks that keep all."""
+        return self._masks().present
+
+    def choose(self, amount: Amount) -> Choice:
+        """What goes under an amount; nothing is changed.
+
+        Raises:
+            ValueError: NaN scores; a budget that cannot be met.
+        """
+        settings, masks = replace(self._settings, amount=amount), self._masks()
+        spending = self._spending(settings)
+        decision = Decision(settings, self.granularity, masks, spending, self._statistics, {}, self._unmatched)
+        self.record.note(decision.explained)
+        fraction, seed = spending.amount(masks), torch.initial_seed() % 2**63
+        return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed))
+
+    def most(self) -> float:
+        """The largest amount that the floors leave."""
+        return self._spending(self._settings).most(self._masks())
+
+    @contextmanager
+    def masked(self, kept: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, what is not kept is switched off, as right before it would be removed."""
+        put_back = self._remember()
+        try:
+            self._switch_off(kept)
+            yield
+        finally:
+            put_back()
+
+    def slim(self, kept: Mapping[str, Tensor], agree: Agree = unanimous) -> SlimmingPlan:
+        """Remove what is not kept, in place.
+
+        Raises:
+            VerificationError: outputs would change; nothing has changed then, nor after an error of `agree`.
+        """
+        put_back = self._remember()
+        try:
+            with self._network.examining(self._model):
+                self._switch_off(kept)
+                return self.granularity.slim(self._model, *self._inputs, kept, agree=agree)
+        except BaseException:
+            put_back()
+            raise
+
+    def rehearse(self, kept: Mapping[str, Tensor]) -> Pruned:
+        """What `slim` would do, with its report; everything is undone.
+
+        Raises:
+            VerificationError: as `slim`.
+        """
+        seen: list[Pruned] = []
+
+        def look(plan: SlimmingPlan) -> NoReturn:
+            seen.append(self.report(kept, plan))
+            raise _RehearsedError
+
+        put_back = self._remember()
+        try:
+            look(self.slim(kept, look))  # it returns where there is nothing to remove
+        except _RehearsedError:
+            pass
+        finally:
+            put_back()
+        return seen[0]
+
+    def report(self, kept: Mapping[str, Tensor], plan: SlimmingPlan) -> Pruned:
+        """The plan with the report, while the model is slim."""
+        before = self.granularity
+        self.record.note_size(self._network.measure(self._model), pruned=True)
+        left = self._settings.find_candidates(self._model)
+        left.restore(before.structure())
+        left.keep_only(list(kept), before.not_pruned)
+        members, names = left.members(), {parameter: name for name, parameter in self._model.named_parameters()}
+        masks = Masks(members, kept, True, plan, {layer: names[own.weight] for layer, own in members.items()})
+        report = self.record.report(
+            masks,
+            granularity=self._settings.granularity,
+            removed=dict(plan.removed),
+            not_pruned=dict(before.not_pruned),
+            not_removed=before.still_there(plan),
+        )
+        return Pruned(plan, report)
+
+    def _masks(self) -> Masks:
+        return Masks(self.granularity.members())
+
+    def _spending(self, settings: Settings) -> Spending:
+        return Spending(settings, self, self.record)
+
+    def _switch_off(self, kept: Mapping[str, Tensor]) -> None:
+        masks = self._masks()
+        masks.set(kept)
+        pruned = {name: ~mask for name, mask in masks.present.items()}
+        self.granularity.after_pruning(pruned, self._statistics)
+
+    def _remember(self) -> Callable[[], None]:
+        """What puts the parameters of the candidates back as they are now."""
+        members = self.granularity.members().values()
+        parameters = {parameter for own in members for parameter in (own.weight, *own.others)}
+        values = {parameter: parameter.detach().clone() for parameter in parameters}
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for parameter, value in values.items():
+                parameter.copy_(value)
+
+        return put_back
+
+
+def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
+    """The model with these inputs of its forward: a tensor, a tuple of arguments or a dict of keyword arguments."""
+    network = Network("", model)
+    network.record(*call_arguments(example_inputs))
+    return network
+
+
+def _network(model: nn.Module, batch: Any, labels: Callable[[Any], Tensor], forward: Forward | None) -> Network:
+    """The model and the inputs that it gets."""
+    network = Network("", model)
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network.inputs is None:
+            network.record(args, kwargs)
+
+    batch = move_data_to_device(batch, device_of(model))
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, batch, labels(batch), forward)
+    finally:
+        handle.remove()
+    if network.inputs is None:
+        raise ValueError(f"forward= does not call the {type(model).__name__} that is to be pruned")
+    return network
