@@ -74,7 +74,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
       of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
       others of that kind, by more than z(1 − α) standard deviations (from the median absolute deviation) above their
-      median; or if g is above the upper quartile of the *established* features: those that pass one of these tests at
+      median, as long as most of them have connections left; or if g is above the upper quartile of the *established* features: those that pass one of these tests at
       level α/p, p the number of features (the union bound).
 
     All features of a layer are trusted, not shrunk, where
@@ -121,7 +121,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
     silent = ~spoken & varies
-    outlying = _deviations(made, silent & (made > 0))
+    outlying = _deviations(made, silent)
     z, strict_z = (NormalDist().inv_cdf(1 - level) for level in (LEVEL, LEVEL / number))
     established = _by_feature(marginal > strict, shape) | (outlying > strict_z)
     reference = made[established].sort().values
@@ -139,14 +139,16 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     return Evidence(significant=significant, trusted=trusted, **counts)
 
 
-def _deviations(made: Tensor, null: Tensor) -> Tensor:
-    """By how many standard deviations log `made` of the features in `null` lies above its median; 0 elsewhere.
+def _deviations(made: Tensor, silent: Tensor) -> Tensor:
+    """By how many standard deviations log `made` of silent features lies above its median; 0 elsewhere.
 
-    0 everywhere if they are too few to be compared.
+    0 everywhere if they are too few to be compared, or if most of them have no connections left: what the network has
+    held on to is no sample of irrelevant features.
     """
     nothing = torch.zeros_like(made)
+    null = silent & (made > 0)
     logarithms = made[null].log()
-    if len(logarithms) < _FEWEST:
+    if len(logarithms) < max(_FEWEST, int(silent.sum()) / 2):
         return nothing
     offsets = logarithms - logarithms.median()
     deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)

@@ -126,6 +126,17 @@ def test_when_few_silent_features_have_connections_left_those_used_like_relevant
     assert {0, 1} <= set(strong(few)) <= {0, 1, 2, 4} and few.trusted is None
 
 
+def test_what_the_network_has_held_on_to_is_no_sample_of_irrelevant_features():
+    """Ten features that matter jointly, alike to a few percent but for two, when all noise is gone."""
+    features, labels, weight = noise()
+    features[:, 0] += 0.5 * labels
+    weight = torch.zeros_like(weight)
+    weight[:, 0], weight[:, 1:11] = 0.5, 1.0 + 0.01 * torch.arange(10)
+    weight[:, [3, 4]] = 1.6
+    evidence = gather_evidence(layer_of(features, labels, weight), "a")
+    assert strong(evidence) == list(range(11)) and (evidence.mean, evidence.joint) == (1, 10)
+
+
 def test_where_the_network_makes_as_much_of_silent_features_all_are_trusted():
     """Many features that matter jointly are no outliers among each other."""
     features, labels, weight = noise(used=range(60))
