@@ -74,8 +74,8 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
       of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
       others of that kind, by more than z(1 − α) standard deviations (from the median absolute deviation) above their
-      median, as long as most of them have connections left; or if g is above the upper quartile of the *established* features: those that pass one of these tests at
-      level α/p, p the number of features (the union bound).
+      median, as long as most of them have connections left; or if g is above the upper quartile of the *established*
+      features: those that pass one of these tests at level α/p, p the number of features (the union bound).
 
     All features of a layer are trusted, not shrunk, where
 
