@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_fscreen.modules import join, tensors_of
-from lightning_fscreen.slimming.plan import SlimmingPlan
+from lightning_fscreen.slimming.plan import SlimmingPlan, module_of_gate
 from lightning_fscreen.slimming.select import selected
 
 _PART = "_fscreen_plan"
@@ -18,14 +18,14 @@ _PARTS = "_fscreen_parts"
 def attach_plan(network: nn.Module, plan: SlimmingPlan) -> None:
     """Remember on every layer how it was slimmed, after its earlier slimmings; copies and parts keep it."""
     earlier = parts_of(network, plan)
-    for name, own in _by_module(plan).items():
+    for name, own in _by_module(network, plan).items():
         setattr(network.get_submodule(name), _PART, earlier[name].then(own) if name in earlier else own)
     _remember(network)
 
 
 def attach_lost_plan(network: nn.Module, plan: SlimmingPlan) -> None:
     """As `attach_plan`, of a plan that was attached already, to the modules that have been replaced since."""
-    for name, own in _by_module(plan).items():
+    for name, own in _by_module(network, plan).items():
         module = network.get_submodule(name)
         if own_part(module) is None:
             setattr(module, _PART, own)
@@ -150,8 +150,9 @@ def _before(
     return tuple(shape[dim] if dim in cut else size for dim, size in enumerate(now))
 
 
-def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
+def _by_module(network: nn.Module, plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
     """The plan in parts, one for each module that holds tensors of it, in the module's own names."""
+    modules = dict(network.named_modules())
     names: dict[str, list[str]] = {}
     for name in plan.cuts:
         names.setdefault(name.rpartition(".")[0], []).append(name)
@@ -163,11 +164,15 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             *plan.selects,
             *plan.streams,
             *plan.removed,
-            *plan.kept_for,
             *plan.attributes,
             *plan.sizes,
         ]
     )
+    kept_for: dict[str, dict[str, str]] = {}
+    for name, reason in plan.kept_for.items():
+        owner = module_of_gate(name, modules)
+        kept_for.setdefault(owner, {})[name[len(owner) :].lstrip(".")] = reason
+    owners |= dict.fromkeys(kept_for)
     return {
         owner: SlimmingPlan(
             {name.rpartition(".")[2]: plan.shapes[name] for name in names.get(owner, ())},
@@ -177,7 +182,7 @@ def _by_module(plan: SlimmingPlan) -> dict[str, SlimmingPlan]:
             {"": plan.selects[owner]} if owner in plan.selects else {},
             removed={"": plan.removed[owner]} if owner in plan.removed else {},
             streams={"": plan.streams[owner]} if owner in plan.streams else {},
-            kept_for={"": plan.kept_for[owner]} if owner in plan.kept_for else {},
+            kept_for=kept_for.get(owner, {}),
             attributes={"": plan.attributes[owner]} if owner in plan.attributes else {},
             sizes={"": plan.sizes[owner]} if owner in plan.sizes else {},
         )

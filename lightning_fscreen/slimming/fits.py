@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.modules import join, named_tensors, own_tensors
 from lightning_fscreen.slimming.attributes import Setting, Size
-from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan
+from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan, module_of_gate
 
 
 def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
@@ -45,7 +45,7 @@ def check_fits(plan: SlimmingPlan, network: nn.Module) -> None:
         raise PlanError(f"the plan has a shape of {min(stray)!r}, which it does not cut")
     modules = dict(network.named_modules())
     first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
-    for name in (*plan.removed, *plan.kept_for):
+    for name in (*plan.removed, *(module_of_gate(gate, modules) for gate in plan.kept_for)):
         if name not in modules:
             raise PlanError(f"the plan removes parts of {name!r}, which {type(network).__name__} does not have")
     for name in (*plan.groups, *plan.biases):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,11 @@ _LARGE, _BLOCK = 2**20, 2**18  # elements
 
 class PlanError(ValueError):
     """A slimming plan that is damaged or does not fit the model."""
+
+
+def module_of_gate(name: str, modules: Collection[str]) -> str:
+    """The module of a gate; heads that no module combines belong to their projection, which their name begins with."""
+    return name if name in modules else name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, repr=False)

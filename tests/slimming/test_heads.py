@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen import find_gates, load_slimmed, save_slimmed, slim
 from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.plan import PlanError
 from lightning_fscreen.slimming.resize import slim_like
 from tests.slimming import difference, outputs
@@ -280,6 +281,36 @@ class Windows(nn.Module):
         y = y.view(-1, height // 2, width // 2, 2, 2, channels).transpose(2, 3).reshape(-1, height, width, channels)
         logits: Tensor = self.head((x + y).mean((1, 2)))
         return logits
+
+
+class Free(nn.Module):
+    """Attention written into the network itself, so that no module combines the heads; two share keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.projection, self.head = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, *kv = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).split([16, 8, 8], -1))
+        k, v = (part.repeat_interleave(2, dim=1) for part in kv)
+        values = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        logits: Tensor = self.head((x + self.projection(values)).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_heads_that_no_module_combines_are_named_by_their_projection(alone: bool, tmp_path: Path) -> None:
+    """Two of them go; one whose keys and values another one needs stays, and is noted."""
+    torch.manual_seed(0)
+    network, x = Free().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    keep = {"projection.heads": torch.tensor([True, not alone, False, False])}
+    reference = masked(network, find_gates(network, x), keep)
+    plan = slim(network, keep, x)
+    assert network.projection.in_features == 8 and (plan.kept_for.keys() == keep.keys()) == alone
+    assert difference([reference(x)], [network(x)]) < 1e-9
+    save_slimmed(network, tmp_path / "slim.safetensors")
+    fresh = load_slimmed(Free().double(), tmp_path / "slim.safetensors")
+    assert difference([fresh(x)], [network(x)]) < 1e-12 and plan_of(fresh).kept_for == plan.kept_for
 
 
 def test_two_calls_with_the_same_input_are_told_apart() -> None:
