@@ -91,6 +91,10 @@ class ScreeningPruningCallback(Results):
         budget: what the amount is a fraction of: "candidates"; "params" or "macs", the parameters or multiply–adds of
             the dense network, counted as slimming will leave it and met to the nearest unit. A unit then goes for a low
             score divided by what it costs: see `ranking.per_cost.prune_to_cost`. Not for weights.
+        round_to: leave widths of linear and convolution layers in multiples of it, 8 for hardware that likes them, or
+            whole: units go in groups of so many, up or down as those at the margin are worth, the budget is met as
+            nearly as that allows, and `report().not_rounded` says what is no multiple and why. In grouped convolutions
+            that is the width of a group, in attention the channels of all heads. Not for weights.
         soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
             let them grow again (soft filter pruning, arXiv 1808.06866).
 
@@ -131,6 +135,7 @@ class ScreeningPruningCallback(Results):
         end_step: int | None = None,
         prune_every: int | None = None,
         budget: Currency = "candidates",
+        round_to: int = 1,
     ) -> None:
         settings = Settings(
             granularity=granularity,
@@ -156,6 +161,7 @@ class ScreeningPruningCallback(Results):
             bias=bias,
             feature=feature,
             budget=budget,
+            round_to=round_to,
             rewind_lr=rewind_lr,
             rewind_weights=rewind_weights,
             soft=soft,

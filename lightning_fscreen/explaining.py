@@ -19,6 +19,7 @@ from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.one_shot import Choice, OneShot, Pruned, observed, with_inputs
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.per_cost import Costs
+from lightning_fscreen.ranking.multiples import in_multiples
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
@@ -170,7 +171,7 @@ def explain(
         val_dataloader: likewise.
         max_drop: likewise.
         progress: show a progress bar.
-        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature,
+        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature, round_to,
             num_classes, labels.
 
     Raises:
@@ -221,7 +222,8 @@ def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:
     units, whole = found.units, {name: mask.cpu() for name, mask in found.whole.items()}
     costs = {currency: _costs(granularity, size, currency) for currency in ("params", "macs")}
     prices = {currency: _of_units(units, each.priced(whole)[1]) for currency, each in costs.items()}
-    least = Units({name: torch.zeros(len(own)) for name, own in units.items()}, whole, units, 1).least()
+    zeros = {name: torch.zeros(len(own)) for name, own in units.items()}
+    least = Units(zeros, whole, in_multiples(zeros, whole, units, granularity.blocks()), 1).least()
     kinds, members = granularity.kinds(), {name: set(own[own >= 0].tolist()) for name, own in units.items()}
     layers = tuple(
         ExplainedLayer(

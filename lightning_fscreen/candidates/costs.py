@@ -26,10 +26,9 @@ class NetworkCosts:
         network: the network.
         captured: its graph.
         instances: how many it was captured with.
-        gates: layers with units that can be pruned, by their names in the network, and how many they have.
+        widths: its widths.
         currency: "params" or "macs".
         size: measured, with names as in the model.
-        silent: whether shifts of pruned units are zeroed.
         name: of the network in the model.
     """
 
@@ -38,13 +37,12 @@ class NetworkCosts:
         network: nn.Module,
         captured: Capture,
         instances: int,
-        gates: Mapping[str, int],
+        widths: Widths,
         currency: Currency,
         size: Size,
-        silent: bool,
         name: str = "",
     ) -> None:
-        self.widths = Widths(network, captured, gates, silent)
+        self.widths = widths
         tensors = {tensor: tuple(value.shape) for tensor, value in named_tensors(network).items()}
         dims = dict(self.widths.dims)
         self._counts_biases = currency == "params"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.ranking.budgeted import Scope, ranked_together
+from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept
 from lightning_fscreen.ranking.units import Units
 
 TOLERANCE = 0.01
@@ -41,6 +42,7 @@ def prune_to_cost(
     scope: Scope = "global",
     min_kept: int = 1,
     kinds: Mapping[str, str] | None = None,
+    blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
     """Prune the units that are worth least for their cost, until a cost is met; those pruned before stay pruned.
 
@@ -63,6 +65,7 @@ def prune_to_cost(
             (coupled ones count as one), or of every kind: the one that meets the cost; inside they are ranked so.
         min_kept: units that every layer keeps (all of them, in a layer with fewer).
         kinds: layer → its kind, for scope "kind".
+        blocks: of which units whole multiples are left, see `in_multiples`.
 
     Returns:
         layer → new boolean mask, on the device of the old one.
@@ -75,15 +78,14 @@ def prune_to_cost(
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     devices = {name: mask.device for name, mask in kept.items()}
     scores, kept, units = ({name: value.cpu() for name, value in each.items()} for each in (scores, kept, units))
-    found_units = Units(scores, kept, units, min_kept)
-    worth = found_units.total({name: shares(score, kept[name]) for name, score in scores.items()})
+    together = ranked_together(kept, scope, units, kinds)
+    own = {name: shares(score, kept[name]) for name, score in scores.items()}
+    found_units = Units(scores, kept, in_multiples(own, kept, units, blocks), min_kept)
+    worth = found_units.total(own)
     search = _Search(found_units, worth, costs, target, _CLOSE * dense)
-    if scope == "global":
-        found = search.by_stages()
-    else:
-        found = search.by_fraction(kept, ranked_together(kept, scope, units, kinds))
+    found = search.by_stages() if scope == "global" else search.by_fraction(kept, together)
     if found.cost > target + TOLERANCE * dense:  # units are large, or there are none left
-        _check_least(found_units, costs, target, dense, min_kept, len(kept))
+        _check_least(found_units, costs, target, dense, least_kept(min_kept, len(kept), blocks))
     return {name: mask.to(devices[name]) for name, mask in search.masks(found).items()}
 
 
@@ -108,7 +110,13 @@ def shares(scores: Tensor, kept: Tensor) -> Tensor:
 
 
 def check_target(
-    full: Mapping[str, Tensor], costs: Costs, target: float, dense: float, units: Mapping[str, Tensor], min_kept: int
+    full: Mapping[str, Tensor],
+    costs: Costs,
+    target: float,
+    dense: float,
+    units: Mapping[str, Tensor],
+    min_kept: int,
+    blocks: Blocks | None = None,
 ) -> None:
     """Check, before anything is pruned, that the floors leave enough to prune.
 
@@ -119,23 +127,25 @@ def check_target(
         dense: cost of the whole network.
         units: layer → (n,) int64, as of `prune_to_cost`.
         min_kept: units that every layer keeps.
+        blocks: as of `prune_to_cost`.
 
     Raises:
         ValueError: they do not; says how much can go.
     """
     kept = {name: mask.cpu() for name, mask in full.items()}
     scores = {name: torch.zeros(mask.shape) for name, mask in kept.items()}
-    found = Units(scores, kept, {name: own.cpu() for name, own in units.items()}, min_kept)
-    _check_least(found, costs, target, dense, min_kept, len(kept))
+    units = in_multiples(scores, kept, {name: own.cpu() for name, own in units.items()}, blocks)
+    found = Units(scores, kept, units, min_kept)
+    _check_least(found, costs, target, dense, least_kept(min_kept, len(kept), blocks))
 
 
-def _check_least(units: Units, costs: Costs, target: float, dense: float, min_kept: int, layers: int) -> None:
+def _check_least(units: Units, costs: Costs, target: float, dense: float, kept: str) -> None:
     least = costs.of(units.least())
     if least > target + TOLERANCE * dense:
         raise ValueError(
-            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {min_kept} in each of "
-            f"{layers} layers the network still costs {least / dense:.2%} of what it did, because of what is not "
-            f"pruned; lower amount to {max(1 - least / dense, 0):.4g} or less, or the floor"
+            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {kept}, the network still "
+            f"costs {least / dense:.2%} of what it did, because of what is not pruned; lower amount to "
+            f"{max(1 - least / dense, 0):.4g} or less, or the floor"
         )
 
 

@@ -101,10 +101,19 @@ class Units:
         flat = torch.cat([values[name] for name in self._lengths]).double()
         return torch.zeros_like(self._scores).index_add(0, self._members, torch.where(self._kept, flat, 0.0))
 
+    def of_first(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """(units,), a number that each unit has from its first candidate; layer → (n,)."""
+        return torch.cat([numbers[name] for name in self._lengths])[self._first]
+
     def part(self, layers: Mapping[str, int]) -> Tensor:
         """(units,) int64, a number that each unit has from the layer of its first candidate."""
-        numbers = [torch.full((length,), layers[name]) for name, length in self._lengths.items()]
-        return torch.cat(numbers)[self._first]
+        return self.of_first({name: torch.full((length,), layers[name]) for name, length in self._lengths.items()})
+
+    def grouped(self, chosen: Tensor, groups: Tensor) -> dict[str, Tensor]:
+        """Larger units, layer → (n,) int64: those at the indices `chosen` are in these groups, all others in -1."""
+        numbers = torch.full_like(self._first, -1)
+        numbers[chosen] = groups
+        return dict(zip(self._lengths, numbers[self._members].split(list(self._lengths.values())), strict=True))
 
     def without(self, pruned: Tensor) -> dict[str, Tensor]:
         """New masks without some units, given by their indices."""
