@@ -237,7 +237,7 @@ class Units(Granularity[PrunableUnits]):
 
     def not_rounded(self, kept: Mapping[str, Tensor]) -> dict[str, str]:
         """Layers with widths that can be pruned, but would be no multiples."""
-        found = {}
+        found: dict[str, str] = {}
         for name, widths in self._widths().items() if self._round_to > 1 else ():
             own = not_rounded(widths, {gate: kept[join(name, gate)].cpu() for gate in widths.units}, self._round_to)
             found |= {join(name, layer): reason for layer, reason in own.items()}

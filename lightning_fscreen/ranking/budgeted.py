@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.modules import coupled_layers
-from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept
+from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept, queues_of
 from lightning_fscreen.ranking.units import Units
 
 Scope = Literal["global", "kind", "layer"]
@@ -134,7 +134,7 @@ def _prune_units(
     keep = _shares(totals, floors, left, budget)
     masks: dict[str, Tensor] = {}
     for place, part in parts.items():
-        masks |= part.drop(max(left[place] - keep[place], 0))
+        masks |= part.drop(max(left[place] - keep[place], 0), queues_of(part, blocks))
     return {name: masks[name] for name in kept}
 
 

@@ -30,7 +30,7 @@ class Blocks:
 
 def least_kept(min_kept: int, layers: int, blocks: Blocks | None) -> str:
     """What has to stay, in words."""
-    multiples = "" if blocks is None else f", in multiples of round_to={blocks.round_to}, smaller layers as a whole"
+    multiples = "" if blocks is None else f" (in multiples of round_to={blocks.round_to}, or whole)"
     return f"{min_kept} in each of {layers} layers{multiples}"
 
 
@@ -54,6 +54,15 @@ def check_rounding(units: Mapping[str, Tensor], blocks: Blocks | None) -> None:
             f"round_to={blocks.round_to} leaves nothing to prune: no layer has units of which fewer make a multiple of "
             f"it (the largest has {max(map(len, units.values()))}); lower round_to"
         )
+
+
+def queues_of(units: Units, blocks: Blocks | None) -> Tensor:
+    """(units,) int64: groups of a block have equal numbers, since the worst has to go first; all others their own."""
+    own = torch.arange(len(units.sizes), device=units.sizes.device)
+    if blocks is None:
+        return own
+    numbers = units.of_first(blocks.numbers)
+    return torch.where(blocks.steps.to(own.device)[numbers] > 1, len(own) + numbers, own)
 
 
 def in_multiples(

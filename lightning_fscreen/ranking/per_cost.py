@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.ranking.budgeted import Scope, ranked_together
-from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept
+from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept, queues_of
 from lightning_fscreen.ranking.units import Units
 
 TOLERANCE = 0.01
@@ -80,9 +80,10 @@ def prune_to_cost(
     scores, kept, units = ({name: value.cpu() for name, value in each.items()} for each in (scores, kept, units))
     together = ranked_together(kept, scope, units, kinds)
     own = {name: shares(score, kept[name]) for name, score in scores.items()}
+    scores = scores if blocks is None else own  # so that the best group of a block is the same in both
     found_units = Units(scores, kept, in_multiples(own, kept, units, blocks), min_kept)
     worth = found_units.total(own)
-    search = _Search(found_units, worth, costs, target, _CLOSE * dense)
+    search = _Search(found_units, worth, queues_of(found_units, blocks), costs, target, _CLOSE * dense)
     found = search.by_stages() if scope == "global" else search.by_fraction(kept, together)
     if found.cost > target + TOLERANCE * dense:  # units are large, or there are none left
         _check_least(found_units, costs, target, dense, least_kept(min_kept, len(kept), blocks))
@@ -143,7 +144,7 @@ def _check_least(units: Units, costs: Costs, target: float, dense: float, kept: 
     least = costs.of(units.least())
     if least > target + TOLERANCE * dense:
         raise ValueError(
-            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {kept}, the network still "
+            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {kept} the network still "
             f"costs {least / dense:.2%} of what it did, because of what is not pruned; lower amount to "
             f"{max(1 - least / dense, 0):.4g} or less, or the floor"
         )
@@ -162,13 +163,15 @@ class _Search:
     Args:
         units: the units.
         worth: (units,) float64.
+        queues: (units,) int64: of units with equal numbers none goes before those that rank lower.
         costs: what masks cost.
         target: cost to be met.
         close: by how much it may be missed.
     """
 
-    def __init__(self, units: Units, worth: Tensor, costs: Costs, target: float, close: float) -> None:
+    def __init__(self, units: Units, worth: Tensor, queues: Tensor, costs: Costs, target: float, close: float) -> None:
         self._units, self._worth, self._costs, self._target, self._close = units, worth, costs, target, close
+        self._queues = queues
 
     def masks(self, found: _Found) -> dict[str, Tensor]:
         """Masks without the units found."""
@@ -207,10 +210,19 @@ class _Search:
 
     def _order(self, prices: Tensor, pruned: Tensor) -> Tensor:
         """Those that are left, the least worth for their price first; those that save nothing never go."""
-        order = self._units.lowest_first(torch.where(prices > 0, self._worth / prices, torch.inf))
+        order = self._units.lowest_first(self._in_queues(torch.where(prices > 0, self._worth / prices, torch.inf)))
         free = prices > 0
         free[pruned] = False
         return order[free[order]]
+
+    def _in_queues(self, keys: Tensor) -> Tensor:
+        """Keys that are no lower than those of units of the same queue that rank lower, (units,)."""
+        order = torch.arange(len(keys)).flip(0)  # groups are numbered from the best
+        order = order[self._queues[order].argsort(stable=True)]
+        levels, ranks = keys.unique(return_inverse=True)
+        queues = self._queues[order]
+        highest = (queues * len(levels) + ranks[order]).cummax(0).values - queues * len(levels)
+        return torch.empty_like(keys).scatter(0, order, levels[highest])
 
     def _without(self, *pruned: Tensor) -> _Found:
         indices = torch.cat(pruned)
@@ -242,13 +254,21 @@ class _Search:
     def _filled_up(self, too_few: _Found, enough: _Found, others: Tensor, prices: Tensor) -> _Found:
         """The nearer of two; if neither is near, pass over the unit between them for smaller ones that rank higher."""
         best = min(too_few, enough, key=self._miss)
-        tries = others[prices[others] <= too_few.cost - self._target + self._miss(best)][:_TRIES]
-        for unit in tries:
-            if self._miss(best) <= self._close:
+        affordable = (prices[others] <= too_few.cost - self._target + self._miss(best)).tolist()
+        tries, passed = _TRIES, {int(self._queues[enough.pruned[-1]])}
+        for unit, queue, fits in zip(others, self._queues[others].tolist(), affordable, strict=True):
+            if self._miss(best) <= self._close or not tries:
                 break
-            found = self._without(too_few.pruned, unit[None])
-            best = min(best, found, key=self._miss)
-            too_few = found if found.cost > self._target else too_few
+            if queue in passed:
+                continue
+            if fits:
+                tries -= 1
+                found = self._without(too_few.pruned, unit[None])
+                best = min(best, found, key=self._miss)
+                if found.cost > self._target:
+                    too_few = found
+                    continue
+            passed.add(queue)
         return best
 
     def _miss(self, found: _Found) -> float:
