@@ -53,8 +53,7 @@ class Pruner:
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
         plan: the plan of this pruner's own slimming; None before.
-        not_removed: what could not be removed physically, and why; None if everything went.
-        not_rounded: layers whose widths are no multiples of `round_to` after slimming, and why.
+        not_removed, not_rounded: as of `PruningReport`.
 
     Raises:
         ValueError: nothing to prune, patterns that match nothing.
@@ -258,10 +257,9 @@ class Pruner:
         for module in self.copies.outside:
             broadcast_buffers(trainer, module)
         try:
-            in_fit = self.granularity.slims_in_fit
             slim = partial(self._slim_networks, trainer)
             not_rounded = self.granularity.not_rounded(self.masks.present)
-            plan = slim_in_fit(trainer, self._model, slim) if in_fit else slim()
+            plan = slim_in_fit(trainer, self._model, slim) if self.granularity.slims_in_fit else slim()
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)

@@ -85,7 +85,13 @@ class Spending:
         costs, dense = self.costs(), self._dense
         if costs is not None and dense is not None and units is not None:
             full = {name: torch.ones_like(mask) for name, mask in masks.present.items()}
-            check_target(full, costs, (1 - self.amount(masks)) * dense, dense, units, settings.min_channels, blocks)
+            target = (1 - self.amount(masks)) * dense
+            try:
+                check_target(full, costs, target, dense, units, settings.min_channels, blocks)
+            except ValueError as error:
+                if settings.bias == "zero":
+                    raise
+                raise ValueError(f'{error}; with bias="zero" no unit stays to carry constants') from error
 
     def most(self, masks: Masks) -> float:
         """The fraction of the total that goes if every layer keeps only as much as it has to."""

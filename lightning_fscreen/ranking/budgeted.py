@@ -67,7 +67,7 @@ def rank_and_prune(
     left = {name: int(mask.sum()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}
     budget = sum(totals.values()) - round(amount * sum(totals.values()))  # candidates to keep
-    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), least_kept(min_kept, len(totals), None))
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(totals))
     if scope == "layer":
         keep = _shares(totals, floors, left, budget)
         return {name: _drop_lowest(scores[name], mask, left[name] - keep[name]) for name, mask in kept.items()}
@@ -107,8 +107,7 @@ def check_floors(
         kept = {name: torch.ones(own.shape, dtype=torch.bool) for name, own in zeros.items()}
         own = {name: each.cpu() for name, each in in_multiples(zeros, kept, units, blocks).items()}
         floor = Units(zeros, kept, own, min_kept).protected
-    least = least_kept(min_kept, len(totals), blocks)
-    _check_floors(amount, total - round(amount * total), total, floor, least)
+    _check_floors(amount, total - round(amount * total), total, floor, min_kept, len(totals), blocks)
 
 
 def _prune_units(
@@ -129,8 +128,7 @@ def _prune_units(
     floors = {place: part.protected for place, part in parts.items()}
     left = {place: part.left for place, part in parts.items()}
     budget = sum(totals.values()) - round(amount * sum(totals.values()))
-    least = least_kept(min_kept, len(kept), blocks)
-    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), least)
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(kept), blocks)
     keep = _shares(totals, floors, left, budget)
     masks: dict[str, Tensor] = {}
     for place, part in parts.items():
@@ -154,11 +152,13 @@ def ranked_together(
     return list(parts.values())
 
 
-def _check_floors(amount: float, budget: int, total: int, floor: int, least: str) -> None:
-    if floor > budget:
+def _check_floors(
+    amount: float, budget: int, total: int, floor: int, min_kept: int, layers: int, blocks: Blocks | None = None
+) -> None:
+    if floor > budget + (0 if blocks is None else blocks.round_to // 2):  # else the floor is the nearest multiple
         raise ValueError(
-            f"amount={amount:.6g} would keep {budget} of {total} candidates, but at least {least} "
-            f"makes {floor}; lower amount or the floor"
+            f"amount={amount:.6g} would keep {budget} of {total} candidates, but at least "
+            f"{least_kept(min_kept, layers, blocks)} makes {floor}; lower amount or the floor"
         )
 
 

@@ -33,7 +33,7 @@ class Widths:
         gates: the gates whose units masks may switch off, and how many they have.
         silent: whether their shifts are zeroed as well; else they stay as they are now.
         round_to: number of which widths of layers become multiples, see `make_change`.
-        new_shifts: whether pruned units will get other shifts, none of them zero, instead of those that they have now.
+        new_shifts: whether pruned units will get other shifts, none of them zero, no two the same.
 
     Attributes:
         dims: (tensor name, dim) → the class of each index, for all that can be cut.
@@ -62,7 +62,7 @@ class Widths:
             else:
                 switched[name] = off(modules[name], kind, everything, silent)
                 if new_shifts and kind.shift(modules[name]) is not None:
-                    switched[name] = Off(everything, torch.ones(count, dtype=torch.float64))
+                    switched[name] = Off(everything, torch.linspace(1, 2, count, dtype=torch.float64))
         slots = find_slots(network, captured, switched)
         _, self._class = slots.components().unique(return_inverse=True)  # that of PINNED is 0, like itself
         self.count = 1 + int(self._class.max())
