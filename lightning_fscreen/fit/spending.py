@@ -91,7 +91,9 @@ class Spending:
             except ValueError as error:
                 if settings.bias == "zero":
                     raise
-                raise ValueError(f'{error}; with bias="zero" no unit stays to carry constants') from error
+                raise ValueError(
+                    f'{error}; if units stay because of their constants, bias="zero" lets them go'
+                ) from error
 
     def most(self, masks: Masks) -> float:
         """The fraction of the total that goes if every layer keeps only as much as it has to."""

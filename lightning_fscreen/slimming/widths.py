@@ -42,6 +42,8 @@ class Widths:
         units: gate → the class of each of its units.
         held: (pairs, 2): classes without units of their own, and the class of a channel of a batch norm that reads
             them. They go when no such channel is left; classes that others read as well are not among them.
+        stuck: (classes,) bool: units that stay although they are switched off, since the constant that is left of them
+            cannot be carried by a layer that reads it.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Widths:
         self._multiples = find_multiples(self.layers.values(), self.count, round_to) if round_to > 1 else None
         self._has_units = self._marked(*self.units.values())
         self.held = self._find_held()
+        self.stuck = self._has_units & self._find_stuck()
 
     def remaining(self, keep: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """What stays.
@@ -133,6 +136,15 @@ class Widths:
                 others[reader.inputs[~reader.known]] = True
         held = torch.cat(pairs)
         return held[~(others | self._has_units)[held[:, 0]]]
+
+    def _find_stuck(self) -> Tensor:
+        read = [torch.empty(0, dtype=torch.int64)]
+        for reader in self._readers:
+            if not isinstance(reader, NormReader):
+                muted = reader.muted if isinstance(reader, DenseReader) else None
+                needed = ~reader.spared() if muted is None else ~(reader.spared() | muted)
+                read.append(reader.inputs[needed])
+        return self._marked(*read)
 
     def _marked(self, *classes: Tensor) -> Tensor:
         marked = torch.zeros(self.count, dtype=torch.bool)
