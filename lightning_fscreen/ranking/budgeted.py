@@ -131,8 +131,13 @@ def _prune_units(
     _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(kept), blocks)
     keep = _shares(totals, floors, left, budget)
     masks: dict[str, Tensor] = {}
+    missed = 0
     for place, part in parts.items():
-        masks |= part.drop(max(left[place] - keep[place], 0), queues_of(part, blocks))
+        count = max(left[place] - keep[place], 0) + missed
+        found = part.drop(max(count, 0), queues_of(part, blocks))
+        if blocks is not None:  # half a multiple in every layer could add up
+            missed = count - left[place] + sum(int(mask.sum()) for mask in found.values())
+        masks |= found
     return {name: masks[name] for name in kept}
 
 

@@ -53,6 +53,16 @@ def test_whatever_is_pruned_leaves_multiples_in_nested_rounds(size, step, others
         assert abs(left - (size - stays - share * size)) <= step + others
 
 
+def test_what_one_layer_misses_others_make_up_for():
+    """40 % of 32 are 13 each, of which the nearest multiple is 16."""
+    sizes = {name: 32 for name in "abcdef"}
+    units = dict(zip(sizes, torch.arange(6 * 32).split(32), strict=True))
+    scores = {name: torch.rand(32, generator=torch.Generator().manual_seed(0)) for name in sizes}
+    masks = rank_and_prune(scores, whole(**sizes), 0.4, scope="layer", units=units, blocks=blocks(8, **sizes))
+    left = [int(mask.sum()) for mask in masks.values()]
+    assert set(left) == {16, 24} and abs(sum(left) - 0.6 * 6 * 32) <= 4
+
+
 def test_floors_count_multiples():
     units = {"a": torch.arange(16), "b": torch.arange(16, 20)}
     check_floors({"a": 16, "b": 4}, 0.5, 1, units, blocks(8, a=16, b=4))  # 12 are as near to 10 as multiples come
