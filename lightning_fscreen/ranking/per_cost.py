@@ -249,7 +249,8 @@ class _Search:
             step *= 2
             if not low < guess < high:  # then by halves
                 guess = (low + high) // 2
-        return self._filled_up(too_few, enough, order[high:], prices)
+        best = self._filled_up(too_few, enough, order[high:], prices)
+        return self._given_back(enough, best, prices)
 
     def _filled_up(self, too_few: _Found, enough: _Found, others: Tensor, prices: Tensor) -> _Found:
         """The nearer of two; if neither is near, pass over the unit between them for smaller ones that rank higher."""
@@ -267,6 +268,24 @@ class _Search:
                 best = min(best, found, key=self._miss)
                 if found.cost > self._target:
                     too_few = found
+                    continue
+            passed.add(queue)
+        return best
+
+    def _given_back(self, enough: _Found, best: _Found, prices: Tensor) -> _Found:
+        """If that is not near either, go without too many, and give back those that rank highest and fit."""
+        left, tries, passed = enough, _TRIES, set[int]()
+        for unit, queue in zip(enough.pruned.flip(0), self._queues[enough.pruned].flip(0).tolist(), strict=True):
+            if self._miss(best) <= self._close or not tries:
+                break
+            if queue in passed:
+                continue
+            if float(prices[unit]) <= self._target - left.cost + self._miss(best):
+                tries -= 1
+                found = self._without(left.pruned[left.pruned != unit])
+                best = min(best, found, key=self._miss)
+                if found.cost < self._target:
+                    left = found
                     continue
             passed.add(queue)
         return best
