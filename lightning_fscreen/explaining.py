@@ -18,8 +18,8 @@ from lightning_fscreen.evaluation import Measure
 from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.one_shot import Choice, OneShot, Pruned, observed, with_inputs
 from lightning_fscreen.ranking.amounts import Amount
-from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.ranking.multiples import in_multiples
+from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
@@ -171,8 +171,8 @@ def explain(
         val_dataloader: likewise.
         max_drop: likewise.
         progress: show a progress bar.
-        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature, round_to,
-            num_classes, labels.
+        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature, round_to, num_classes,
+            labels.
 
     Raises:
         ValueError: nothing to prune, with all reasons; another granularity; patterns that match nothing; neither inputs

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_fscreen import ScreeningPruningCallback, prune
+from lightning_fscreen import ScreeningPruningCallback, explain, prune
 from tests.bad_inputs import by_name, check_refused, using
 from tests.candidates.test_rounding import widths
 from tests.conftest import Classifier, loader, trainer
@@ -78,10 +78,13 @@ def test_resumed_it_ends_the_same(tmp_path):
         assert again.history == callback.history and again.report() == callback.report()
 
 
-def test_a_trained_network_in_one_call():
+def test_a_trained_network_in_one_call_as_explained():
     torch.manual_seed(0)
     network = convnet()
+    explained = explain(network, dataloader=loader(), amount=0.5, round_to=8, progress=False)
     plan, report = prune(network, loader(), 0.5, round_to=8, progress=False)
+    assert explained.prediction is not None and explained.prediction.report == report
+    assert explained.macs[1] < report.after.macs
     before = widths(convnet())
     assert plan and all(width % 8 == 0 or width == before[place] for place, width in widths(network).items())
     assert report.after.macs == count(network, "macs") == pytest.approx(report.before.macs / 2, rel=0.05)
