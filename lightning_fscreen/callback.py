@@ -91,6 +91,12 @@ class ScreeningPruningCallback(Results):
         budget: what the amount is a fraction of: "candidates"; "params" or "macs", the parameters or multiply–adds of
             the dense network, counted as slimming will leave it and met to the nearest unit. A unit then goes for a low
             score divided by what it costs: see `ranking.per_cost.prune_to_cost`. Not for weights.
+        round_to: leave every width of a linear or convolution layer as it is, or a multiple of this (8, for hardware
+            that likes it): units go in groups of so many, up or down as the group at the margin is worth, and the
+            budget is met as nearly as that allows. Of grouped convolutions these are all outputs and the inputs of one
+            group; of attention the channels of all heads, which go as a whole. Layers with too few units stay. Where
+            several batch norms select from a stream, channels that none of them reads may stay to make its width a
+            multiple. `report().not_rounded` has what is no multiple, and why. Not for weights.
         soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
             let them grow again (soft filter pruning, arXiv 1808.06866).
 
@@ -131,6 +137,7 @@ class ScreeningPruningCallback(Results):
         end_step: int | None = None,
         prune_every: int | None = None,
         budget: Currency = "candidates",
+        round_to: int = 1,
     ) -> None:
         settings = Settings(
             granularity=granularity,
@@ -156,6 +163,7 @@ class ScreeningPruningCallback(Results):
             bias=bias,
             feature=feature,
             budget=budget,
+            round_to=round_to,
             rewind_lr=rewind_lr,
             rewind_weights=rewind_weights,
             soft=soft,

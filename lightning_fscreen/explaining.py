@@ -18,6 +18,7 @@ from lightning_fscreen.evaluation import Measure
 from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.one_shot import Choice, OneShot, Pruned, observed, with_inputs
 from lightning_fscreen.ranking.amounts import Amount
+from lightning_fscreen.ranking.multiples import in_multiples
 from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.statistics.one_pass import Forward
@@ -170,8 +171,8 @@ def explain(
         val_dataloader: likewise.
         max_drop: likewise.
         progress: show a progress bar.
-        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature,
-            num_classes, labels.
+        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature, round_to, num_classes,
+            labels.
 
     Raises:
         ValueError: nothing to prune, with all reasons; another granularity; patterns that match nothing; neither inputs
@@ -221,7 +222,8 @@ def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:
     units, whole = found.units, {name: mask.cpu() for name, mask in found.whole.items()}
     costs = {currency: _costs(granularity, size, currency) for currency in ("params", "macs")}
     prices = {currency: _of_units(units, each.priced(whole)[1]) for currency, each in costs.items()}
-    least = Units({name: torch.zeros(len(own)) for name, own in units.items()}, whole, units, 1).least()
+    zeros = {name: torch.zeros(len(own)) for name, own in units.items()}
+    least = Units(zeros, whole, in_multiples(zeros, whole, units, granularity.blocks()), 1).least()
     kinds, members = granularity.kinds(), {name: set(own[own >= 0].tolist()) for name, own in units.items()}
     layers = tuple(
         ExplainedLayer(

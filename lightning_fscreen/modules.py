@@ -118,8 +118,10 @@ def uncompiled(module: Module) -> Module:
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight is (in, out): GPT-2's `Conv1D`, of transformers."""
+    if type(module).__name__ != "Conv1D":
+        return False
     weight = module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
+    return weight is not None and weight.ndim == 2
 
 
 def num_inputs(module: nn.Module) -> int:

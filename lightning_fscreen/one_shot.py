@@ -130,6 +130,7 @@ class OneShot:
         self.record.note_size(network.measure(model), pruned=False)
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
+        self._not_rounded: dict[str, str] = {}
 
     def check(self) -> None:
         """Check, before anything is read, that the amount can be met.
@@ -198,6 +199,7 @@ class OneShot:
         try:
             with self._network.examining(self._model):
                 self._switch_off(kept)
+                self._not_rounded = self.granularity.not_rounded(kept)
                 return self.granularity.slim(self._model, *self._inputs, kept, agree=agree)
         except BaseException:
             put_back()
@@ -239,6 +241,7 @@ class OneShot:
             removed=dict(plan.removed),
             not_pruned=dict(before.not_pruned),
             not_removed=before.still_there(plan),
+            not_rounded=self._not_rounded,
         )
         return Pruned(plan, report)
 

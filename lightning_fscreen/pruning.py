@@ -45,6 +45,7 @@ def prune(
     metric: Measure | None = None,
     val_dataloader: Iterable[Any] | None = None,
     max_drop: float = MAX_DROP,
+    round_to: int = 1,
     progress: bool = True,
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.
@@ -86,6 +87,7 @@ def prune(
             outputs and labels, with its own `higher_is_better`. The model is in eval mode then, without gradients.
         val_dataloader: for "auto": the batches of the metric; such that the ranking has not seen.
         max_drop: for "auto", in the unit of the metric.
+        round_to: leave every width of a layer as it is, or a multiple of this; as of the callback.
         progress: show a progress bar.
 
     Returns:
@@ -122,6 +124,7 @@ def prune(
         min_channels=min_channels,
         bias=bias,
         feature=feature,
+        round_to=round_to,
         num_classes=num_classes,
         labels=labels,
     )

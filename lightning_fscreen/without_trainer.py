@@ -27,6 +27,7 @@ class Ranking(TypedDict, total=False):
     min_channels: int
     bias: Bias
     feature: Feature
+    round_to: int
     num_classes: int | None
     labels: Callable[[Any], Tensor]
 
@@ -44,6 +45,7 @@ def settings_of(
     min_channels: int = 1,
     bias: Bias = "mean",
     feature: Feature = "activation",
+    round_to: int = 1,
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
 ) -> Settings:
@@ -69,6 +71,7 @@ def settings_of(
         exclude=exclude,
         bias=bias,
         feature=feature,
+        round_to=round_to,
         num_classes=num_classes,
         labels=labels,
         schedule=one_shot,

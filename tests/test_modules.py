@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
-from lightning_fscreen.modules import coupled_layers, num_inputs
+from lightning_fscreen.modules import coupled_layers, is_transposed_linear, num_inputs
 
 
 def test_num_inputs_of_every_kind_of_layer():
@@ -20,3 +21,8 @@ def test_num_inputs_of_every_kind_of_layer():
 def test_layers_are_grouped_by_the_units_that_they_share() -> None:
     units = {"a": [0, 1], "b": [2, 3], "c": [3, 1], "d": [-1, 5], "e": [-1, 6], "f": []}
     assert coupled_layers(units) == [["a", "b", "c"], ["d"], ["e"], ["f"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_layer_is_looked_at_like_any_other() -> None:
+    assert not is_transposed_linear(torch.jit.script(nn.Linear(2, 3)))

@@ -26,10 +26,9 @@ class NetworkCosts:
         network: the network.
         captured: its graph.
         instances: how many it was captured with.
-        gates: layers with units that can be pruned, by their names in the network, and how many they have.
+        widths: its widths.
         currency: "params" or "macs".
         size: measured, with names as in the model.
-        silent: whether shifts of pruned units are zeroed.
         name: of the network in the model.
     """
 
@@ -38,13 +37,12 @@ class NetworkCosts:
         network: nn.Module,
         captured: Capture,
         instances: int,
-        gates: Mapping[str, int],
+        widths: Widths,
         currency: Currency,
         size: Size,
-        silent: bool,
         name: str = "",
     ) -> None:
-        self.widths = Widths(network, captured, gates, silent)
+        self.widths = widths
         tensors = {tensor: tuple(value.shape) for tensor, value in named_tensors(network).items()}
         dims = dict(self.widths.dims)
         self._counts_biases = currency == "params"
@@ -80,13 +78,14 @@ class NetworkCosts:
     def priced(self, keep: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The same, and gate → (units,) float64, what each of its units costs beside those that are kept.
 
-        What several channels read without changing it (a channel of a DenseNet's stream) is shared among them.
+        What several channels read without changing it (a channel of a DenseNet's stream) is shared among them. Units
+        that would stay, since their constants cannot be carried, cost nothing.
         """
         kept, biases = self.widths.remaining(keep)
         prices = self.model.prices(kept)
         held, holders = self.widths.held.unbind(1)
         prices = prices.index_add(0, holders, (prices * self._shares)[held])
-        own = prices / self._sharing
+        own = torch.where(self.widths.stuck, 0.0, prices / self._sharing)
         return self._cost(kept, biases), {gate: own[classes] for gate, classes in self.widths.units.items()}
 
     def _cost(self, kept: Tensor, biases: int) -> float:

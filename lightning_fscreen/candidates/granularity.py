@@ -12,6 +12,7 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.costs.size import Size
 from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import ScoringInputs
+from lightning_fscreen.ranking.multiples import Blocks
 from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -223,6 +224,14 @@ class Granularity(ABC, Generic[Layer]):
     def units(self) -> dict[str, Tensor] | None:
         """Candidates that are pruned together, as for `rank_and_prune`; None if each goes alone."""
         return None
+
+    def blocks(self) -> Blocks | None:
+        """Units of which whole multiples are left, as for `rank_and_prune`; None if any number can be."""
+        return None
+
+    def not_rounded(self, kept: Mapping[str, Tensor]) -> dict[str, str]:
+        """Layers with widths that would be no multiples although they can be pruned, and why; layer → its mask."""
+        return {}
 
     def kinds(self) -> dict[str, str]:
         """The kind of candidates that each layer has, for `scope="kind"`."""

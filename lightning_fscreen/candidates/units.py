@@ -25,16 +25,19 @@ from lightning_fscreen.candidates.prunable import (
     heads_of,
     refine,
 )
+from lightning_fscreen.candidates.rounding import not_rounded, unit_blocks
 from lightning_fscreen.costs.size import Size
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import batch_size, is_within, join
 from lightning_fscreen.ranking.criteria import ScoringInputs
+from lightning_fscreen.ranking.multiples import Blocks
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, gates_of
 from lightning_fscreen.slimming.slim import slim_captured
+from lightning_fscreen.slimming.widths import Widths
 from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics
 
@@ -74,6 +77,7 @@ class Units(Granularity[PrunableUnits]):
         include, exclude: glob patterns over names of such layers; "kind=head" and the like stand for all of a kind.
         bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation).
         feature: the feature of their activations that is screened, one of `FEATURES`.
+        round_to: number of which widths of layers are left in multiples.
 
     Raises:
         ValueError: no such layer, patterns that match nothing.
@@ -82,7 +86,7 @@ class Units(Granularity[PrunableUnits]):
     noun = "units"
     slims_in_fit = True
     has_costs = True
-    options = ("bias", "feature")
+    options = ("bias", "feature", "round_to")
     gates: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head")
     """The kinds of gates whose units are candidates."""
 
@@ -93,12 +97,13 @@ class Units(Granularity[PrunableUnits]):
         exclude: Patterns,
         bias: Bias = "zero",
         feature: Feature = "activation",
+        round_to: int = 1,
     ) -> None:
         self._model, self._include, self._exclude = model, include, exclude
         self._found, self._fixed = find_units(model, self.gates, include, exclude)
         self._wanted: Collection[str] | None = None  # None if all layers are
         self._learned: dict[str, _Learned] = {}
-        self._bias, self._feature = bias, feature
+        self._bias, self._feature, self._round_to = bias, feature, round_to
         self._combine()
 
     def _combine(self) -> None:
@@ -187,7 +192,7 @@ class Units(Granularity[PrunableUnits]):
         """Remove the units that are not kept, and all that only they need."""
         (captured,) = (learned.captured for learned in self._learned.values() if learned.network is network)
         bias: Literal["zero", "fold"] = "zero" if self._bias == "zero" else "fold"
-        return slim_captured(network, captured, kept, args, kwargs, bias, copies, agree)
+        return slim_captured(network, captured, kept, args, kwargs, bias, copies, agree, round_to=self._round_to)
 
     def still_there(self, plan: SlimmingPlan) -> str | None:
         """Layers with units that are switched off but stay."""
@@ -205,16 +210,38 @@ class Units(Granularity[PrunableUnits]):
         """Parameters or multiply–adds of the networks that have been learned from."""
         if currency == "candidates" or (cost := getattr(present, currency)) is None or not self._learned:
             return None
-        names = set(self.names)
         networks = {}
+        for name, widths in self._widths().items():
+            learned = self._learned[name]
+            call = learned.network, learned.captured, learned.instances
+            networks[name] = NetworkCosts(*call, widths, currency, present, name)
+        return UnitCosts(networks, cost)
+
+    def _widths(self) -> dict[str, Widths]:
+        """Those of the networks that have been learned from and hold candidates, by their names."""
+        found: dict[str, Widths] = {}
+        names = set(self.names)
         for name, learned in self._learned.items():
             layers = [layer for layer in learned.layers if layer.name in names]
             gates = {layer.name.removeprefix(name).lstrip("."): len(layer.units) for layer in layers}
-            if not gates:
-                continue
-            call = learned.network, learned.captured, learned.instances
-            networks[name] = NetworkCosts(*call, gates, currency, present, self._bias == "zero", name)
-        return UnitCosts(networks, cost)
+            if gates:
+                shifts = {"silent": self._bias == "zero", "new_shifts": self._bias == "mean"}
+                found[name] = Widths(learned.network, learned.captured, gates, round_to=self._round_to, **shifts)
+        return found
+
+    def blocks(self) -> Blocks | None:
+        """Units that are in the same widths, if these are to be multiples."""
+        if self._round_to == 1 or not self._learned:
+            return None
+        return unit_blocks(self._widths(), {layer.name: layer.units for layer in self._layers}, self._round_to)
+
+    def not_rounded(self, kept: Mapping[str, Tensor]) -> dict[str, str]:
+        """Layers with widths that can be pruned, but would be no multiples."""
+        found: dict[str, str] = {}
+        for name, widths in self._widths().items() if self._round_to > 1 else ():
+            own = not_rounded(widths, {gate: kept[join(name, gate)].cpu() for gate in widths.units}, self._round_to)
+            found |= {join(name, layer): reason for layer, reason in own.items()}
+        return found
 
     def collector(self, num_classes: int, network: str = "") -> ActivationCollector:
         """Sums over the layers' activations."""

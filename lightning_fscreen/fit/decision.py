@@ -82,6 +82,7 @@ class Decision:
                 min_kept=settings.min_channels,
                 units=None if units is None else {name: units[name] for name in ranked},
                 kinds=self._granularity.kinds(),
+                blocks=self._spending.blocks(),
             )
         return masks
 

@@ -53,7 +53,7 @@ class Pruner:
         eagerly: lets a compiled network run eagerly while hooks are active.
         origin: where the fit began.
         plan: the plan of this pruner's own slimming; None before.
-        not_removed: what could not be removed physically, and why; None if everything went.
+        not_removed, not_rounded: as of `PruningReport`.
 
     Raises:
         ValueError: nothing to prune, patterns that match nothing.
@@ -69,6 +69,7 @@ class Pruner:
         # All slimmings, those of other callbacks included.
         self._applied_plan = SlimmingPlan.from_json(state["since"]) if state.get("since") else SlimmingPlan()
         self.not_removed: str | None = state.get("not_removed")
+        self.not_rounded: dict[str, str] = dict(state.get("not_rounded", {}))
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
         self.found = Discovery(model, settings, state, copies)
@@ -256,14 +257,14 @@ class Pruner:
         for module in self.copies.outside:
             broadcast_buffers(trainer, module)
         try:
-            in_fit = self.granularity.slims_in_fit
             slim = partial(self._slim_networks, trainer)
-            plan = slim_in_fit(trainer, self._model, slim) if in_fit else slim()
+            not_rounded = self.granularity.not_rounded(self.masks.present)
+            plan = slim_in_fit(trainer, self._model, slim) if self.granularity.slims_in_fit else slim()
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)
             return None
-        self.plan, self.found.fixed = plan, True
+        self.plan, self.found.fixed, self.not_rounded = plan, True, not_rounded
         self.not_removed = "\n".join(filter(None, (self.not_removed, self.granularity.still_there(plan)))) or None
         for module in (self._model, *self.copies.outside):
             carry(module)
@@ -300,6 +301,7 @@ class Pruner:
             removed=removed,
             not_pruned=dict(self.granularity.not_pruned),
             not_removed=self.not_removed,
+            not_rounded=self.not_rounded,
         )
 
     def present_state(self, model: LightningModule) -> dict[str, Any]:
@@ -321,6 +323,7 @@ class Pruner:
             "since": self._applied_plan.to_json(),
             "sizes": list(astuple(self._record.before)),
             "not_removed": self.not_removed,
+            "not_rounded": dict(self.not_rounded),
             **self.found.state_dict(),
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
             "copies": dict(self.copies.samples),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity
@@ -53,6 +53,7 @@ class PruningReport(Shown):
         removed: hidden units and channels physically removed, by layer.
         not_pruned: layers that were left alone, and why.
         not_removed: what was pruned but could not be removed physically, and why; None if everything went.
+        not_rounded: layers with widths that pruning can reduce but that are no multiples of `round_to`, and why.
     """
 
     granularity: str
@@ -62,6 +63,7 @@ class PruningReport(Shown):
     removed: Mapping[str, int]
     not_pruned: Mapping[str, str]
     not_removed: str | None = None
+    not_rounded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -105,6 +107,7 @@ class PruningReport(Shown):
             {
                 "not pruned": grouped(self.not_pruned.items()),
                 "not physically removed": [self.not_removed] if self.not_removed else [],
+                "no multiples of round_to": grouped(self.not_rounded.items()),
                 "ranked by magnitude alone": grouped((name, reason) for name, reason in evidence if reason),
             },
         )
@@ -168,6 +171,7 @@ class PruningReport(Shown):
             "removed": dict(self.removed),
             "not_pruned": dict(self.not_pruned),
             "not_removed": self.not_removed,
+            "not_rounded": dict(self.not_rounded),
             "modules": [
                 {
                     "name": entry["layer"],

@@ -54,6 +54,7 @@ class Settings:
     end_step: int | None
     prune_every: int | None
     budget: Currency = "candidates"
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -72,6 +73,9 @@ class Settings:
                 raise ValueError(f'collect_every must be "auto" or a number of batches, got {self.collect_every!r}')
             _check_least("collect_every", self.collect_every, 1, "every batch")
         _check_least("collect_epochs", self.collect_epochs, 1, "the epoch before a pruning")
+        if not isinstance(self.round_to, int):
+            raise ValueError(f"round_to must be a whole number, got {self.round_to!r}")
+        _check_least("round_to", self.round_to, 1, "any width")
         check_num_classes(self.num_classes)
         self._check_combinations()
         self._check_window()
@@ -228,6 +232,7 @@ class HasSettings:
     end_step = Setting[int | None]()
     prune_every = Setting[int | None]()
     budget = Setting[Currency]()
+    round_to = Setting[int]()
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

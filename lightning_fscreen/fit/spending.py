@@ -14,6 +14,7 @@ from lightning_fscreen.fit.report import Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import check_patterns, overall, parts
 from lightning_fscreen.ranking.budgeted import check_floors
+from lightning_fscreen.ranking.multiples import Blocks, check_rounding, in_multiples
 from lightning_fscreen.ranking.per_cost import Costs, check_target, prune_to_cost
 from lightning_fscreen.ranking.units import Units
 
@@ -39,6 +40,7 @@ class Spending:
     def __init__(self, settings: Settings, found: Holder, record: Record) -> None:
         self._settings, self._found, self._record = settings, found, record
         self._known: tuple[object, Costs | None] = (None, None)
+        self._known_blocks: tuple[object, Blocks | None] = (None, None)
 
     def total(self, masks: Masks) -> int:
         """What the whole network counts; its parameters, until its multiply–adds are known."""
@@ -68,26 +70,37 @@ class Spending:
         """Check, once the candidates are final, that the floors leave enough to prune.
 
         Raises:
-            ValueError: they do not; says how much can go.
+            ValueError: they do not; says how much can go. No layer has enough units for a multiple.
         """
-        settings = self._settings
+        settings, blocks = self._settings, self.blocks()
         units = self._granularity.units()
+        if units is not None:
+            check_rounding(units, blocks)
         if settings.budget == "candidates":
             totals = {name: mask.numel() for name, mask in masks.kept.items()}
             check_patterns(settings.amount, list(totals), units)
             for amount, layers in parts(settings.amount, list(totals)).values():
-                check_floors({name: totals[name] for name in layers}, amount, settings.min_channels)
+                check_floors({name: totals[name] for name in layers}, amount, settings.min_channels, units, blocks)
             return
         costs, dense = self.costs(), self._dense
         if costs is not None and dense is not None and units is not None:
             full = {name: torch.ones_like(mask) for name, mask in masks.present.items()}
-            check_target(full, costs, (1 - self.amount(masks)) * dense, dense, units, settings.min_channels)
+            target = (1 - self.amount(masks)) * dense
+            try:
+                check_target(full, costs, target, dense, units, settings.min_channels, blocks)
+            except ValueError as error:
+                if settings.bias == "zero":
+                    raise
+                raise ValueError(
+                    f'{error}; if units stay because of their constants, bias="zero" lets them go'
+                ) from error
 
     def most(self, masks: Masks) -> float:
         """The fraction of the total that goes if every layer keeps only as much as it has to."""
         kept = {name: mask.cpu() for name, mask in masks.present.items()}
         units = {name: own.cpu() for name, own in (self._granularity.units() or {}).items()}
         scores = {name: torch.zeros(mask.shape) for name, mask in kept.items()}
+        units = dict(in_multiples(scores, kept, units, self.blocks()))
         least = Units(scores, kept, units, self._settings.min_channels).least()
         costs, dense = self.costs(), self._dense
         if costs is not None and dense is not None:
@@ -114,6 +127,7 @@ class Spending:
             scope=settings.scope,
             min_kept=settings.min_channels,
             kinds=self._granularity.kinds(),
+            blocks=self.blocks(),
         )
 
     def costs(self, afresh: bool = False) -> Costs | None:
@@ -128,6 +142,13 @@ class Spending:
         if key != self._known[0] or (afresh and self._settings.bias != "zero"):
             self._known = key, self._granularity.costs(self._record.after, self._settings.budget)
         return self._known[1]
+
+    def blocks(self) -> Blocks | None:
+        """Units of which whole multiples are left; None if any number can be."""
+        key = self._granularity, tuple(self._granularity.names), self._record.after
+        if key != self._known_blocks[0]:
+            self._known_blocks = key, self._granularity.blocks()
+        return self._known_blocks[1]
 
     @property
     def _granularity(self) -> Granularity[Any]:

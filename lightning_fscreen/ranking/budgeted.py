@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.modules import coupled_layers
+from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept, queues_of
 from lightning_fscreen.ranking.units import Units
 
 Scope = Literal["global", "kind", "layer"]
@@ -26,6 +27,7 @@ def rank_and_prune(
     min_kept: int = 1,
     units: Mapping[str, Tensor] | None = None,
     kinds: Mapping[str, str] | None = None,
+    blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
     """Prune the lowest scores until the budget is met; candidates pruned before stay pruned.
 
@@ -45,6 +47,7 @@ def rank_and_prune(
             negative ones stay. Coupled layers then count as one for scope "layer", and belong to the kind of the first
             of them for "kind"; where units are larger than one the budget is met as nearly as their sizes allow.
         kinds: layer → its kind; without it, all layers are of one. Only looked at with `units`.
+        blocks: of which units whole multiples are left, see `in_multiples`. Only looked at with `units`.
 
     Returns:
         layer → new boolean mask.
@@ -58,7 +61,8 @@ def rank_and_prune(
         if bool((torch.isnan(score) & kept[name]).any()):
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     if units is not None:
-        return _prune_units(scores, kept, amount, ranked_together(kept, scope, units, kinds), min_kept, units)
+        together = ranked_together(kept, scope, units, kinds)
+        return _prune_units(scores, kept, amount, together, min_kept, units, blocks)
     totals = {name: mask.numel() for name, mask in kept.items()}
     left = {name: int(mask.sum()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}
@@ -77,20 +81,33 @@ def rank_and_prune(
     return masks
 
 
-def check_floors(totals: Mapping[str, int], amount: float, min_kept: int) -> None:
+def check_floors(
+    totals: Mapping[str, int],
+    amount: float,
+    min_kept: int,
+    units: Mapping[str, Tensor] | None = None,
+    blocks: Blocks | None = None,
+) -> None:
     """Check, before anything is pruned, that a floor leaves enough to prune.
 
     Args:
         totals: layer → number of candidates.
         amount: fraction of them that is pruned in the end.
         min_kept: candidates that every layer keeps.
+        units: as of `rank_and_prune`; only looked at with `blocks`.
+        blocks: likewise.
 
     Raises:
         ValueError: it does not.
     """
     total = sum(totals.values())
     floor = sum(min(min_kept, count) for count in totals.values())
-    _check_floors(amount, total - round(amount * total), total, floor, min_kept, len(totals))
+    if units is not None and blocks is not None:
+        zeros = {name: torch.zeros(len(units[name])) for name in totals}
+        kept = {name: torch.ones(own.shape, dtype=torch.bool) for name, own in zeros.items()}
+        own = {name: each.cpu() for name, each in in_multiples(zeros, kept, units, blocks).items()}
+        floor = Units(zeros, kept, own, min_kept).protected
+    _check_floors(amount, total - round(amount * total), total, floor, min_kept, len(totals), blocks)
 
 
 def _prune_units(
@@ -100,7 +117,9 @@ def _prune_units(
     layers: Sequence[Sequence[str]],
     min_kept: int,
     units: Mapping[str, Tensor],
+    blocks: Blocks | None,
 ) -> dict[str, Tensor]:
+    units = in_multiples(scores, kept, units, blocks)
     parts = {
         str(place): Units(scores, {name: kept[name] for name in names}, units, min_kept)
         for place, names in enumerate(layers)
@@ -109,11 +128,16 @@ def _prune_units(
     floors = {place: part.protected for place, part in parts.items()}
     left = {place: part.left for place, part in parts.items()}
     budget = sum(totals.values()) - round(amount * sum(totals.values()))
-    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(kept))
+    _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(kept), blocks)
     keep = _shares(totals, floors, left, budget)
     masks: dict[str, Tensor] = {}
+    missed = 0
     for place, part in parts.items():
-        masks |= part.drop(max(left[place] - keep[place], 0))
+        count = max(left[place] - keep[place], 0) + missed
+        found = part.drop(max(count, 0), queues_of(part, blocks))
+        if blocks is not None:  # half a multiple in every layer could add up
+            missed = count - left[place] + sum(int(mask.sum()) for mask in found.values())
+        masks |= found
     return {name: masks[name] for name in kept}
 
 
@@ -133,11 +157,13 @@ def ranked_together(
     return list(parts.values())
 
 
-def _check_floors(amount: float, budget: int, total: int, floor: int, min_kept: int, layers: int) -> None:
-    if floor > budget:
+def _check_floors(
+    amount: float, budget: int, total: int, floor: int, min_kept: int, layers: int, blocks: Blocks | None = None
+) -> None:
+    if floor > budget + (0 if blocks is None else blocks.round_to // 2):  # else the floor is the nearest multiple
         raise ValueError(
-            f"amount={amount:.6g} would keep {budget} of {total} candidates, but at least {min_kept} in "
-            f"each of {layers} layers makes {floor}; lower amount or the floor"
+            f"amount={amount:.6g} would keep {budget} of {total} candidates, but at least "
+            f"{least_kept(min_kept, layers, blocks)} makes {floor}; lower amount or the floor"
         )
 
 

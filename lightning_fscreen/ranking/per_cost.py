@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.ranking.budgeted import Scope, ranked_together
+from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept, queues_of
 from lightning_fscreen.ranking.units import Units
 
 TOLERANCE = 0.01
@@ -41,6 +42,7 @@ def prune_to_cost(
     scope: Scope = "global",
     min_kept: int = 1,
     kinds: Mapping[str, str] | None = None,
+    blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
     """Prune the units that are worth least for their cost, until a cost is met; those pruned before stay pruned.
 
@@ -63,6 +65,7 @@ def prune_to_cost(
             (coupled ones count as one), or of every kind: the one that meets the cost; inside they are ranked so.
         min_kept: units that every layer keeps (all of them, in a layer with fewer).
         kinds: layer → its kind, for scope "kind".
+        blocks: of which units whole multiples are left, see `in_multiples`.
 
     Returns:
         layer → new boolean mask, on the device of the old one.
@@ -75,15 +78,15 @@ def prune_to_cost(
             raise ValueError(f"the scores of {name!r} contain NaN, so nothing was pruned; check its weights")
     devices = {name: mask.device for name, mask in kept.items()}
     scores, kept, units = ({name: value.cpu() for name, value in each.items()} for each in (scores, kept, units))
-    found_units = Units(scores, kept, units, min_kept)
-    worth = found_units.total({name: shares(score, kept[name]) for name, score in scores.items()})
-    search = _Search(found_units, worth, costs, target, _CLOSE * dense)
-    if scope == "global":
-        found = search.by_stages()
-    else:
-        found = search.by_fraction(kept, ranked_together(kept, scope, units, kinds))
+    together = ranked_together(kept, scope, units, kinds)
+    own = {name: shares(score, kept[name]) for name, score in scores.items()}
+    scores = scores if blocks is None else own  # so that the best group of a block is the same in both
+    found_units = Units(scores, kept, in_multiples(own, kept, units, blocks), min_kept)
+    worth = found_units.total(own)
+    search = _Search(found_units, worth, queues_of(found_units, blocks), costs, target, _CLOSE * dense)
+    found = search.by_stages() if scope == "global" else search.by_fraction(kept, together)
     if found.cost > target + TOLERANCE * dense:  # units are large, or there are none left
-        _check_least(found_units, costs, target, dense, min_kept, len(kept))
+        _check_least(found_units, costs, target, dense, least_kept(min_kept, len(kept), blocks))
     return {name: mask.to(devices[name]) for name, mask in search.masks(found).items()}
 
 
@@ -108,7 +111,13 @@ def shares(scores: Tensor, kept: Tensor) -> Tensor:
 
 
 def check_target(
-    full: Mapping[str, Tensor], costs: Costs, target: float, dense: float, units: Mapping[str, Tensor], min_kept: int
+    full: Mapping[str, Tensor],
+    costs: Costs,
+    target: float,
+    dense: float,
+    units: Mapping[str, Tensor],
+    min_kept: int,
+    blocks: Blocks | None = None,
 ) -> None:
     """Check, before anything is pruned, that the floors leave enough to prune.
 
@@ -119,23 +128,25 @@ def check_target(
         dense: cost of the whole network.
         units: layer → (n,) int64, as of `prune_to_cost`.
         min_kept: units that every layer keeps.
+        blocks: as of `prune_to_cost`.
 
     Raises:
         ValueError: they do not; says how much can go.
     """
     kept = {name: mask.cpu() for name, mask in full.items()}
     scores = {name: torch.zeros(mask.shape) for name, mask in kept.items()}
-    found = Units(scores, kept, {name: own.cpu() for name, own in units.items()}, min_kept)
-    _check_least(found, costs, target, dense, min_kept, len(kept))
+    units = in_multiples(scores, kept, {name: own.cpu() for name, own in units.items()}, blocks)
+    found = Units(scores, kept, units, min_kept)
+    _check_least(found, costs, target, dense, least_kept(min_kept, len(kept), blocks))
 
 
-def _check_least(units: Units, costs: Costs, target: float, dense: float, min_kept: int, layers: int) -> None:
+def _check_least(units: Units, costs: Costs, target: float, dense: float, kept: str) -> None:
     least = costs.of(units.least())
     if least > target + TOLERANCE * dense:
         raise ValueError(
-            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {min_kept} in each of "
-            f"{layers} layers the network still costs {least / dense:.2%} of what it did, because of what is not "
-            f"pruned; lower amount to {max(1 - least / dense, 0):.4g} or less, or the floor"
+            f"amount={1 - target / dense:.4g} of the cost cannot go: without all units but {kept} the network still "
+            f"costs {least / dense:.2%} of what it did, because of what is not pruned; lower amount to "
+            f"{max(1 - least / dense, 0):.4g} or less, or the floor"
         )
 
 
@@ -152,13 +163,15 @@ class _Search:
     Args:
         units: the units.
         worth: (units,) float64.
+        queues: (units,) int64: of units with equal numbers none goes before those that rank lower.
         costs: what masks cost.
         target: cost to be met.
         close: by how much it may be missed.
     """
 
-    def __init__(self, units: Units, worth: Tensor, costs: Costs, target: float, close: float) -> None:
+    def __init__(self, units: Units, worth: Tensor, queues: Tensor, costs: Costs, target: float, close: float) -> None:
         self._units, self._worth, self._costs, self._target, self._close = units, worth, costs, target, close
+        self._queues = queues
 
     def masks(self, found: _Found) -> dict[str, Tensor]:
         """Masks without the units found."""
@@ -197,10 +210,19 @@ class _Search:
 
     def _order(self, prices: Tensor, pruned: Tensor) -> Tensor:
         """Those that are left, the least worth for their price first; those that save nothing never go."""
-        order = self._units.lowest_first(torch.where(prices > 0, self._worth / prices, torch.inf))
+        order = self._units.lowest_first(self._in_queues(torch.where(prices > 0, self._worth / prices, torch.inf)))
         free = prices > 0
         free[pruned] = False
         return order[free[order]]
+
+    def _in_queues(self, keys: Tensor) -> Tensor:
+        """Keys that are no lower than those of units of the same queue that rank lower, (units,)."""
+        order = torch.arange(len(keys)).flip(0)  # groups are numbered from the best
+        order = order[self._queues[order].argsort(stable=True)]
+        levels, ranks = keys.unique(return_inverse=True)
+        queues = self._queues[order]
+        highest = (queues * len(levels) + ranks[order]).cummax(0).values - queues * len(levels)
+        return torch.empty_like(keys).scatter(0, order, levels[highest])
 
     def _without(self, *pruned: Tensor) -> _Found:
         indices = torch.cat(pruned)
@@ -227,18 +249,45 @@ class _Search:
             step *= 2
             if not low < guess < high:  # then by halves
                 guess = (low + high) // 2
-        return self._filled_up(too_few, enough, order[high:], prices)
+        best = self._filled_up(too_few, enough, order[high:], prices)
+        return self._given_back(enough, best, prices)
 
     def _filled_up(self, too_few: _Found, enough: _Found, others: Tensor, prices: Tensor) -> _Found:
         """The nearer of two; if neither is near, pass over the unit between them for smaller ones that rank higher."""
         best = min(too_few, enough, key=self._miss)
-        tries = others[prices[others] <= too_few.cost - self._target + self._miss(best)][:_TRIES]
-        for unit in tries:
-            if self._miss(best) <= self._close:
+        affordable = (prices[others] <= too_few.cost - self._target + self._miss(best)).tolist()
+        tries, passed = _TRIES, {int(self._queues[enough.pruned[-1]])}
+        for unit, queue, fits in zip(others, self._queues[others].tolist(), affordable, strict=True):
+            if self._miss(best) <= self._close or not tries:
                 break
-            found = self._without(too_few.pruned, unit[None])
-            best = min(best, found, key=self._miss)
-            too_few = found if found.cost > self._target else too_few
+            if queue in passed:
+                continue
+            if fits:
+                tries -= 1
+                found = self._without(too_few.pruned, unit[None])
+                best = min(best, found, key=self._miss)
+                if found.cost > self._target:
+                    too_few = found
+                    continue
+            passed.add(queue)
+        return best
+
+    def _given_back(self, enough: _Found, best: _Found, prices: Tensor) -> _Found:
+        """If that is not near either, go without too many, and give back those that rank highest and fit."""
+        left, tries, passed = enough, _TRIES, set[int]()
+        for unit, queue in zip(enough.pruned.flip(0), self._queues[enough.pruned].flip(0).tolist(), strict=True):
+            if self._miss(best) <= self._close or not tries:
+                break
+            if queue in passed:
+                continue
+            if float(prices[unit]) <= self._target - left.cost + self._miss(best):
+                tries -= 1
+                found = self._without(left.pruned[left.pruned != unit])
+                best = min(best, found, key=self._miss)
+                if found.cost < self._target:
+                    left = found
+                    continue
+            passed.add(queue)
         return best
 
     def _miss(self, found: _Found) -> float:

@@ -56,22 +56,31 @@ class Units:
         """Number of candidates left."""
         return int(self._sizes.sum())
 
-    def drop(self, count: int) -> dict[str, Tensor]:
+    def drop(self, count: int, queues: Tensor | None = None) -> dict[str, Tensor]:
         """New masks without the lowest-ranked units, `count` candidates in all, or as near to it as their sizes allow.
 
         Equal scores are pruned in the order of their first candidates.
+
+        Args:
+            count: number of candidates.
+            queues: (units,) int64: of units with equal numbers none goes before those that rank lower; by default any.
         """
         order = self.lowest_first(self._scores)
         sizes = self._sizes[order].tolist()
-        chosen, rest = [], count
-        for place, size in enumerate(sizes):  # a unit that is too large is passed over for the next that fits
+        waiting = range(len(order)) if queues is None else queues[order].tolist()
+        chosen, passed, rest = [], dict[int, int](), count
+        for place, (size, queue) in enumerate(zip(sizes, waiting, strict=True)):
             if rest == 0:
                 break
+            if queue in passed:
+                continue
             if size <= rest:
                 chosen.append(place)
                 rest -= size
+            else:  # a unit that is too large is passed over for the next that fits
+                passed[queue] = place
         if rest:
-            others = sorted(set(range(len(sizes))) - set(chosen), key=lambda place: (sizes[place], place))
+            others = sorted(passed.values(), key=lambda place: (sizes[place], place))
             if others and sizes[others[0]] - rest < rest:
                 chosen.append(others[0])
         return self.without(order[chosen])
@@ -101,10 +110,19 @@ class Units:
         flat = torch.cat([values[name] for name in self._lengths]).double()
         return torch.zeros_like(self._scores).index_add(0, self._members, torch.where(self._kept, flat, 0.0))
 
+    def of_first(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """(units,), a number that each unit has from its first candidate; layer → (n,)."""
+        return torch.cat([numbers[name] for name in self._lengths]).to(self._first.device)[self._first]
+
     def part(self, layers: Mapping[str, int]) -> Tensor:
         """(units,) int64, a number that each unit has from the layer of its first candidate."""
-        numbers = [torch.full((length,), layers[name]) for name, length in self._lengths.items()]
-        return torch.cat(numbers)[self._first]
+        return self.of_first({name: torch.full((length,), layers[name]) for name, length in self._lengths.items()})
+
+    def grouped(self, chosen: Tensor, groups: Tensor) -> dict[str, Tensor]:
+        """Larger units, layer → (n,) int64: those at the indices `chosen` are in these groups, all others in -1."""
+        numbers = torch.full_like(self._first, -1)
+        numbers[chosen] = groups
+        return dict(zip(self._lengths, numbers[self._members].split(list(self._lengths.values())), strict=True))
 
     def without(self, pruned: Tensor) -> dict[str, Tensor]:
         """New masks without some units, given by their indices."""

@@ -40,6 +40,7 @@ def remove_dead_slots(
     off: Callable[[], Mapping[str, Off]] | None = None,
     copies: Sequence[Copy] = (),
     agree: Agree = unanimous,
+    round_to: int = 1,
 ) -> SlimmingPlan:
     """Plan the removal of all dead slots, carry it out in place, verify it, and remember the plan on the layers.
 
@@ -55,6 +56,7 @@ def remove_dead_slots(
             `Walk`. With it, train mode is verified, too.
         copies: copies of the network, which lose the same slots; each is planned and verified with its own values.
         agree: has the last word.
+        round_to: number of which widths of layers become multiples, see `make_change`.
 
     Returns:
         The plan that was applied; false if there was nothing to remove.
@@ -67,7 +69,7 @@ def remove_dead_slots(
     def change(literal: Collection[str] = (), numbers: Numbers = "computed") -> tuple[Change, Mapping[str, Assumption]]:
         switched = off and off()
         slots = find_slots(network, captured, switched, literal)
-        return make_change(network, slots, switched, numbers), slots.assumed
+        return make_change(network, slots, switched, numbers, round_to), slots.assumed
 
     def carry_out(own: Change, literal: Collection[str] = (), numbers: Numbers = "computed") -> Undo:
         for follower in followers:

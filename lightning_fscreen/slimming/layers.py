@@ -36,8 +36,7 @@ def _parts_of_dense(walk: Walk, node: Any, weight: str, rows: slice, bias: Any) 
     labels, constant, known = walk.slots.along(walk.value(node.args[0]), -1)
     all_rows = walk.slots.dims.get((weight, 0))
     all_rows = walk.slots.new(walk.shape(weight)[0]) if all_rows is None else all_rows
-    walk.slots.cut(weight, 0, all_rows)
-    walk.slots.cut(weight, 1, labels)
+    walk.slots.multiply(weight, all_rows, labels)
     outputs = all_rows[rows]
     if bias is not None:
         walk.slots.unify(outputs, walk.slots.along(operand_of(walk, bias), 0)[0])
@@ -117,8 +116,7 @@ def _dense(
     if bias is not None and not broadcast and walk.shape(bias) != (len(outputs),):
         raise Unsupported("its bias is no vector of as many elements as it has outputs")
     labels, constant, known = walk.slots.along(walk.value(source), channel_dim)
-    walk.slots.cut(weight, 1 - input_dim, outputs)
-    walk.slots.cut(weight, input_dim, labels)
+    walk.slots.multiply(weight, *((labels, outputs) if transposed else (outputs, labels)))
     if bias is not None and broadcast:
         walk.opaque.setdefault(bias, "it is the bias of all units")
     elif bias is not None:
@@ -165,8 +163,7 @@ def _grouped(
     shape = walk.shape(weight)
     outputs = walk.slots.new(shape[1] if transposed else shape[0] // groups).repeat(groups)
     flat, within = (labels, outputs[: shape[1]]) if transposed else (outputs, by_group[0])
-    walk.slots.cut(weight, 0, flat)
-    walk.slots.cut(weight, 1, within)
+    walk.slots.multiply(weight, flat, within)
     if bias is not None:
         walk.slots.cut(bias, 0, outputs)
     walk.slots.readers.append(
@@ -191,7 +188,7 @@ def _depthwise(
     labels, constant, known = walk.slots.along(walk.value(node.args[0]), channel_dim)
     spread = node.meta["val"].shape[channel_dim] // len(labels)
     outputs, constant, known = (part.repeat_interleave(spread) for part in (labels, constant, known))
-    walk.slots.cut(weight, 0, labels if transposed else outputs)
+    walk.slots.multiply(weight, labels if transposed else outputs)
     walk.slots.depthwise.update({name: labels for name, _ in walk.layers[weight]})
     if bias is not None:
         walk.slots.cut(bias, 0, outputs)

@@ -12,7 +12,7 @@ from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
 from lightning_fscreen.slimming.slots import SlotGraph
 
-_SHAPE = "a layer keeps at least one channel"
+_SHAPE = "a layer keeps at least one channel, or as many as make its width a multiple of round_to"
 
 
 def kept_for(

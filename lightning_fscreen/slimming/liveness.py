@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_fscreen.slimming.multiples import Multiples
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
 from lightning_fscreen.slimming.slots import PINNED, SlotGraph
 
@@ -14,17 +15,20 @@ from lightning_fscreen.slimming.slots import PINNED, SlotGraph
 _WEAK = 0.1
 
 
-def live_slots(slots: SlotGraph, readers: Sequence[Reader]) -> tuple[Tensor, Tensor]:
+def live_slots(
+    slots: SlotGraph, readers: Sequence[Reader], multiples: Multiples | None = None
+) -> tuple[Tensor, Tensor]:
     """Least set of slots that has to stay for the network to compute the same function.
 
     A slot lives if it is pinned, or if a living output of some layer reads it, unless it is a known constant that can
     be carried into that layer's bias. Where zero padding meets a constant no bias is exact; there one constant input
     stays, and carries all the others. No dimension is emptied: where nothing lives, one slot is kept for the shape
-    alone.
+    alone; so are those that make widths multiples.
 
     Args:
         slots: the slots, from the walk over the graph.
         readers: in the order of the graph; they know only the constants that can be carried (see `carriable`).
+        multiples: blocks of slots, by their representatives; None if widths need not be multiples.
 
     Returns:
         live, kept: (number of slots,) bool; `kept` has those kept for the shape in addition.
@@ -34,7 +38,7 @@ def live_slots(slots: SlotGraph, readers: Sequence[Reader]) -> tuple[Tensor, Ten
     live[root[PINNED]] = True
     _spread(readers, root, live)
     _keep_carriers(readers, root, live)
-    return live[root], _keep_shapes(slots, readers, root, live)[root]
+    return live[root], _keep_shapes(slots, readers, root, live, multiples)[root]
 
 
 def removed_constants(reader: DenseReader, live: Tensor, kept: Tensor) -> tuple[Tensor, int | None]:
@@ -112,8 +116,10 @@ def _missing_carrier(reader: DenseReader, root: Tensor, live: Tensor) -> int | N
     return None
 
 
-def _keep_shapes(slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live: Tensor) -> Tensor:
-    """Living slots, one slot of every dimension, and the inputs that kept channels of batch norms normalise."""
+def _keep_shapes(
+    slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live: Tensor, multiples: Multiples | None
+) -> Tensor:
+    """Living slots, one slot of every dimension or a multiple, and the inputs that kept channels normalise."""
     kept = live.clone()
     while True:
         before = int(kept.sum())
@@ -123,5 +129,6 @@ def _keep_shapes(slots: SlotGraph, readers: Sequence[Reader], root: Tensor, live
         for reader in readers:
             if isinstance(reader, NormReader):
                 kept[root[reader.inputs[kept[root[reader.outputs]] & ~reader.off]]] = True
+        kept = kept if multiples is None else multiples.filled(kept)
         if int(kept.sum()) == before:
             return kept

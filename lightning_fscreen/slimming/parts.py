@@ -184,6 +184,10 @@ def lookup(walk: Walk, node: Any) -> Value:
         raise Unsupported("it takes elements apart by their numbers")
     (place,) = places
     value = _table(walk, table, 1 - place)
+    if (name := walk.name(table)) is not None and len(walk.shape(name)) == 2:  # it may be an output layer's, too
+        entries = walk.slots.new(walk.shape(name)[place])
+        walk.slots.cut(name, place, entries)
+        walk.slots.pin(entries, "it is looked up by its number in a table that shares its weight")
     if value.labels.shape[place] > 1:
         raise Unsupported("it takes channels by their numbers")
     same = value.constant.shape[place] == value.known.shape[place] == 1

@@ -18,6 +18,7 @@ from lightning_fscreen.slimming.double import Exact, Tensors
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.leftovers import kept_for
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
+from lightning_fscreen.slimming.multiples import find_multiples
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.readers import DenseReader, Reader
 from lightning_fscreen.slimming.select import selected
@@ -46,7 +47,11 @@ class Change:
 
 
 def make_change(
-    network: nn.Module, slots: SlotGraph, off: Mapping[str, Off] | None = None, numbers: Numbers = "computed"
+    network: nn.Module,
+    slots: SlotGraph,
+    off: Mapping[str, Off] | None = None,
+    numbers: Numbers = "computed",
+    round_to: int = 1,
 ) -> Change:
     """The plan that removes all dead slots; network and slots stay as they are.
 
@@ -55,10 +60,13 @@ def make_change(
         slots: its slots.
         off: batch norm → its channels that are switched off.
         numbers: what is done about numbers in forward that seem to count channels.
+        round_to: widths of layers become multiples of it, or stay; dead slots are kept for that.
     """
     tensors, modules = named_tensors(network), dict(network.named_modules())
     readers = carriable(network, slots)
-    live, kept = live_slots(slots, readers)
+    root = slots.components()
+    widths = [root[labels] for labels in slots.widths.values()]
+    live, kept = live_slots(slots, readers, find_multiples(widths, slots.count, round_to) if round_to > 1 else None)
     dense = [reader for reader in readers if isinstance(reader, DenseReader)]
     calls = [assumption.call for assumption in slots.assumed.values() if assumption.call is not None]
     cuts = _cuts(slots, kept)

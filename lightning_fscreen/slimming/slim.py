@@ -120,11 +120,12 @@ def slim_captured(
     copies: Sequence[Copy] = (),
     agree: Agree = unanimous,
     heads: Mapping[str, Heads] | None = None,
+    round_to: int = 1,
 ) -> SlimmingPlan:
     """As `slim`, for a network that has been captured, masks that have been checked, and copies that have been found.
 
     Nobody takes the optimizers along. `agree` has the last word: network and copies are untouched after its error.
-    `heads` are those of the network, if they are known.
+    `heads` are those of the network, if they are known. Widths become multiples of `round_to`, or stay.
     """
     known = heads_in(network, captured, keep) if heads is None else heads
 
@@ -134,7 +135,7 @@ def slim_captured(
     undo = [switch_off(network, keep, bias, known)]
     try:
         undo.append(take_pruned(copies, network, _pruned(network, keep, known)))
-        return remove_dead_slots(network, captured, args, kwargs, switched, copies, agree)
+        return remove_dead_slots(network, captured, args, kwargs, switched, copies, agree, round_to)
     except BaseException:
         for step in reversed(undo):
             step()

@@ -152,6 +152,7 @@ class SlotGraph:
     Attributes:
         readers: in the order of the graph.
         dims: (tensor name, dim) → labels of that dimension, for all that can be cut.
+        weights: those of these tensors that linear and convolution layers multiply by.
         depthwise: depthwise convolution → slots of its channels.
         gates: batch norm, or another layer that is switched off → slots of its outputs.
         layers: linear or convolution layer → slots of its outputs.
@@ -169,6 +170,7 @@ class SlotGraph:
 
     readers: list[Reader] = field(default_factory=list)
     dims: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    weights: set[str] = field(default_factory=set)
     depthwise: dict[str, Tensor] = field(default_factory=dict)
     gates: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
@@ -216,6 +218,18 @@ class SlotGraph:
         if (name, dim) in self.dims:
             self.unify(self.dims[name, dim], labels)
         self.dims[name, dim] = labels
+
+    def multiply(self, name: str, rows: Tensor, columns: Tensor | None = None) -> None:
+        """A layer multiplies by this weight, whose first two dimensions run over these slots."""
+        self.weights.add(name)
+        self.cut(name, 0, rows)
+        if columns is not None:
+            self.cut(name, 1, columns)
+
+    @property
+    def widths(self) -> dict[tuple[str, int], Tensor]:
+        """Those of `dims` that are widths of a linear or convolution layer."""
+        return {place: labels for place, labels in self.dims.items() if place[0] in self.weights}
 
     def along(self, value: Value, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, constants and known along one dimension, (size,), the others reduced.

@@ -13,6 +13,7 @@ from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.kinds import kind_of, off
 from lightning_fscreen.slimming.liveness import live_slots, removed_constants
+from lightning_fscreen.slimming.multiples import find_multiples
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.planning import carriable
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
@@ -31,16 +32,29 @@ class Widths:
         captured: its graph.
         gates: the gates whose units masks may switch off, and how many they have.
         silent: whether their shifts are zeroed as well; else they stay as they are now.
+        round_to: number of which widths of layers become multiples, see `make_change`.
+        new_shifts: whether pruned units will get other shifts, none of them zero, no two the same.
 
     Attributes:
         dims: (tensor name, dim) → the class of each index, for all that can be cut.
+        layers: those of them that are widths of linear and convolution layers.
         products: call that multiplies activations → the classes of its result.
         units: gate → the class of each of its units.
         held: (pairs, 2): classes without units of their own, and the class of a channel of a batch norm that reads
             them. They go when no such channel is left; classes that others read as well are not among them.
+        stuck: (classes,) bool: units that stay although they are switched off, since the constant that is left of them
+            cannot be carried by a layer that reads it.
     """
 
-    def __init__(self, network: nn.Module, captured: Capture, gates: Mapping[str, int], silent: bool) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        captured: Capture,
+        gates: Mapping[str, int],
+        silent: bool,
+        round_to: int = 1,
+        new_shifts: bool = False,
+    ) -> None:
         modules, switched = dict(network.named_modules()), {}
         for name, count in gates.items():
             everything = torch.ones(count, dtype=torch.bool)
@@ -49,10 +63,13 @@ class Widths:
                 switched[name] = Off(everything, torch.zeros(count, dtype=torch.float64))
             else:
                 switched[name] = off(modules[name], kind, everything, silent)
+                if new_shifts and kind.shift(modules[name]) is not None:
+                    switched[name] = Off(everything, torch.linspace(1, 2, count, dtype=torch.float64))
         slots = find_slots(network, captured, switched)
         _, self._class = slots.components().unique(return_inverse=True)  # that of PINNED is 0, like itself
         self.count = 1 + int(self._class.max())
         self.dims = {place: self._class[labels] for place, labels in slots.dims.items()}
+        self.layers = {place: self.dims[place] for place in slots.widths}
         self.products = {call: self._class[labels] for call, labels in slots.products.items()}
         self.units = {name: self._class[slots.gates[name]] for name in gates}
         self._readers = [
@@ -66,8 +83,10 @@ class Widths:
             for reader in self._readers
         ]
         self._graph = SlotGraph(dims={place: self.dims[place] for place in different.values()}, _count=self.count)
+        self._multiples = find_multiples(self.layers.values(), self.count, round_to) if round_to > 1 else None
         self._has_units = self._marked(*self.units.values())
         self.held = self._find_held()
+        self.stuck = self._has_units & self._find_stuck()
 
     def remaining(self, keep: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """What stays.
@@ -78,6 +97,20 @@ class Widths:
         Returns:
             (classes,) bool, and the number of bias values that layers without a bias get, to carry constants.
         """
+        readers = self._masked(keep)
+        live, kept = live_slots(self._graph, readers, self._multiples)
+        biases = 0
+        for reader in itertools.compress(readers, self._unbiased):
+            assert isinstance(reader, DenseReader)
+            gone, carrier = removed_constants(reader, live, kept)
+            biases += int(kept[reader.outputs].sum()) if carrier is None and bool(gone.any()) else 0
+        return kept, biases
+
+    def live(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """(classes,) bool, those of what stays that the function needs; the others only make widths multiples."""
+        return live_slots(self._graph, self._masked(keep))[0]
+
+    def _masked(self, keep: Mapping[str, Tensor]) -> list[Reader]:
         on = self._marked(*(labels[keep[name]] if name in keep else labels for name, labels in self.units.items()))
         switched = self._has_units & ~on
 
@@ -91,14 +124,7 @@ class Widths:
                 return replace(reader, muted=reader.muted & off)
             return reader
 
-        readers = [masked(reader) for reader in self._readers]
-        live, kept = live_slots(self._graph, readers)
-        biases = 0
-        for reader in itertools.compress(readers, self._unbiased):
-            assert isinstance(reader, DenseReader)
-            gone, carrier = removed_constants(reader, live, kept)
-            biases += int(kept[reader.outputs].sum()) if carrier is None and bool(gone.any()) else 0
-        return kept, biases
+        return [masked(reader) for reader in self._readers]
 
     def _find_held(self) -> Tensor:
         pairs = [torch.empty(0, 2, dtype=torch.int64)]
@@ -110,6 +136,15 @@ class Widths:
                 others[reader.inputs[~reader.known]] = True
         held = torch.cat(pairs)
         return held[~(others | self._has_units)[held[:, 0]]]
+
+    def _find_stuck(self) -> Tensor:
+        read = [torch.empty(0, dtype=torch.int64)]
+        for reader in self._readers:
+            if not isinstance(reader, NormReader):
+                muted = reader.muted if isinstance(reader, DenseReader) else None
+                needed = ~reader.spared() if muted is None else ~(reader.spared() | muted)
+                read.append(reader.inputs[needed])
+        return self._marked(*read)
 
     def _marked(self, *classes: Tensor) -> Tensor:
         marked = torch.zeros(self.count, dtype=torch.bool)

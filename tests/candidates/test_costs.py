@@ -68,3 +68,20 @@ def test_heads(seed: int) -> None:
         network = random_block(seed).to(dtype)
         width = network.before.normalized_shape[0]
         check(network, torch.randn(2, 5, width, dtype=dtype), "zero", seed)
+
+
+@pytest.mark.parametrize("bias", ["zero", "fold", "mean"])
+def test_units_that_would_stay_cost_nothing(bias: Literal["zero", "fold", "mean"]) -> None:
+    """Behind dropout a unit that is switched off is a constant only if it is zero; slimming says which stay."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    units = Units(network, None, None, bias=bias)
+    units.learn(network, (x,), {})
+    costs, numbers = units.costs(measure_size(network, ((x,), {}), len(x)), "macs"), units.units()
+    assert costs is not None and numbers is not None
+    masks = {name: torch.arange(len(own)) < 3 for name, own in numbers.items()}
+    _, prices = costs.priced({name: torch.ones_like(mask) for name, mask in masks.items()})
+    plan = units.slim(network, (x,), {}, masks)
+    free = {name for name, price in prices.items() if not bool(price.any())}
+    assert free == set(plan.kept_for) == (set() if bias == "zero" else {"0"})

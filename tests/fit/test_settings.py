@@ -41,6 +41,7 @@ GIVEN = {
     "end_step": None,
     "prune_every": None,
     "budget": "macs",
+    "round_to": 8,
 }
 
 

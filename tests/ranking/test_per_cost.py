@@ -133,3 +133,23 @@ def test_shares_by_hand() -> None:
         [0, 0.2, 1]
     )
     assert not bool(shares(torch.zeros(3), torch.ones(3, dtype=torch.bool)).any())
+
+
+def test_large_units_that_fit_no_more_are_swapped_for_smaller_ones() -> None:
+    """The lowest-ranked units are too few or too many; the second of them alone is just enough."""
+
+    class Sum:
+        def __init__(self) -> None:
+            self.sizes = {"a": torch.tensor([7.0, 80.0]), "b": torch.tensor([10.0, 80.0])}
+
+        def of(self, kept: dict[str, Tensor]) -> float:
+            return float(sum(self.sizes[name][mask].sum() for name, mask in kept.items()))
+
+        def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+            return self.of(kept), self.sizes
+
+    kept = {name: torch.ones(2, dtype=torch.bool) for name in "ab"}
+    scores = {"a": torch.tensor([1.0, 9.0]), "b": torch.tensor([2.0, 9.0])}
+    units = {"a": torch.tensor([0, 1]), "b": torch.tensor([2, 3])}
+    masks = prune_to_cost(scores, kept, Sum(), 167.0, 177.0, units=units)  # type: ignore[arg-type]
+    assert masks["a"].all() and masks["b"].tolist() == [False, True]

@@ -410,3 +410,21 @@ def test_any_network_keeps_the_function_of_the_masked_one(net: nn.Module, amount
     for parameter in net.parameters():
         nn.init.normal_(parameter)
     check(net.double(), torch.randn(4, 3, dtype=torch.float64), amount, seed, bias)
+
+
+def test_entries_of_a_table_stay_also_where_an_output_layer_shares_it() -> None:
+    """They are looked up by their numbers, which cutting would change."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.hidden = nn.Embedding(12, 8), nn.Linear(8, 8)
+            self.out, self.last = nn.Linear(8, 12, bias=False), nn.Linear(12, 3)
+            self.out.weight = self.table.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(self.out(self.hidden(self.table(x)).relu()).mean(1))
+            return out
+
+    gates = {gate.name: gate for gate in find_gates(Tied(), torch.randint(12, (2, 5)))}
+    assert gates["out"].excluded is not None and "looked up by its number" in gates["out"].excluded

@@ -32,19 +32,28 @@ def left(widths: Widths, network: nn.Module, keep: dict[str, Tensor]) -> tuple[d
 
 
 @settings(max_examples=max(CASES // 2, 1), deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-@given(st.one_of(cases(), dags()))
-def test_shapes_are_those_after_slimming(case: Case) -> None:
+@given(st.one_of(cases(), dags()), st.sampled_from([1, 1, 2, 3]))
+def test_shapes_are_those_after_slimming(case: Case, round_to: int) -> None:
     network = case.network
     assume(case.keep)
     captured = capture_training(network, (case.example,), {})
-    widths = Widths(network, captured, {name: len(mask) for name, mask in case.keep.items()}, case.bias == "zero")
+    gates = {name: len(mask) for name, mask in case.keep.items()}
+    widths = Widths(network, captured, gates, case.bias == "zero", round_to)
     classes, kept = (torch.cat(list(each.values())) for each in (widths.units, case.keep))
     assume(not set(classes[kept].tolist()) & set(classes[~kept].tolist()))  # whole units
     shapes, biases = left(widths, network, case.keep)
     masked = masked_copy(network, case.keep, case.bias)
     switched = {name: off(*switch_of(masked, name, {}), ~mask) for name, mask in case.keep.items()}
-    first = make_change(masked, find_slots(masked, captured, switched), switched).plan
-    plan = slim_captured(network, captured, case.keep, (case.example,), {}, case.bias)  # type: ignore[arg-type]
+    first = make_change(masked, find_slots(masked, captured, switched), switched, round_to=round_to).plan
+    plan = slim_captured(
+        network,
+        captured,
+        case.keep,
+        (case.example,),
+        {},
+        case.bias,  # type: ignore[arg-type]
+        round_to=round_to,
+    )
     assume(plan.is_like(first))  # else sizes are written into forward, which only verification finds out
     parameters = dict(network.named_parameters())
     added = {f"{name}.bias" for name in plan.biases}
