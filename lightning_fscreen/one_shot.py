@@ -25,9 +25,10 @@ from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.gates import call_arguments
-from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
+from lightning_fscreen.statistics.probes import FeatureStatistics
 
 _UNUSED = "the model does not use it on these inputs"
 _UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"

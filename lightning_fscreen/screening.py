@@ -12,9 +12,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.modules import select
-from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_labels, find_num_classes
 from lightning_fscreen.statistics.one_pass import Forward, observe
+from lightning_fscreen.statistics.probes import Probe
 
 
 def screen(

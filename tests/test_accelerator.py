@@ -190,7 +190,8 @@ def test_inputs_that_change_in_place_behind_autocasts_back_are_seen_as_they_were
             hidden.detach().zero_()
             return out
 
-    from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+    from lightning_fscreen.statistics.collector import ActivationCollector
+    from lightning_fscreen.statistics.probes import Probe
 
     network, (images, labels) = Overwrites(), digits(64)
     collector = ActivationCollector([Probe("second", network.second)], 10)

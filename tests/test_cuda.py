@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.l1 import WeightL1
-from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.collector import ActivationCollector
+from lightning_fscreen.statistics.probes import Probe
 from tests.conftest import Classifier, ConvNet, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
 

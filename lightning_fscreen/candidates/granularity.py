@@ -17,8 +17,9 @@ from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
-from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
+from lightning_fscreen.statistics.probes import FeatureStatistics
 
 Patterns = str | Sequence[str] | None
 

@@ -19,8 +19,8 @@ from lightning_fscreen.members import Members
 from lightning_fscreen.modules import join, select
 from lightning_fscreen.slimming.gates import STAYS, Gate
 from lightning_fscreen.slimming.kinds import KINDS, kind_of
-from lightning_fscreen.statistics.collector import Probe
 from lightning_fscreen.statistics.features import Activation
+from lightning_fscreen.statistics.probes import Probe
 
 Feature = Literal["activation", "activation_square", "output", "output_square"]
 Bias = Literal["zero", "fold", "mean"]

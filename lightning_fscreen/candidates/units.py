@@ -38,8 +38,9 @@ from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.gates import STAYS, Gate, capture_training, gates_of
 from lightning_fscreen.slimming.slim import slim_captured
 from lightning_fscreen.slimming.widths import Widths
-from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.gradients import GradientStatistics
+from lightning_fscreen.statistics.probes import FeatureStatistics
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from lightning_fscreen.modules import is_within, select, why_fixed
 from lightning_fscreen.slimming import SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.copies import Copy
-from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.connections import per_connection
+from lightning_fscreen.statistics.probes import Probe
 
 Connections = Literal["factored", "exact"]
 FRESH = (

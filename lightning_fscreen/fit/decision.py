@@ -17,8 +17,8 @@ from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.ranking.amounts import parts
 from lightning_fscreen.ranking.budgeted import rank_and_prune
 from lightning_fscreen.ranking.criteria import Explained, ScoringContext
-from lightning_fscreen.statistics.collector import FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics
+from lightning_fscreen.statistics.probes import FeatureStatistics
 
 
 class Decision:

@@ -17,10 +17,11 @@ from lightning_fscreen.fit.distributed import merge_processes
 from lightning_fscreen.fit.scaling import gradient_scale
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.window import Window
-from lightning_fscreen.statistics.collector import ActivationCollector, FeatureStatistics
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
 from lightning_fscreen.statistics.labels import class_labels, find_num_classes
 from lightning_fscreen.statistics.padding import find_tokens
+from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.statistics.sampling import collection_stride, instances_needed
 
 MakeCollector = Callable[[int], ActivationCollector]

@@ -30,8 +30,8 @@ from lightning_fscreen.fit.surgery import slim_in_fit, slim_networks
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
 from lightning_fscreen.slimming.state import carry
-from lightning_fscreen.statistics.collector import FeatureStatistics
 from lightning_fscreen.statistics.gradients import GradientStatistics
+from lightning_fscreen.statistics.probes import FeatureStatistics
 
 log = logging.getLogger(__name__)
 

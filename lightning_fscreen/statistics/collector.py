@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,67 +13,20 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
 from lightning_fscreen.functional.members import IGNORED
-from lightning_fscreen.modules import num_inputs, num_outputs
 from lightning_fscreen.statistics.buffer import ActivationBuffer
 from lightning_fscreen.statistics.connections import ConnectionSums
-from lightning_fscreen.statistics.features import Activation, PositionMeans
+from lightning_fscreen.statistics.features import PositionMeans
 from lightning_fscreen.statistics.labels import check_proportions
 from lightning_fscreen.statistics.moments import Sums, spread_statistic
 from lightning_fscreen.statistics.origins import is_learned
 from lightning_fscreen.statistics.padding import Tokens
+from lightning_fscreen.statistics.probes import FeatureStatistics, Probe
 from lightning_fscreen.statistics.sums import FeatureSums
 
 log = logging.getLogger(__name__)
 
 examined: ContextVar[bool] = ContextVar("examined", default=False)
 """Whether the network runs only to be looked at, by one of several callbacks: no part of the training."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One place where activations are read.
-
-    Attributes:
-        name: name of the layer.
-        module: the layer.
-        side: its "input" or its "output".
-        activation: an element-wise function that is applied to the values there; None for none.
-        square: whether the result is squared.
-    """
-
-    name: str
-    module: nn.Module
-    side: Literal["input", "output"] = "input"
-    activation: Activation | None = None
-    square: bool = False
-
-    @property
-    def num_features(self) -> int:
-        """Channels (features) there."""
-        return num_inputs(self.module) if self.side == "input" else num_outputs(self.module)
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Statistics of the features at one probe, over the activations of an epoch.
-
-    Attributes:
-        f: (features,) F-statistics; for exact connections, of the weight's shape.
-        spread: (features,) F-statistics of the squared deviations from the mean.
-        mean: (features,) mean activation.
-        mean_square: (features,) mean squared activation.
-        variance: (features,) variance of the activation.
-        degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
-        learned: whether trained weight matrices had a part in the activations; see `origins.is_learned`.
-    """
-
-    f: Tensor
-    spread: Tensor
-    mean: Tensor
-    mean_square: Tensor
-    variance: Tensor
-    degrees: tuple[float, float]
-    learned: bool
 
 
 class Merge(Protocol):

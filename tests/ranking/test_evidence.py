@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.ranking.evidence import gather_evidence
-from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.connections import per_connection
+from lightning_fscreen.statistics.probes import Probe
 
 
 def layer_of(features, labels, weight, num_classes=2, module=None, learned=False):

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_fscreen.candidates.channels import Channels
 from lightning_fscreen.functional import f_statistic
 from lightning_fscreen.ranking.budgeted import rank_and_prune
-from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.moments import accumulate_moments_, empty_moments
+from lightning_fscreen.statistics.probes import Probe
 from tests.pretended import CPU, is_real, pretended, pretending
 
 CUDA = torch.device("cuda", 0)

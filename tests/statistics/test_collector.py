@@ -12,8 +12,9 @@ from torch.nn.functional import conv2d, cross_entropy, relu
 
 from lightning_fscreen.candidates.weights import find_weights
 from lightning_fscreen.functional import f_statistic
-from lightning_fscreen.statistics.collector import ActivationCollector, Probe
+from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.moments import merge_sums
+from lightning_fscreen.statistics.probes import Probe
 from tests.test_functional import assert_equals_sklearn
 
 C = 3
