@@ -3,16 +3,16 @@
 from lightning_fscreen import functional, models
 from lightning_fscreen import ranking as ranking  # registers the criteria
 from lightning_fscreen.callback import ScreeningPruningCallback
-from lightning_fscreen.explaining import explain
 from lightning_fscreen.fit.report import PruningReport
-from lightning_fscreen.pruning import prune
 from lightning_fscreen.ranking.criteria import register_criterion
 from lightning_fscreen.saving.checkpoints import load_from_checkpoint
 from lightning_fscreen.saving.slimmed import load_slimmed, save_slimmed
-from lightning_fscreen.screening import screen
-from lightning_fscreen.sensitivities import sensitivity
 from lightning_fscreen.slimming import SlimmingPlan, find_gates, register_operator, slim
 from lightning_fscreen.statistics.metric import FStatistic
+from lightning_fscreen.trained.explaining import explain
+from lightning_fscreen.trained.pruning import prune
+from lightning_fscreen.trained.screening import screen
+from lightning_fscreen.trained.sensitivities import sensitivity
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_fscreen.sensitivities import Sensitivity
+    from lightning_fscreen.trained.sensitivities import Sensitivity
 
 _MAX_BARS = 40
 _MAX_TICKS = 24

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lightning_fscreen.cli import figure_style, figures, layer_figures
-from lightning_fscreen.sensitivities import GroupSensitivity, Sensitivity
+from lightning_fscreen.trained.sensitivities import GroupSensitivity, Sensitivity
 
 
 def texts(figure: Figure) -> list[str]:

@@ -7,9 +7,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassHammingDis
 
 from lightning_fscreen import prune
 from tests.conftest import digits, loader
-from tests.test_pruning import trained
-from tests.test_sensitivities import Counted, accuracy, check_unchanged, state_of
 from tests.test_unit_fit import mixed_net
+from tests.trained.test_pruning import trained
+from tests.trained.test_sensitivities import Counted, accuracy, check_unchanged, state_of
 
 HELD_OUT = [(digits(1000)[0][256:], digits(1000)[1][256:])]
 AUTO = {"amount": "auto", "val_dataloader": HELD_OUT, "progress": False}

@@ -14,9 +14,9 @@ from lightning_fscreen import explain, find_gates, prune, slim
 from tests.conftest import digits, loader
 from tests.test_channel_fit import post_net, residual_net
 from tests.test_cost_fit import count, wide_net
-from tests.test_pruning import trained
-from tests.test_sensitivities import accuracy, check_unchanged, state_of
 from tests.test_unit_fit import Attentive, convnext, mixed_net, plain_net
+from tests.trained.test_pruning import trained
+from tests.trained.test_sensitivities import accuracy, check_unchanged, state_of
 
 NETS = [residual_net, post_net, mixed_net, plain_net, convnext, Attentive]
 

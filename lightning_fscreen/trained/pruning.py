@@ -8,19 +8,19 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fscreen.auto_amount import MAX_DROP, limit_of
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
-from lightning_fscreen.evaluation import Measure
 from lightning_fscreen.modules import uncompiled
-from lightning_fscreen.one_shot import Pruned, observed
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.slimming.optimizers import awaiting, follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.statistics.labels import find_labels
 from lightning_fscreen.statistics.one_pass import Forward
-from lightning_fscreen.without_trainer import settings_of
+from lightning_fscreen.trained.arguments import settings_of
+from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
+from lightning_fscreen.trained.evaluation import Measure
+from lightning_fscreen.trained.one_shot import Pruned, observed
 
 
 def prune(

@@ -17,16 +17,16 @@ from tqdm.auto import tqdm
 
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
-from lightning_fscreen.evaluation import Evaluation, Measure
 from lightning_fscreen.modules import coupled_layers, named_tensors, uncompiled
-from lightning_fscreen.one_shot import OneShot, observed
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.saving.lines import Runs
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.statistics.labels import find_labels
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Row, Shown, Table, listing
-from lightning_fscreen.without_trainer import settings_of
+from lightning_fscreen.trained.arguments import settings_of
+from lightning_fscreen.trained.evaluation import Evaluation, Measure
+from lightning_fscreen.trained.one_shot import OneShot, observed
 
 FRACTIONS = (0.25, 0.5, 0.75)
 _SAME = 0.01  # share by which the metric of an untouched network may differ when its file is gone on with

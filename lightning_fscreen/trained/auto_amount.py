@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_fscreen.evaluation import Evaluation, Measure
-from lightning_fscreen.one_shot import Choice, OneShot
 from lightning_fscreen.statistics.one_pass import Forward
+from lightning_fscreen.trained.evaluation import Evaluation, Measure
+from lightning_fscreen.trained.one_shot import Choice, OneShot
 
 log = logging.getLogger(__name__)
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_fscreen.auto_amount import MAX_DROP, limit_of
 from lightning_fscreen.candidates.granularity import Granularity, Patterns
 from lightning_fscreen.costs.size import Size
-from lightning_fscreen.evaluation import Measure
 from lightning_fscreen.modules import uncompiled
-from lightning_fscreen.one_shot import Choice, OneShot, Pruned, observed, with_inputs
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.multiples import in_multiples
 from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
-from lightning_fscreen.without_trainer import Ranking, settings_of
+from lightning_fscreen.trained.arguments import Ranking, settings_of
+from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
+from lightning_fscreen.trained.evaluation import Measure
+from lightning_fscreen.trained.one_shot import Choice, OneShot, Pruned, observed, with_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on

@@ -13,8 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_fscreen import prune, sensitivity
 from tests.conftest import digits, loader
 from tests.test_channel_fit import post_net
-from tests.test_pruning import trained
 from tests.test_unit_fit import mixed_net, plain_net
+from tests.trained.test_pruning import trained
 
 
 def accuracy(model, batches):

@@ -20,7 +20,6 @@ from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.modules import evaluating
-from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -29,6 +28,7 @@ from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
 from lightning_fscreen.statistics.probes import FeatureStatistics
+from lightning_fscreen.trained.randomness import same_random_numbers
 
 _UNUSED = "the model does not use it on these inputs"
 _UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"

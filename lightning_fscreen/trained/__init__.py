@@ -1,0 +1,1 @@
+"""What is done with a trained network, without a Trainer: screened, explained, measured, pruned."""
