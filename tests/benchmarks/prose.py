@@ -48,25 +48,11 @@ def decimals(*values):
     return f"{', '.join(others)} and {last}"
 
 
-def held_out():
-    """Which method the held-out images prefer."""
-    name = "lenet300_validation"
-    ahead = statistics.fmean(difference(name, default_of(name), "magnitude", amount)[0] for amount in PRUNED)
-    winner = "magnitude" if ahead > 0 else "screening"
-    return f"{winner}, ahead by {abs(ahead):.3f} points in the mean of the three amounts"
-
-
 def screening_minus_magnitude():
-    """On held-out and on test images."""
-    names = ("lenet300_validation", "lenet300")
-    (a, a_errors), (b, b_errors) = (
-        zip(*[difference(name, default_of(name), "magnitude", amount) for amount in PRUNED], strict=True)
-        for name in names
-    )
-    return (
-        f"Screening minus magnitude is {decimals(*a)} points on the held-out images (standard errors "
-        f"{decimals(*a_errors)}) and {decimals(*b)} on the test images ({decimals(*b_errors)})"
-    )
+    """On the test images."""
+    found = [difference("lenet300", default_of("lenet300"), "magnitude", amount) for amount in PRUNED]
+    differences, deviations = zip(*found, strict=True)
+    return f"Screening minus magnitude is {decimals(*differences)} points (standard errors {decimals(*deviations)})"
 
 
 def left_in_tensors():
@@ -161,7 +147,6 @@ def half_of_resnet20():
 FIGURES = {
     function.__name__: function
     for function in (
-        held_out,
         screening_minus_magnitude,
         left_in_tensors,
         units_left,
