@@ -18,6 +18,7 @@ from lightning_fscreen.ranking.criteria import CRITERIA
 from tests.benchmarks.committed import RESULTS
 from tests.benchmarks.readme import DOCUMENTS, digest, digest_of_picture, updated
 from tests.conftest import ONNX, loader, trainer
+from tests.trained.test_sensitivities import accuracy
 
 ROOT, PACKAGE = Path(__file__).parents[1], Path(lightning_fscreen.__file__).parent
 README, EVIDENCE, MAP = ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md", PACKAGE / "README.md"
@@ -76,8 +77,8 @@ def test_the_python_blocks_run_one_after_another(tmp_path, monkeypatch):
     slim.save_checkpoint("best.ckpt")
     names = {
         "model": MyModule(), "datamodule": Data(), "MyNet": my_net, "MyModule": MyModule,
-        "images": loader().dataset[:4][0], "dataloader": loader(count=128), "quiet": QUIET, "torch": torch,
-        "find_gates": find_gates,
+        "images": loader().dataset[:4][0], "loader": loader(count=128), "accuracy": accuracy, "quiet": QUIET,
+        "torch": torch, "find_gates": find_gates,
     }  # fmt: skip
     found = blocks(README.read_text(), "python")
     assert len(found) == 5
