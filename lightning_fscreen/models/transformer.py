@@ -121,7 +121,8 @@ class TextTransformer(nn.Module):
         self, num_classes: int, words: int, length: int, width: int, depth: int, heads: int, hidden: int
     ) -> None:
         super().__init__()
-        check_sizes(num_classes, words)
+        if min(num_classes, words) < 1:
+            raise ValueError(f"num_classes and words must be at least 1, got {num_classes} and {words}")
         self.embed = nn.Embedding(words, width)
         self.encoder = Encoder(num_classes, length, width, depth, heads, hidden)
         _initialize(self)

@@ -17,11 +17,11 @@ _MOST_PARTS = 4  # more equal parts than these are hardly ever cut out one by on
 
 
 def split(walk: Walk, node: Any) -> list[Value]:
-    """Parts of given sizes: equal parts lose the same channels, others none."""
+    """Parts of given sizes: equal parts lose the same channels, others any if each size is given by itself."""
     value = walk.value(node.args[0])
     dim, parts = _parts(node, value)
     if value.labels.shape[dim] > 1:
-        _match_if_equal(walk, node, value, parts)
+        _respect_sizes(walk, node, value, parts)
     return [_compressed(part) for part in parts]
 
 
@@ -77,7 +77,7 @@ def _parts(node: Any, value: Value) -> tuple[int, list[Value]]:
     return dim, parts
 
 
-def _match_if_equal(walk: Walk, node: Any, value: Value, parts: list[Value]) -> None:
+def _respect_sizes(walk: Walk, node: Any, value: Value, parts: list[Value]) -> None:
     """Sizes of parts: equal ones may be computed from the input's shape, others if each is given by itself."""
     dim = arguments(node)["dim"] % len(value.shape) - len(value.shape)
     equal = len({part.shape for part in parts}) == 1

@@ -19,7 +19,7 @@ class Tokens:
 
     def __init__(self, mask: Tensor) -> None:
         self._ignored = mask == 0
-        self._counts = (mask != 0).sum(1).clamp(min=1)
+        self._counts = (~self._ignored).sum(1).clamp(min=1)
 
     def dimension(self, activation: Tensor, positions: Sequence[int]) -> int | None:
         """That of the tokens among the positions of an activation; None if it has none, or it is not clear which."""

@@ -25,3 +25,9 @@ def test_sizes_are_those_of_the_docstring_and_heads_and_hidden_units_can_go(netw
 def test_bad_sizes_are_named(arguments):
     with pytest.raises(ValueError, match="must"):
         models.vit(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"words": 0}, {"num_classes": 0}])
+def test_bad_sizes_of_texts_are_named(arguments):
+    with pytest.raises(ValueError, match="num_classes and words must be at least 1"):
+        models.text_transformer(**arguments)
