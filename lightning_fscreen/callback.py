@@ -97,6 +97,9 @@ class ScreeningPruningCallback(Results):
             group; of attention the channels of all heads, which go as a whole. Layers with too few units stay. Where
             several batch norms select from a stream, channels that none of them reads may stay to make its width a
             multiple. `report().not_rounded` has what is no multiple, and why. Not for weights.
+        streams: under a budget of parameters or multiply–adds, also prune a channel of a residual stream, or of a
+            DenseNet's, as one with all that read it, where batch norms select from it, if that is worth less for its
+            cost than they are one by one. Not for weights.
         soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
             let them grow again (soft filter pruning, arXiv 1808.06866).
 
@@ -138,6 +141,7 @@ class ScreeningPruningCallback(Results):
         prune_every: int | None = None,
         budget: Currency = "candidates",
         round_to: int = 1,
+        streams: bool = True,
     ) -> None:
         settings = Settings(
             granularity=granularity,
@@ -164,6 +168,7 @@ class ScreeningPruningCallback(Results):
             feature=feature,
             budget=budget,
             round_to=round_to,
+            streams=streams,
             rewind_lr=rewind_lr,
             rewind_weights=rewind_weights,
             soft=soft,

@@ -13,7 +13,7 @@ class Channels(Units):
     Args:
         model: any module.
         include, exclude: glob patterns over names of batch norms.
-        bias, feature, round_to: as of `Units`.
+        bias, feature, round_to, streams: as of `Units`.
 
     Raises:
         ValueError: no batch norm, patterns that match nothing.

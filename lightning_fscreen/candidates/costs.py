@@ -30,6 +30,11 @@ class NetworkCosts:
         currency: "params" or "macs".
         size: measured, with names as in the model.
         name: of the network in the model.
+        streams: whether the units that read a channel of a stream may go together. If not, each of them is taken to
+            save its share of what the channel costs.
+
+    Attributes:
+        num_streams: number of channels that units read as they are, and that go when none of these is left.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class NetworkCosts:
         currency: Currency,
         size: Size,
         name: str = "",
+        streams: bool = True,
     ) -> None:
         self.widths = widths
         tensors = {tensor: tuple(value.shape) for tensor, value in named_tensors(network).items()}
@@ -62,8 +68,12 @@ class NetworkCosts:
                     tensors[call], dims[call, 0] = (len(classes),), classes
                     factors[call] = macs / len(classes) / instances
         self.model = CostModel(tensors, factors, dims, self.widths.count)
-        holders = torch.bincount(self.widths.held[:, 0], minlength=self.widths.count)
-        self._shares = 1 / holders.clamp(min=1)
+        held = self.widths.held.unique(dim=0)
+        staying = held[self.widths.stuck[held[:, 1]], 0]
+        held = held[~torch.isin(held[:, 0], staying)]
+        self._streams, numbers = held[:, 0].unique(return_inverse=True)
+        self._pairs, self._together = torch.stack([numbers, held[:, 1]]), streams
+        self.num_streams = len(self._streams)
         units = torch.cat(list(self.widths.units.values()))
         self._sharing = torch.bincount(units, minlength=self.widths.count).clamp(min=1)
 
@@ -75,18 +85,38 @@ class NetworkCosts:
         """Cost of what slimming would leave; `keep` by names in the network."""
         return self._cost(*self.widths.remaining(keep))
 
-    def priced(self, keep: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """The same, and gate → (units,) float64, what each of its units costs beside those that are kept.
+    def priced(self, keep: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], Tensor]:
+        """The same, gate → (units,) float64, what each of its units costs beside those that are kept, and `streams`.
 
-        What several channels read without changing it (a channel of a DenseNet's stream) is shared among them. Units
-        that would stay, since their constants cannot be carried, cost nothing.
+        The last, (streams,), is what a channel costs beside the units that read it, if several are left; of the only
+        one it is a part. Units that would stay, since their constants cannot be carried, cost nothing.
         """
         kept, biases = self.widths.remaining(keep)
         prices = self.model.prices(kept)
-        held, holders = self.widths.held.unbind(1)
-        prices = prices.index_add(0, holders, (prices * self._shares)[held])
+        streams, (numbers, readers) = prices[self._streams], self._pairs
+        on = torch.zeros(self.widths.count, dtype=torch.bool)
+        for gate, classes in self.widths.units.items():
+            on[classes[keep[gate]]] = True
+        left = torch.bincount(numbers[on[readers]], minlength=self.num_streams)
+        shares = (left <= 1).double() if self._together else 1 / torch.bincount(numbers, minlength=self.num_streams)
+        prices = prices.index_add(0, readers, (streams * shares)[numbers])
         own = torch.where(self.widths.stuck, 0.0, prices / self._sharing)
-        return self._cost(kept, biases), {gate: own[classes] for gate, classes in self.widths.units.items()}
+        own_prices = {gate: own[classes] for gate, classes in self.widths.units.items()}
+        return self._cost(kept, biases), own_prices, streams * (1 - shares)
+
+    def streams(self, units: Mapping[str, Tensor]) -> Tensor:
+        """(2, pairs) int64: channels of streams and the units that read them; none if these do not go together.
+
+        Args:
+            units: gate → (units,) int64, the number of each.
+        """
+        if not self._together:
+            return self._pairs[:, :0]
+        owners = torch.full((self.widths.count,), -1)
+        for gate, classes in self.widths.units.items():
+            owners[classes] = units[gate]
+        numbers, readers = self._pairs
+        return torch.stack([numbers, owners[readers]])
 
     def _cost(self, kept: Tensor, biases: int) -> float:
         return self.model.of(kept) + (biases if self._counts_biases else 0)
@@ -117,14 +147,31 @@ class UnitCosts:
         """Cost of what slimming would leave; `kept`: layer, by its name in the model → (units,) bool."""
         return self._rest + sum(costs.of(_inside(name, costs, kept)) for name, costs in self._networks.items())
 
-    def priced(self, kept: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """The same, and layer → (units,) float64: what each of its units costs beside those that are kept."""
-        total, prices = self._rest, dict[str, Tensor]()
+    def priced(self, kept: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], Tensor]:
+        """The same, layer → (units,) float64, what each of its units costs beside those that are kept, and `streams`.
+
+        The last, (streams,), is what a channel of a stream costs that goes when none of the units that read it is left.
+        """
+        total, prices, streams = self._rest, dict[str, Tensor](), [torch.empty(0, dtype=torch.float64)]
         for name, costs in self._networks.items():
-            own, found = costs.priced(_inside(name, costs, kept))
+            own, found, several = costs.priced(_inside(name, costs, kept))
             total += own
             prices |= {join(name, gate): each for gate, each in found.items()}
-        return total, {layer: prices.get(layer, torch.zeros(len(mask))) for layer, mask in kept.items()}
+            streams.append(several)
+        own_prices = {layer: prices.get(layer, torch.zeros(len(mask))) for layer, mask in kept.items()}
+        return total, own_prices, torch.cat(streams)
+
+    def streams(self, units: Mapping[str, Tensor]) -> Tensor:
+        """(2, pairs) int64: channels of streams, numbered over all networks, and the units that read them.
+
+        Args:
+            units: layer, by its name in the model → (units,) int64, the number of each.
+        """
+        pairs, first = [torch.empty(2, 0, dtype=torch.int64)], 0
+        for name, costs in self._networks.items():
+            pairs.append(costs.streams(_inside(name, costs, units)) + torch.tensor([[first], [0]]))
+            first += costs.num_streams
+        return torch.cat(pairs, dim=1)
 
 
 def _inside(name: str, costs: NetworkCosts, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,11 @@ _NO_GATE = {
     "channel": "it is not part of the network that the training step calls",
     "neuron": "a batch norm normalises its outputs, and the channels of that are the units",
     "head": "it is not part of the network that the training step calls",
+    "input": "it is not part of the network that the training step calls",
 }
+
+COLUMNS = ("head", "input")
+"""Kinds of gates that are no modules, but columns of the layer that reads their units; only the graph shows them."""
 
 INSIDE = "computes its heads inside nn.MultiheadAttention"
 """Why there are no statistics of some heads."""
@@ -44,7 +48,7 @@ class PrunableUnits:
     Attributes:
         name: name of the layer in the model.
         module: the layer, of heads the one that projects them.
-        kind: of its gate, "channel", "neuron" or "head".
+        kind: of its gate, "channel", "neuron", "head" or "input".
         units: (units,) int64, equal for units that are pruned together, -1 where one has to stay.
         size: how many of the weight's columns read a head.
         activation: the element-wise function that follows it; None if there is none, or more than one reader.
@@ -77,7 +81,7 @@ class PrunableUnits:
 
     def probe(self, feature: Feature = "activation") -> Probe | None:
         """Where its activations are read, for one of `FEATURES`; None where nobody else sees them."""
-        if self.kind == "head":
+        if self.kind in COLUMNS:
             inside = isinstance(self.module, NonDynamicallyQuantizableLinear)
             return None if inside else Probe(self.name, self.module, "input", None, square=feature.endswith("square"))
         activation = self.activation if feature.startswith("activation") else None
@@ -147,21 +151,20 @@ def find_units(
 
 
 def _possible(model: nn.Module, kinds: Collection[str]) -> list[str]:
-    """What patterns may match beside layers: the names of heads, which only a captured network shows."""
-    if "head" not in kinds:
-        return []
-    names = [name for name, _ in model.named_modules()]
-    return [*names, *(f"{name}.heads" for name in names), "kind=head"]
+    """What patterns may match beside layers: the names of heads and inputs, which only a captured network shows."""
+    names, columns = [name for name, _ in model.named_modules()], [kind for kind in COLUMNS if kind in kinds]
+    own = [f"{name}.{kind}s" for kind in columns for name in names]
+    return [*names, *own, *(f"kind={kind}" for kind in columns)] if columns else []
 
 
-def heads_of(
+def columns_of(
     model: nn.Module,
     network: str,
     gates: Mapping[str, Gate],
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
 ) -> tuple[list[PrunableUnits], dict[str, str]]:
-    """The heads of a captured network, and {name: reason} of those that `include` or `exclude` leaves out.
+    """The heads and inputs of a captured network, and {name: reason} of those that `include` or `exclude` leaves out.
 
     Args:
         model: the model.
@@ -170,31 +173,34 @@ def heads_of(
         include: glob patterns over names of gates.
         exclude: likewise.
     """
-    heads = {name: gate for name, gate in gates.items() if gate.kind == "head" and gate.projection is not None}
-    reasons = select(heads, include, exclude, dict.fromkeys(heads, "head"), None)
-    wanted = {name: (join(network, gate.projection or ""), gate.channels) for name, gate in heads.items()}
-    return [head(model, name, *own) for name, own in wanted.items() if name not in reasons], reasons
+    found = {name: gate for name, gate in gates.items() if gate.kind in COLUMNS and gate.projection is not None}
+    reasons = select(found, include, exclude, {name: gate.kind for name, gate in found.items()}, None)
+    wanted = {name: (join(network, gate.projection or ""), gate.kind, gate.channels) for name, gate in found.items()}
+    return [columns(model, name, *own) for name, own in wanted.items() if name not in reasons], reasons
 
 
-def head(model: nn.Module, name: str, projection: str, count: int | None = None, size: int = 1) -> PrunableUnits:
-    """The heads of one attention, as candidates.
+def columns(
+    model: nn.Module, name: str, projection: str, kind: str = "head", count: int | None = None, size: int = 1
+) -> PrunableUnits:
+    """The heads of one attention, or the inputs of one layer, as candidates.
 
     Args:
         model: the model.
         name: of the gate.
-        projection: name of the layer that projects them.
+        projection: name of the layer that reads them.
+        kind: of the gate.
         count: how many there are.
         size: or how many columns of the projection read each of them.
     """
     module = model.get_submodule(projection)
-    columns = module.get_parameter("weight").shape[KINDS["head"].dim(module)]
-    size = size if count is None else columns // count
-    return PrunableUnits(name, module, "head", torch.arange(columns // size), size=size)
+    width = module.get_parameter("weight").shape[KINDS[kind].dim(module)]
+    size = size if count is None else width // count
+    return PrunableUnits(name, module, kind, torch.arange(width // size), size=size)
 
 
 def called(kinds: Collection[str]) -> str:
     """Gates of these kinds, in messages."""
-    return " or ".join(KINDS[name].layers for name in kinds)
+    return " or ".join(KINDS[name].layers for name in kinds if KINDS[name].alone)
 
 
 def _grouped(modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -15,14 +15,15 @@ from lightning_fscreen.candidates.costs import Currency, NetworkCosts, UnitCosts
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
+    COLUMNS,
     INSIDE,
     Bias,
     Feature,
     PrunableUnits,
     called,
+    columns,
+    columns_of,
     find_units,
-    head,
-    heads_of,
     refine,
 )
 from lightning_fscreen.candidates.rounding import not_rounded, unit_blocks
@@ -79,6 +80,8 @@ class Units(Granularity[PrunableUnits]):
         bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation).
         feature: the feature of their activations that is screened, one of `FEATURES`.
         round_to: number of which widths of layers are left in multiples.
+        streams: whether the units that read a channel of a stream may go together, where batch norms select from it;
+            inputs of other layers that read it are units then, too.
 
     Raises:
         ValueError: no such layer, patterns that match nothing.
@@ -87,7 +90,7 @@ class Units(Granularity[PrunableUnits]):
     noun = "units"
     slims_in_fit = True
     has_costs = True
-    options = ("bias", "feature", "round_to")
+    options = ("bias", "feature", "round_to", "streams")
     gates: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head")
     """The kinds of gates whose units are candidates."""
 
@@ -99,9 +102,11 @@ class Units(Granularity[PrunableUnits]):
         bias: Bias = "zero",
         feature: Feature = "activation",
         round_to: int = 1,
+        streams: bool = False,
     ) -> None:
         self._model, self._include, self._exclude = model, include, exclude
-        self._found, self._fixed = find_units(model, self.gates, include, exclude)
+        self._streams, self._kinds = streams, (*self.gates, "input") if streams else self.gates
+        self._found, self._fixed = find_units(model, self._kinds, include, exclude)
         self._wanted: Collection[str] | None = None  # None if all layers are
         self._learned: dict[str, _Learned] = {}
         self._bias, self._feature, self._round_to = bias, feature, round_to
@@ -123,15 +128,21 @@ class Units(Granularity[PrunableUnits]):
         self._combine()
 
     def structure(self) -> dict[str, Any]:
-        """The heads: gate → the layer that projects them, and how many of its columns read each."""
+        """The heads, and inputs: gate → the layer that reads them, how many of its columns do, and their kind."""
         names = {id(module): name for name, module in self._model.named_modules()}
-        return {layer.name: (names[id(layer.module)], layer.size) for layer in self._layers if layer.kind == "head"}
+        columns = [layer for layer in self._layers if layer.kind in COLUMNS]
+        return {layer.name: (names[id(layer.module)], layer.size, layer.kind) for layer in columns}
 
     def restore(self, structure: Mapping[str, Any]) -> None:
-        """Go on with these heads."""
+        """Go on with these."""
         known = {layer.name for layer in self._found}
         restored = {name: found for name, found in structure.items() if name not in known}
-        self._add([head(self._model, name, layer, size=size) for name, (layer, size) in restored.items()])
+        self._add(
+            [
+                columns(self._model, name, layer, (*kind, "head")[0], size=size)
+                for name, (layer, size, *kind) in restored.items()  # older files have no kind
+            ]
+        )
         self._combine()
 
     def learn(
@@ -144,7 +155,7 @@ class Units(Granularity[PrunableUnits]):
             ValueError: none of them can be pruned; lists the reasons.
         """
         captured = capture_training(network, args, kwargs)
-        gates = {join(name, gate.name): gate for gate in gates_of(network, captured, self.gates)}
+        gates = {join(name, gate.name): gate for gate in gates_of(network, captured, self._kinds)}
         activations = {join(name, layer): found for layer, found in activations_of(captured).items()}
         inside = [layer for layer in self._found if is_within(layer.name, name)]
         unused = {join(name, tensor) for tensor in captured.unused()}
@@ -163,7 +174,7 @@ class Units(Granularity[PrunableUnits]):
 
     def _new_heads(self, network: str, gates: Mapping[str, Gate]) -> list[PrunableUnits]:
         """The heads of a captured network that are not among the candidates yet."""
-        heads, unwanted = heads_of(self._model, network, gates, self._include, self._exclude)
+        heads, unwanted = columns_of(self._model, network, gates, self._include, self._exclude)
         known = {layer.name for layer in self._found}
         new = [own for own in heads if own.name not in known and (self._wanted is None or own.name in self._wanted)]
         self._fixed |= unwanted
@@ -215,7 +226,7 @@ class Units(Granularity[PrunableUnits]):
         for name, widths in self._widths().items():
             learned = self._learned[name]
             call = learned.network, learned.captured, learned.instances
-            networks[name] = NetworkCosts(*call, widths, currency, present, name)
+            networks[name] = NetworkCosts(*call, widths, currency, present, name, self._streams)
         return UnitCosts(networks, cost)
 
     def _widths(self) -> dict[str, Widths]:

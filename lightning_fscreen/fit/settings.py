@@ -55,6 +55,7 @@ class Settings:
     prune_every: int | None
     budget: Currency = "candidates"
     round_to: int = 1
+    streams: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -154,7 +155,10 @@ class Settings:
             ValueError: nothing to prune, patterns that match nothing.
         """
         kind = GRANULARITIES[self.granularity]
-        return kind(model, self.include, self.exclude, **{name: getattr(self, name) for name in kind.options})
+        options = {name: getattr(self, name) for name in kind.options}
+        if "streams" in options and self.budget == "candidates":  # an input by itself saves nothing
+            options["streams"] = False
+        return kind(model, self.include, self.exclude, **options)
 
     @property
     def resolved_criterion(self) -> Criterion:
@@ -233,6 +237,7 @@ class HasSettings:
     prune_every = Setting[int | None]()
     budget = Setting[Currency]()
     round_to = Setting[int]()
+    streams = Setting[bool]()
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

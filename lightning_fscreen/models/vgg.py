@@ -19,17 +19,22 @@ class VGG(nn.Module):
     Args:
         num_classes: number of logits C.
         in_channels: channels of the images.
+        width_mult: every layer has so many times the channels, rounded.
 
     Raises:
-        ValueError: num_classes or in_channels below 1.
+        ValueError: num_classes or in_channels below 1; a width_mult that leaves a layer no channel.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width_mult: float = 1.0) -> None:
         super().__init__()
         check_sizes(num_classes, in_channels)
+        stages = [[round(width_mult * size) for size in sizes] for sizes in _STAGES]
+        if stages[0][0] < 1:
+            least = 1 / _STAGES[0][0]
+            raise ValueError(f"width_mult={width_mult:g} leaves the first layer no channel; give {least:g} or more")
         layers: list[nn.Module] = []
         width = in_channels
-        for stage, sizes in enumerate(_STAGES):
+        for stage, sizes in enumerate(stages):
             if stage:
                 layers.append(nn.MaxPool2d(2))
             for size in sizes:
@@ -49,6 +54,6 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg16_bn(num_classes: int = 10, in_channels: int = 3) -> VGG:
-    """Build VGG-16-BN for CIFAR: 4,224 batch-norm channels, 14.7 M parameters."""
-    return VGG(num_classes, in_channels)
+def vgg16_bn(num_classes: int = 10, in_channels: int = 3, width_mult: float = 1.0) -> VGG:
+    """Build VGG-16-BN for CIFAR: 4,224 batch-norm channels and 14.7 M parameters at full width."""
+    return VGG(num_classes, in_channels, width_mult)

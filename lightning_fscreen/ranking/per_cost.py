@@ -26,8 +26,18 @@ class Costs(Protocol):
         """Cost of what is left; layer → (n,) bool."""
         ...
 
-    def priced(self, kept: Mapping[str, Tensor]) -> tuple[float, Mapping[str, Tensor]]:
-        """The same, and layer → (n,) float64: what each candidate costs beside those that are kept."""
+    def priced(self, kept: Mapping[str, Tensor]) -> tuple[float, Mapping[str, Tensor], Tensor]:
+        """The same, layer → (n,) float64, what each candidate costs beside those that are kept, and `streams`.
+
+        The last, (streams,), is what the channel of a stream costs that goes when none of its readers is left.
+        """
+        ...
+
+    def streams(self, units: Mapping[str, Tensor]) -> Tensor:
+        """(2, pairs) int64: channels of streams and the units that read them; layer → (n,), the unit of each candidate.
+
+        Those that do not go together are left out.
+        """
         ...
 
 
@@ -53,6 +63,10 @@ def prune_to_cost(
     without, is a product with the widths of its neighbours, and becomes less as they do: eight times on the way prices
     are computed afresh, and an equal part of the cost that is still too much goes. In the last of these stages λ is
     found by bisection on the exact cost. The best `min_kept` units of a layer stay.
+
+    A channel of a stream goes when nothing reads it any more. So the units that read it also count as one, worth what
+    they are worth together, at the price of all of them and the channel; each goes by this, or by itself, whichever is
+    lower.
 
     Args:
         scores: layer → (n,); higher is more important, +inf the most. If some are negative, the lowest counts as zero.
@@ -83,7 +97,8 @@ def prune_to_cost(
     scores = scores if blocks is None else own  # so that the best group of a block is the same in both
     found_units = Units(scores, kept, in_multiples(own, kept, units, blocks), min_kept)
     worth = found_units.total(own)
-    search = _Search(found_units, worth, queues_of(found_units, blocks), costs, target, _CLOSE * dense)
+    queues, streams = queues_of(found_units, blocks), costs.streams(found_units.members())
+    search = _Search(found_units, worth, queues, streams.unique(dim=1), costs, target, _CLOSE * dense)
     found = search.by_stages() if scope == "global" else search.by_fraction(kept, together)
     if found.cost > target + TOLERANCE * dense:  # units are large, or there are none left
         _check_least(found_units, costs, target, dense, least_kept(min_kept, len(kept), blocks))
@@ -164,14 +179,17 @@ class _Search:
         units: the units.
         worth: (units,) float64.
         queues: (units,) int64: of units with equal numbers none goes before those that rank lower.
+        streams: (2, pairs) int64, channels of streams and the units that read them.
         costs: what masks cost.
         target: cost to be met.
         close: by how much it may be missed.
     """
 
-    def __init__(self, units: Units, worth: Tensor, queues: Tensor, costs: Costs, target: float, close: float) -> None:
+    def __init__(
+        self, units: Units, worth: Tensor, queues: Tensor, streams: Tensor, costs: Costs, target: float, close: float
+    ) -> None:
         self._units, self._worth, self._costs, self._target, self._close = units, worth, costs, target, close
-        self._queues = queues
+        self._queues, self._streams = queues, streams
 
     def masks(self, found: _Found) -> dict[str, Tensor]:
         """Masks without the units found."""
@@ -181,8 +199,7 @@ class _Search:
         """The least worth for their price, which is computed afresh several times on the way."""
         pruned = torch.empty(0, dtype=torch.int64)
         for left in range(_STAGES, 0, -1):
-            now, prices = self._priced(pruned)
-            order = self._order(prices, pruned)
+            now, order, prices = self._priced(pruned)
             excess = now.cost - self._target
             if left == 1 or excess <= 0:
                 break
@@ -192,8 +209,7 @@ class _Search:
 
     def by_fraction(self, kept: Mapping[str, Tensor], parts: Sequence[Sequence[str]]) -> _Found:
         """The same fraction of the candidates of every part, the least worth for their price in each."""
-        now, prices = self._priced(torch.empty(0, dtype=torch.int64))
-        ranked = self._order(prices, now.pruned)
+        now, ranked, prices = self._priced(torch.empty(0, dtype=torch.int64))
         part = self._units.part({name: number for number, names in enumerate(parts) for name in names})
         fractions = torch.full_like(prices, torch.inf)
         for number, names in enumerate(parts):
@@ -203,17 +219,34 @@ class _Search:
             fractions[own] = (gone + self._units.sizes[own].cumsum(0).double()) / total
         return self._meet(ranked[fractions[ranked].argsort(stable=True)], now, prices)
 
-    def _priced(self, pruned: Tensor) -> tuple[_Found, Tensor]:
-        """The cost without some units, and the price of each unit then, (units,)."""
-        cost, prices = self._costs.priced(self._units.without(pruned))
-        return _Found(pruned, cost), self._units.total(prices)
+    def _priced(self, pruned: Tensor) -> tuple[_Found, Tensor, Tensor]:
+        """The cost without some units; the others, least worth for their price first; and their prices, (units,).
 
-    def _order(self, prices: Tensor, pruned: Tensor) -> Tensor:
-        """Those that are left, the least worth for their price first; those that save nothing never go."""
-        order = self._units.lowest_first(self._in_queues(torch.where(prices > 0, self._worth / prices, torch.inf)))
+        Those that save nothing never go.
+        """
+        cost, own, streams = self._costs.priced(self._units.without(pruned))
+        keys, prices = self._with_streams(self._units.total(own), streams.double(), pruned)
+        order = self._units.lowest_first(self._in_queues(keys))
         free = prices > 0
         free[pruned] = False
-        return order[free[order]]
+        return _Found(pruned, cost), order[free[order]], prices
+
+    def _with_streams(self, prices: Tensor, streams: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+        """Worth / price of every unit, (units,), or of all that read the same channel of a stream; and its price."""
+        keys = torch.where(prices > 0, self._worth / prices, torch.inf)
+        left = self._units.sizes > 0
+        left[pruned] = False
+        channels, readers = self._streams[:, left[self._streams[1]]]
+        none = torch.zeros_like(streams)
+        worth = none.index_add(0, channels, torch.where(self._units.may_go, self._worth, torch.inf)[readers])
+        together = worth / (streams + none.index_add(0, channels, prices[readers]))
+        number = torch.bincount(channels, minlength=len(streams)).clamp(min=1)
+        lower = (together[channels] < keys[readers]) & (streams[channels] > 0)
+        channels, readers = channels[lower], readers[lower]
+        lowest = keys.scatter_reduce(0, readers, together[channels], "amin")
+        chosen = together[channels] == lowest[readers]
+        channels, readers = channels[chosen], readers[chosen]
+        return lowest, prices.index_add(0, readers, (streams / number)[channels])
 
     def _in_queues(self, keys: Tensor) -> Tensor:
         """Keys that are no lower than those of units of the same queue that rank lower, (units,)."""

@@ -34,7 +34,7 @@ class Units:
         self._scores = total / self._sizes.clamp(min=1)
         places = torch.arange(len(labels), device=labels.device)
         self._first = places.new_full((len(numbers),), len(labels)).scatter_reduce(0, self._members, places, "amin")
-        self._stays = (numbers < 0) | (self._sizes == 0)
+        self._stays: Tensor = (numbers < 0) | (self._sizes == 0)
         start = 0
         for length in self._lengths.values():
             self._protect(slice(start, start + length), min_kept)
@@ -94,6 +94,15 @@ class Units:
     def sizes(self) -> Tensor:
         """(units,) int64, the number of its candidates that are left."""
         return self._sizes
+
+    @property
+    def may_go(self) -> Tensor:
+        """(units,) bool: those that do not have to stay."""
+        return ~self._stays
+
+    def members(self) -> dict[str, Tensor]:
+        """Layer → (n,) int64, the index of every candidate's unit."""
+        return dict(zip(self._lengths, self._members.split(list(self._lengths.values())), strict=True))
 
     def lowest_first(self, keys: Tensor) -> Tensor:
         """Those units that may go, by ascending keys, (units,); equal ones in the order of their first candidates."""

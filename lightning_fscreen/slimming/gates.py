@@ -13,6 +13,7 @@ from lightning_fscreen.modules import coupled_layers, join, uncompiled, why_fixe
 from lightning_fscreen.slimming import heads, layers, norms, rows  # noqa: F401  # they register their kinds, but for layers
 from lightning_fscreen.slimming.capture import Capture, CaptureError, capture
 from lightning_fscreen.slimming.heads import mute
+from lightning_fscreen.slimming.inputs import find_inputs
 from lightning_fscreen.slimming.interpreter import Off, operator_name
 from lightning_fscreen.slimming.kinds import KINDS, kind_of, off
 from lightning_fscreen.slimming.operators import find_slots
@@ -38,9 +39,11 @@ class Gate:
         kind: "channel": the layer is a batch norm; γ = β = 0 switches a channel off. "neuron": it is a linear or
             convolution layer; a row of zeros in the weight does (a column, where the convolution is transposed), and a
             zero in the bias. "head": it is an attention; zeros in those columns of its projection that read a head do.
+            "input": it is a layer that reads a stream beside batch norms; zeros in the column that reads a channel do.
         readers: the weights of linear and convolution layers that multiply the units: name of the weight → its
             dimension over the inputs and, for each input, the number of the unit that it carries.
-        projection: of heads, the name of the layer whose weight's columns read them, divided evenly in their order.
+        projection: of heads and inputs, the name of the layer whose weight's columns read them, divided evenly in
+            their order.
     """
 
     name: str
@@ -63,8 +66,8 @@ def find_gates(model: nn.Module, example_inputs: Any, kinds: Collection[str] | N
         model: any module that `torch.export` can capture; untouched.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of `forward`, at least two
             instances.
-        kinds: some of "channel", "neuron", "head"; all by default. What no gate of these kinds switches off counts as
-            fixed.
+        kinds: some of "channel", "neuron", "head", "input"; the first three by default. What no gate of these kinds
+            switches off counts as fixed.
 
     Returns:
         All gates; those that cannot be pruned say why.
@@ -84,7 +87,7 @@ def find_gates(model: nn.Module, example_inputs: Any, kinds: Collection[str] | N
         2 neuron 4 None
         3 neuron 2 it is an output of the network
     """
-    model, kinds = uncompiled(model), list(KINDS) if kinds is None else kinds
+    model, kinds = uncompiled(model), [name for name, kind in KINDS.items() if kind.alone] if kinds is None else kinds
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"unknown kinds {unknown}; choose from {list(KINDS)}")
     args, kwargs = call_arguments(example_inputs)
@@ -134,7 +137,8 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
     slots = find_slots(
         network, captured, {name: _all_off(part) for name, part in modules.items() if name not in reasons}
     )
-    found = slots.heads if "head" in kinds else {}
+    slots.heads |= find_inputs(slots) if "input" in kinds else {}
+    found = {name: own for name, own in slots.heads.items() if own.kind in kinds}
     mute(slots, {name: torch.ones(len(own.labels), dtype=torch.bool) for name, own in found.items()})
     _couple(slots)
     root = slots.components(pinned=False)
@@ -144,7 +148,7 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
     counts |= {name: len(own.labels) for name, own in found.items()}
     order = {name: place for place, (name, _) in enumerate(network.named_modules())}
     units: dict[str, tuple[int, ...]] = {}
-    for name in sorted(counts, key=lambda name: order.get(name, order.get(name.removesuffix(".heads"), -1))):
+    for name in sorted(counts, key=lambda name: order.get(name, order.get(name.rpartition(".")[0], -1))):
         units[name] = (STAYS,) * counts[name]
         if name not in slots.gates:
             reasons.setdefault(name, _unusual(captured, join(name, "weight")))
@@ -162,7 +166,7 @@ def gates_of(network: nn.Module, captured: Capture, kinds: Collection[str]) -> l
             groups[name],
             own,
             reasons.get(name),
-            "head" if name in found else _kind(modules[name]),
+            found[name].kind if name in found else _kind(modules[name]),
             _reading(readers, own),
             found[name].projection if name in found else None,
         )

@@ -95,10 +95,12 @@ def mute(slots: SlotGraph, off: Mapping[str, Tensor]) -> None:
         slots: changed in place.
         off: gate of heads → (heads,) bool, True where switched off.
     """
-    projections = {slots.heads[name].projection: pruned for name, pruned in off.items()}
+    projections = {slots.heads[name].projection: (slots.heads[name].labels, pruned) for name, pruned in off.items()}
     for name in off:
         slots.gates[name] = slots.heads[name].labels
     for place, reader in enumerate(slots.readers):
         if isinstance(reader, DenseReader) and reader.module in projections:
-            pruned = projections[reader.module]
-            slots.readers[place] = replace(reader, muted=pruned.repeat_interleave(len(reader.inputs) // len(pruned)))
+            labels, pruned = projections[reader.module]
+            size = len(reader.inputs) // len(pruned)
+            muted, switches = pruned.repeat_interleave(size), labels.repeat_interleave(size)
+            slots.readers[place] = replace(reader, muted=muted, switches=switches)

@@ -28,6 +28,8 @@ class Kind(ABC):
     """How the layers are called in messages."""
     gate: ClassVar[str]
     """How the tensor is called that is set to zero."""
+    alone: ClassVar[bool] = True
+    """Whether something goes with a unit; else only with several, and `find_gates` has such gates only if asked."""
 
     @abstractmethod
     def is_gate(self, module: nn.Module) -> bool:
@@ -90,7 +92,7 @@ def switch_of(network: nn.Module, name: str, heads: Mapping[str, Heads]) -> tupl
         heads: the heads of the network.
     """
     if name in heads:
-        return network.get_submodule(heads[name].projection), KINDS["head"]
+        return network.get_submodule(heads[name].projection), KINDS[heads[name].kind]
     module = network.get_submodule(name)
     kind = kind_of(module)
     assert kind is not None

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_fscreen.slimming import attention, averages, elementwise, layers, normalising, parts, pooling, shapes
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.heads import find_heads, mute
+from lightning_fscreen.slimming.inputs import find_inputs
 from lightning_fscreen.slimming.interpreter import Handler, Off, Walk
 from lightning_fscreen.slimming.slots import SlotGraph
 
@@ -40,6 +41,8 @@ def find_slots(
     walk = Walk(network, captured, HANDLERS, off, literal, captured.memory["head_dims"])
     slots = walk.run()
     slots.heads = find_heads(slots, walk.modules)
+    if (off or {}).keys() - slots.heads.keys() - walk.modules.keys():
+        slots.heads |= find_inputs(slots)
     mute(slots, {name: own.pruned for name, own in (off or {}).items() if name in slots.heads})
     return slots
 

@@ -49,6 +49,7 @@ class DenseReader(Reader):
         input_dim: dimension of the weight that runs over inputs.
         foldable: whether constants can go into the bias; only planning knows (see `carriable`).
         muted: (in,) bool, inputs whose weights are switched off; None if no gate does that here.
+        switches: (in,) slot labels of the units that do.
     """
 
     module: str | None
@@ -59,6 +60,7 @@ class DenseReader(Reader):
     input_dim: int = 1
     foldable: bool = False
     muted: Tensor | None = None
+    switches: Tensor | None = None
 
     def reads(self, rows: Tensor) -> Tensor:
         """Inputs with a weight that is not zero in one of the rows."""

@@ -14,6 +14,7 @@ from lightning_fscreen.slimming.apply import Agree, remove_dead_slots, unanimous
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy, average_exactly, copies_of, take_pruned
 from lightning_fscreen.slimming.gates import call_arguments, capture_training
+from lightning_fscreen.slimming.inputs import find_inputs
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.kinds import kind_of, off, parameters_off, switch_of
 from lightning_fscreen.slimming.operators import find_slots
@@ -147,8 +148,12 @@ def _is_layer(network: nn.Module, name: str) -> bool:
 
 
 def heads_in(network: nn.Module, captured: Capture, keep: Iterable[str]) -> Mapping[str, Heads]:
-    """The heads of a network, if some of these gates are no layers."""
-    return {} if all(_is_layer(network, name) for name in keep) else find_slots(network, captured, {}).heads
+    """The heads, and inputs, of a network, if some of these gates are no layers."""
+    unknown = {name for name in keep if not _is_layer(network, name)}
+    if not unknown:
+        return {}
+    slots = find_slots(network, captured, {})
+    return slots.heads if unknown <= slots.heads.keys() else slots.heads | find_inputs(slots)
 
 
 def _pruned(network: nn.Module, keep: Mapping[str, Tensor], heads: Mapping[str, Heads]) -> dict[str, Tensor]:

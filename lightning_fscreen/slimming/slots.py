@@ -110,15 +110,17 @@ class Assumption:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of an attention, which are switched off by the columns of the layer that projects them.
+    """The heads of an attention, or other units that are switched off by the columns of the layer that reads them.
 
     Attributes:
         projection: name of that layer; its inputs are the heads, one after the other, divided evenly.
         labels: (heads,) their slots.
+        kind: of the gate.
     """
 
     projection: str
     labels: Tensor
+    kind: str = "head"
 
 
 @dataclass(frozen=True)

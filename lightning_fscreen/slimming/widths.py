@@ -40,8 +40,9 @@ class Widths:
         layers: those of them that are widths of linear and convolution layers.
         products: call that multiplies activations → the classes of its result.
         units: gate → the class of each of its units.
-        held: (pairs, 2): classes without units of their own, and the class of a channel of a batch norm that reads
-            them. They go when no such channel is left; classes that others read as well are not among them.
+        held: (pairs, 2): classes without units of their own, and the class of a unit that reads them: a channel of a
+            batch norm, or an input. They go when no such unit is left; classes that others read as well are not among
+            them.
         stuck: (classes,) bool: units that stay although they are switched off, since the constant that is left of them
             cannot be carried by a layer that reads it.
     """
@@ -121,7 +122,7 @@ class Widths:
             off = switched[reader.inputs]
             reader = replace(reader, known=reader.known & (off | ~self._has_units[reader.inputs]))  # or in any case
             if isinstance(reader, DenseReader) and reader.muted is not None:
-                return replace(reader, muted=reader.muted & off)
+                return replace(reader, muted=reader.muted & switched[self._class[reader.switches]])
             return reader
 
         return [masked(reader) for reader in self._readers]
@@ -132,6 +133,8 @@ class Widths:
         for reader in self._readers:
             if isinstance(reader, NormReader) and reader.layer in self.units:
                 pairs.append(torch.stack([reader.inputs, reader.outputs], dim=1))
+            elif isinstance(reader, DenseReader) and reader.switches is not None:  # all of it is switched off
+                pairs.append(torch.stack([reader.inputs, self._class[reader.switches]], dim=1))
             else:
                 others[reader.inputs[~reader.known]] = True
         held = torch.cat(pairs)

@@ -28,6 +28,7 @@ class Ranking(TypedDict, total=False):
     bias: Bias
     feature: Feature
     round_to: int
+    streams: bool
     num_classes: int | None
     labels: Callable[[Any], Tensor]
 
@@ -46,6 +47,7 @@ def settings_of(
     bias: Bias = "mean",
     feature: Feature = "activation",
     round_to: int = 1,
+    streams: bool = True,
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
 ) -> Settings:
@@ -72,6 +74,7 @@ def settings_of(
         bias=bias,
         feature=feature,
         round_to=round_to,
+        streams=streams,
         num_classes=num_classes,
         labels=labels,
         schedule=one_shot,

@@ -35,7 +35,8 @@ class ExplainedLayer:
 
     Attributes:
         name: its name in the model.
-        kind: "channel" of a batch norm, "neuron" (output of a linear or convolution layer), or "head" of an attention.
+        kind: "channel" of a batch norm, "neuron" (output of a linear or convolution layer), "head" of an attention, or
+            "input" of a layer that reads a stream beside batch norms, which saves nothing by itself.
         units: number of its units.
         prunable: how many of them can be pruned; the others are coupled to what stays.
         coupled: other layers that lose the same units.

@@ -46,6 +46,7 @@ def prune(
     val_dataloader: Iterable[Any] | None = None,
     max_drop: float = MAX_DROP,
     round_to: int = 1,
+    streams: bool = True,
     progress: bool = True,
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.
@@ -88,6 +89,7 @@ def prune(
         val_dataloader: for "auto": the batches of the metric; such that the ranking has not seen.
         max_drop: for "auto", in the unit of the metric.
         round_to: leave every width of a layer as it is, or a multiple of this; as of the callback.
+        streams: also prune channels of streams as one with all that read them; as of the callback.
         progress: show a progress bar.
 
     Returns:
@@ -125,6 +127,7 @@ def prune(
         bias=bias,
         feature=feature,
         round_to=round_to,
+        streams=streams,
         num_classes=num_classes,
         labels=labels,
     )

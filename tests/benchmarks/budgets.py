@@ -4,13 +4,13 @@
     python tests/benchmarks/budgets.py RESULTS.jsonl --table            # as Markdown
     ROUND_TO=8 python tests/benchmarks/budgets.py RESULTS.jsonl [...]   # with round_to=8
 
-Freshly initialised networks, random scores (for which the costs of the units say which go), `granularity="unit"`, two
-images. "missed": cost left minus budget, in percent of the dense cost, of the slim network as `FlopCounterMode` and
-`numel` count it. "chosen in": processor seconds, on one thread, for the masks, the walk that prepares them included
-(all but the capture). Where a budget cannot be met, the most that can go is named. With round_to, the most of each:
-"uneven" widths of linear and convolution layers, which pruning has changed and which are no multiples; "whole" ones,
-which are none and which it has not changed (but for the 1 of depthwise convolutions); and "idle", the share of the
-dense cost that stays for channels that nobody reads and that only make a width a multiple.
+Networks of torchvision and two of the paper, freshly initialised, random scores (for which the costs of the units say
+which go), `granularity="unit"`, two images. "missed": cost left minus budget, in percent of the dense cost, of the slim
+network as `FlopCounterMode` and `numel` count it. "chosen in": processor seconds, on one thread, for the masks, the
+walk that prepares them included (all but the capture). Where a budget cannot be met, the most that can go is named.
+With round_to, the most of each: "uneven" widths of linear and convolution layers, which pruning has changed and which
+are no multiples; "whole" ones, which are none and which it has not changed (but for the 1 of depthwise convolutions);
+and "idle", the share of the dense cost that stays for channels that nobody reads and that only make a width a multiple.
 """
 
 import copy
@@ -26,15 +26,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
+from lightning_fscreen import models as own_models
 from lightning_fscreen.candidates.costs import UnitCosts
 from lightning_fscreen.candidates.units import Units
 from lightning_fscreen.costs.size import measure_size
 from lightning_fscreen.ranking.per_cost import prune_to_cost
 
-SIZES = {"vit_b_16": 224, "swin_t": 224}
+SIZES = {"vit_b_16": 224, "swin_t": 224, "resnet164": 32, "densenet40": 32}
 NETWORKS = (
     "resnet18 resnet50 mobilenet_v2 efficientnet_b0 densenet121 shufflenet_v2_x1_0 regnet_y_400mf convnext_tiny "
-    "vit_b_16 swin_t"
+    "vit_b_16 swin_t resnet164 densenet40"
 ).split()
 AMOUNTS = (0.3, 0.5, 0.7)
 BUDGETS = ("params", "macs")
@@ -73,14 +74,14 @@ def idle(units: Units, masks: dict[str, torch.Tensor], costs: UnitCosts) -> floa
 def run(name: str, budget: str) -> list[dict[str, object]]:
     """All amounts of one network."""
     torch.manual_seed(0)
-    net = getattr(models, name)()
+    net = getattr(own_models if hasattr(own_models, name) else models, name)()
     x = torch.randn(2, 3, *[SIZES.get(name, 64)] * 2)
     dense = count(net, x, budget)
     size = measure_size(net, ((x,), {}), len(x))
     results: list[dict[str, object]] = []
     for amount in AMOUNTS:
         own = copy.deepcopy(net)
-        units = Units(own, None, None, round_to=ROUND_TO)
+        units = Units(own, None, None, round_to=ROUND_TO, streams=True)
         units.learn(own, (x,), {})
         generator = torch.Generator().manual_seed(0)
         kept = {layer: torch.ones(len(each), dtype=torch.bool) for layer, each in units.units().items()}

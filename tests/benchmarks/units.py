@@ -33,7 +33,7 @@ from lightning_fscreen import find_gates, slim
 from lightning_fscreen.slimming import CaptureError, VerificationError
 
 LARGEST = 170_000_000
-SIZES = {"inception_v3": 128, "googlenet": 96, "maxvit_t": 224, "efficientformer_l1": 224, "crossvit_tiny_240": 240}
+SIZES = {"inception_v3": 299, "googlenet": 96, "maxvit_t": 224, "efficientformer_l1": 224, "crossvit_tiny_240": 240}
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fscreen.candidates.units import Units
 from lightning_fscreen.costs.size import measure_size
+from lightning_fscreen.models import densenet40, resnet20
 from tests.slimming.attentions import random_block
 from tests.test_channel_fit import post_net, residual_net
 from tests.test_unit_fit import convnext, mixed_net, sigmoid_net
@@ -43,7 +45,7 @@ def check(network: nn.Module, x: Tensor, bias: Literal["zero", "fold"], seed: in
     for currency in ("params", "macs"):
         costs = units.costs(before, currency)  # type: ignore[arg-type]
         assert costs is not None
-        found[currency], prices = costs.priced(masks)
+        found[currency], prices, _ = costs.priced(masks)
         assert found[currency] == costs.of(masks) and all(bool((own >= 0).all()) for own in prices.values())
     units.slim(network, (x,), {}, masks)
     assert found == pytest.approx(count(network, x), rel=1e-9)
@@ -70,6 +72,33 @@ def test_heads(seed: int) -> None:
         check(network, torch.randn(2, 5, width, dtype=dtype), "zero", seed)
 
 
+@pytest.mark.parametrize("net", [residual_net, resnet20, densenet40])
+def test_a_stream_costs_what_goes_with_its_readers(net: Callable[[], nn.Module]) -> None:
+    network = net()
+    x = torch.randn(2, 1 if net is residual_net else 3, 8, 8)
+    units = Units(network, None, None, streams=True)
+    units.learn(network, (x,), {})
+    masks = random_masks(units, 0)
+    lengths = [len(mask) for mask in masks.values()]
+    numbers = dict(zip(masks, torch.arange(sum(lengths)).split(lengths), strict=True))
+    for currency in ("params", "macs"):
+        costs = units.costs(measure_size(network, ((x,), {}), len(x)), currency)  # type: ignore[arg-type]
+        assert costs is not None
+        cost, own, streams = costs.priced(masks)
+        prices, (channels, readers) = torch.cat(list(own.values())), costs.streams(numbers)
+        kept, several = torch.cat(list(masks.values())), 0
+        for stream in (streams > 0).nonzero().flatten().tolist()[:40]:
+            gone = readers[channels == stream]
+            without = kept.clone()
+            without[gone] = False
+            left = dict(zip(masks, without.split(lengths), strict=True))
+            if all(bool(mask.any()) for mask in left.values()):  # else one stays for the shape
+                saved = float(streams[stream] + prices[gone][kept[gone]].sum())
+                assert cost - costs.of(left) == pytest.approx(saved)
+                several += int(kept[gone].sum() > 1)
+        assert several >= 3
+
+
 @pytest.mark.parametrize("bias", ["zero", "fold", "mean"])
 def test_units_that_would_stay_cost_nothing(bias: Literal["zero", "fold", "mean"]) -> None:
     """Behind dropout a unit that is switched off is a constant only if it is zero; slimming says which stay."""
@@ -81,7 +110,7 @@ def test_units_that_would_stay_cost_nothing(bias: Literal["zero", "fold", "mean"
     costs, numbers = units.costs(measure_size(network, ((x,), {}), len(x)), "macs"), units.units()
     assert costs is not None and numbers is not None
     masks = {name: torch.arange(len(own)) < 3 for name, own in numbers.items()}
-    _, prices = costs.priced({name: torch.ones_like(mask) for name, mask in masks.items()})
+    _, prices, _ = costs.priced({name: torch.ones_like(mask) for name, mask in masks.items()})
     plan = units.slim(network, (x,), {}, masks)
     free = {name for name, price in prices.items() if not bool(price.any())}
     assert free == set(plan.kept_for) == (set() if bias == "zero" else {"0"})

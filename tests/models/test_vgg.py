@@ -38,6 +38,15 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_a_narrower_one():
+    widths = [
+        module.num_features for module in vgg16_bn(width_mult=0.25).modules() if isinstance(module, nn.BatchNorm2d)
+    ]
+    assert widths == [entry // 4 for entry in D if entry != "M"]
+    with pytest.raises(ValueError, match=r"width_mult=0.001 leaves .* no channel; give 0.015625 or more"):
+        vgg16_bn(width_mult=0.001)
+
+
 @pytest.mark.parametrize("name", ["num_classes", "in_channels"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_arguments_are_checked(name, value):

@@ -27,10 +27,14 @@ class Chain:
         a, b, c = (int(kept[name].sum()) for name in "abc")
         return self.rest + 3 * a + a * b + b * c
 
-    def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], Tensor]:
         a, b, c = (int(kept[name].sum()) for name in "abc")
         each = {"a": 3 + b, "b": a + c, "c": b}
-        return self.of(kept), {name: torch.full((width,), float(each[name])) for name, width in WIDTHS.items()}
+        prices = {name: torch.full((width,), float(each[name])) for name, width in WIDTHS.items()}
+        return self.of(kept), prices, torch.empty(0)
+
+    def streams(self, units: dict[str, Tensor]) -> Tensor:
+        return torch.empty(2, 0, dtype=torch.int64)
 
 
 def world(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -145,11 +149,47 @@ def test_large_units_that_fit_no_more_are_swapped_for_smaller_ones() -> None:
         def of(self, kept: dict[str, Tensor]) -> float:
             return float(sum(self.sizes[name][mask].sum() for name, mask in kept.items()))
 
-        def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-            return self.of(kept), self.sizes
+        def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], Tensor]:
+            return self.of(kept), self.sizes, torch.empty(0)
+
+        def streams(self, units: dict[str, Tensor]) -> Tensor:
+            return torch.empty(2, 0, dtype=torch.int64)
 
     kept = {name: torch.ones(2, dtype=torch.bool) for name in "ab"}
     scores = {"a": torch.tensor([1.0, 9.0]), "b": torch.tensor([2.0, 9.0])}
     units = {"a": torch.tensor([0, 1]), "b": torch.tensor([2, 3])}
     masks = prune_to_cost(scores, kept, Sum(), 167.0, 177.0, units=units)  # type: ignore[arg-type]
     assert masks["a"].all() and masks["b"].tolist() == [False, True]
+
+
+class Stream:
+    """Eight channels of a stream that cost 100 each as long as one of two layers reads them, and a layer beside it."""
+
+    def of(self, kept: dict[str, Tensor]) -> float:
+        read = kept["first"] | kept["second"]
+        return float(sum(mask.sum() for mask in kept.values()) + 100 * read.sum() + 59 * kept["beside"].sum())
+
+    def priced(self, kept: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], Tensor]:
+        both = kept["first"] & kept["second"]
+        prices = {"first": 1 + 100.0 * ~both, "second": 1 + 100.0 * ~both, "beside": torch.full((8,), 60.0)}
+        return self.of(kept), prices, torch.where(both, 100.0, 0.0)
+
+    def streams(self, units: dict[str, Tensor]) -> Tensor:
+        return torch.cat([torch.stack([torch.arange(8), units[name]]) for name in ("first", "second")], dim=1)
+
+
+@pytest.mark.parametrize("worst", [2, 5])
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_channel_of_a_stream_goes_with_all_that_read_it(worst: int, stays: bool) -> None:
+    """Neither of its readers is worth least by itself; but together with the channel they cost most."""
+    scores = {"first": torch.full((8,), 2.0), "second": torch.full((8,), 2.0), "beside": torch.ones(8)}
+    scores["first"][worst] = scores["second"][worst] = 1.0
+    scores["first"][0] = scores["second"][7] = 0.1  # alone
+    kept = {name: torch.ones(8, dtype=torch.bool) for name in scores}
+    units = dict(zip(scores, torch.arange(24).split(8), strict=True))
+    units["second"][worst] = -1 if stays else units["second"][worst]
+    dense = Stream().of(kept)
+    masks = prune_to_cost(scores, kept, Stream(), dense - 104, dense, units=units)  # type: ignore[arg-type]
+    gone = {name: set((~mask).nonzero().flatten().tolist()) for name, mask in masks.items()}
+    assert gone["first"] & gone["second"] == ({0} if stays else {worst})  # the next best, if not the worst
+    assert 0 in gone["first"] and 7 in gone["second"] and not gone["beside"]

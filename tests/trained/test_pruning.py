@@ -58,7 +58,10 @@ def test_it_computes_what_the_masked_network_does(net, bias, masks):
     assert {layer.name: layer.kept for layer in report.layers} == {name: int(own.sum()) for name, own in masks.items()}
     with torch.no_grad():
         for name, kept in masks.items():
-            module = dense.get_submodule(name)
+            module = dense.get_submodule(name.removesuffix(".inputs"))
+            if name.endswith(".inputs"):
+                module.weight[:, ~kept] = 0
+                continue
             module.weight[~kept] = 0
             if bias == "zero":
                 module.bias[~kept] = 0

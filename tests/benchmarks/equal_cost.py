@@ -1,0 +1,167 @@
+"""Error at equal multiply–adds: ways to prune a trained network at once, each followed by the same fine-tuning.
+
+    PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl FOLDER NETWORK SEED [METHOD ...]  # resumable
+    PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl  # the table
+
+FOLDER: an image folder of CIFAR-10; NETWORK: resnet20, or vgg16 (VGG-16-BN of a quarter of the width). Needs
+torch-pruning==1.6.1. A dense network trains for ten epochs on 20,000 of the images; every method prunes it until 75,
+50 or 25 % of its multiply–adds are left, as torch's counter counts them, and trains what is left for four more. Methods
+that take another amount get the one that leaves this cost, by bisection. "at once" is the error before these.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_fscreen import models, prune
+from lightning_fscreen.cli.tables import summary
+from lightning_fscreen.data import ImageFolderDataModule
+from tests.benchmarks.redundancy import error, tensors, train
+
+LEFT = (0.75, 0.5, 0.25)
+IMAGES, EPOCHS, TUNING = 20_000, 10, 4
+INSTANCES = 4000
+NETWORKS = {"resnet20": models.resnet20, "vgg16": lambda: models.vgg16_bn(width_mult=0.25)}
+
+
+def macs(network):
+    """For one image, independently of the package."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network.eval()(torch.zeros(1, 3, 32, 32))
+    return counter.get_total_flops() / 2
+
+
+def bisected(network, left, pruned):
+    """pruned(copy of the network, amount), with the amount that comes nearest to the share of the multiply–adds."""
+    dense, low, high, best = macs(network), 0.0, 1.0, None
+    for _ in range(10):
+        amount = (low + high) / 2
+        smaller = copy.deepcopy(network)
+        pruned(smaller, amount)
+        share = macs(smaller) / dense
+        if best is None or abs(share - left) < abs(best[0] - left):
+            best = share, smaller
+        low, high = (amount, high) if share > left else (low, amount)
+    return best[1]
+
+
+def ours(network, left, batches, **arguments):
+    """One call, in place of a copy."""
+    smaller = copy.deepcopy(network)
+    prune(smaller, batches, 1 - left, progress=False, **arguments)
+    return smaller
+
+
+def candidates(network, left, batches):
+    """The same scores, without regard to what a unit costs."""
+
+    def pruned(smaller, amount):
+        prune(smaller, batches, amount, budget="candidates", progress=False)
+
+    return bisected(network, left, pruned)
+
+
+def peer(network, left, importance, pruner=tp.pruner.BasePruner, **arguments):
+    """Torch-Pruning, every layer alike, which is its default."""
+
+    def pruned(smaller, amount):
+        last = [module for module in smaller.modules() if isinstance(module, nn.Linear)][-1]
+        images = torch.zeros(2, 3, 32, 32)
+        pruner(
+            smaller.eval(), images, importance=importance, pruning_ratio=amount, ignored_layers=[last], **arguments
+        ).step()
+
+    return bisected(network, left, pruned)
+
+
+METHODS = {
+    "multiply–adds": lambda network, left, batches: ours(network, left, batches),
+    "multiply–adds, by layer": lambda network, left, batches: ours(network, left, batches, scope="layer"),
+    "candidates": candidates,
+    "Torch-Pruning, norms of groups": lambda network, left, batches: peer(
+        network, left, tp.importance.GroupMagnitudeImportance(p=2)
+    ),
+    "Torch-Pruning, scales": lambda network, left, batches: peer(
+        network, left, tp.importance.BNScaleImportance(), tp.pruner.BNScalePruner
+    ),
+    "Torch-Pruning, norms, global": lambda network, left, batches: peer(
+        network, left, tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True
+    ),
+}
+
+
+def lines_of(results):
+    """Those of before."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def main(results, folder, name, seed, *methods):
+    """Run what is missing."""
+    results, seed = Path(results), int(seed)
+    data = ImageFolderDataModule(root=folder, val_size=0)
+    data.setup()
+    train_set, test_set = tensors(data.load_train(), data), tensors(data.load_test(), data)
+    some = torch.randperm(len(train_set[0]), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    train_set = train_set[0][some], train_set[1][some]
+
+    def keep(line):
+        with results.open("a") as file:
+            file.write(json.dumps({"network": name, "seed": seed, **line}) + "\n")
+        print(line, flush=True)
+
+    checkpoint = results.absolute().with_suffix(".work") / f"{name}_{seed}.pt"
+    torch.manual_seed(seed)
+    network = NETWORKS[name]()
+    if checkpoint.exists():
+        network.load_state_dict(torch.load(checkpoint, weights_only=True))
+    else:
+        train(network, *train_set, EPOCHS, 0.1, 128, True)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(network.state_dict(), checkpoint)
+        keep({"method": "dense", "left": 1.0, "macs": macs(network), "at_once": error(network, *test_set)})
+    images, labels = train_set
+    shown = torch.linspace(0, len(images) - 1, INSTANCES).long().split(500)
+    for left in LEFT:
+        for method in methods or METHODS:
+            if any(
+                (line["network"], line["seed"], line["method"], line["left"]) == (name, seed, method, left)
+                for line in lines_of(results)
+            ):
+                continue
+            torch.manual_seed(1000 + seed)
+            batches = [(images[index], labels[index]) for index in shown]
+            smaller = METHODS[method](network, left, batches)
+            size = sum(parameter.numel() for parameter in smaller.parameters())
+            line = {"method": method, "left": left, "macs": macs(smaller), "params": size}
+            line |= {"at_once": error(smaller, *test_set)}
+            torch.manual_seed(1000 + seed)
+            train(smaller, *train_set, TUNING, 0.05, 128, True)
+            keep(line | {"test_error": error(smaller, *test_set)})
+
+
+def table(results):
+    """Markdown."""
+    lines = lines_of(Path(results))
+    found = {}
+    for line in lines:
+        found.setdefault((line["network"], line["method"], line["left"]), []).append(line)
+    networks = list(dict.fromkeys(name for name, *_ in found))
+    columns = [(name, left) for name in networks for left in LEFT]
+    rows = ["| | " + " | ".join(f"{name}, {left:.0%}" for name, left in columns) + " |"]
+    rows.append("|---" * (1 + len(columns)) + "|")
+    for method in METHODS:
+        cells = [found.get((name, method, left), []) for name, left in columns]
+        texts = [summary([100 * line["test_error"] for line in cell]) if cell else "–" for cell in cells]
+        rows.append(f"| {method} | {' | '.join(texts)} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1]), end="") if len(sys.argv) == 2 else main(*sys.argv[1:])
