@@ -23,8 +23,13 @@ def move(walk: Walk, node: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
     if not bool(value.labels.any()) and not bool(value.known.any()):
         return Value.pinned(shape)
-    moved = [compress(node.target(part.contiguous(), *node.args[1:], **node.kwargs)) for part in value.parts()]
-    return Value(shape, *moved)
+
+    def moved(part: Tensor) -> Tensor:
+        if part.numel() == 1:  # the same everywhere
+            return part.reshape([1] * len(shape))
+        return compress(node.target(part.expand(value.shape).contiguous(), *node.args[1:], **node.kwargs))
+
+    return Value(shape, *map(moved, value.fields()))
 
 
 def squeeze(walk: Walk, node: Any) -> Value:
