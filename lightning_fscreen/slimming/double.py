@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_fscreen.slimming.depthwise import depthwise_conv, is_slow
+
 BLOCK = 2**20  # elements of a layer's weight that are converted at a time
 _DEVICE = Tensor.device.__get__
-_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+_LAYERS = {F.linear, *_CONVOLUTIONS}
 _CONTIGUOUS = {*_LAYERS, F.multi_head_attention_forward}  # in float64 they are many times slower on other inputs
 _SIZES = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.numel, _DEVICE}  # type: ignore[attr-defined]
 
@@ -99,6 +102,8 @@ class InDouble(TorchFunctionMode):
         args, kwargs = pytree.tree_map(self._convert, (args, kwargs))
         if func in _CONTIGUOUS:
             args, kwargs = _contiguous((args, kwargs))
+        if func in _CONVOLUTIONS and is_slow(*args, **kwargs):
+            func = depthwise_conv
         return func(*args, **kwargs)
 
     def _by_rows(

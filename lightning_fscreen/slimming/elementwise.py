@@ -226,7 +226,7 @@ def unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) ->
         return torch.full([1] * len(shape), PINNED, dtype=torch.int64)
     for labels in full[1:]:
         walk.slots.unify(full[0], labels)
-    return max(full, key=Tensor.numel)
+    return min((labels for labels in full if bool(labels.any())), key=Tensor.numel, default=full[0])
 
 
 def _with_rank(tensor: Tensor, rank: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,32 @@ from lightning_fscreen.slimming.elementwise import vector
 from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, operator_name
 from lightning_fscreen.slimming.slots import Value, compress
 
+Arrange = Callable[[Any, Value, Tensor], Tensor]
+"""(node, its input, labels or constants of the input as they are stored) → those of the output."""
 
-def move(walk: Walk, node: Any) -> Value:
-    """Operators that only rearrange elements are run on the labels themselves."""
+
+def reshaped(node: Any, value: Value, part: Tensor) -> Tensor:
+    """Dimensions in front that stay, and along which nothing varies, have the size 1 meanwhile."""
+    shape = tuple(node.meta["val"].shape)
+    if part.numel() == 1:
+        return part.reshape([1] * len(shape))
+    pairs = zip(shape, value.shape, part.shape, strict=False)
+    same = [1 for _ in itertools.takewhile(lambda sizes: sizes[0] == sizes[1] and sizes[2] == 1, pairs)]
+    return compress(part.expand([*same, *value.shape[len(same) :]]).reshape([*same, *shape[len(same) :]]))
+
+
+def transposed(node: Any, value: Value, part: Tensor) -> Tensor:
+    """The order of the dimensions changes."""
+    return torch.as_tensor(node.target(part, *node.args[1:], **node.kwargs))
+
+
+def shuffled(node: Any, value: Value, part: Tensor) -> Tensor:
+    """Whatever the operator does."""
+    return compress(node.target(part.expand(value.shape).contiguous(), *node.args[1:], **node.kwargs))
+
+
+def move(walk: Walk, node: Any, arrange: Arrange = reshaped) -> Value:
+    """Operators that only rearrange elements do it with the labels, too."""
     value = vector(walk, node.args[0])
     given = arguments(node)
     if "dtype" in given:  # view(dtype) cuts elements into pieces
@@ -23,8 +48,7 @@ def move(walk: Walk, node: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
     if not bool(value.labels.any()) and not bool(value.known.any()):
         return Value.pinned(shape)
-    moved = [compress(node.target(part.contiguous(), *node.args[1:], **node.kwargs)) for part in value.parts()]
-    return Value(shape, *moved)
+    return Value(shape, *(arrange(node, value, part) for part in value.fields()))
 
 
 def squeeze(walk: Walk, node: Any) -> Value:
@@ -50,10 +74,9 @@ def expand(walk: Walk, node: Any) -> Value:
     new = len(sizes) - len(value.shape)
     copied = [dim for dim, size in enumerate(sizes) if size > 1 and (dim < new or value.shape[dim - new] == 1)]
     copies = _copies(walk, node, value, copied)
-    if copies is None:
-        return resize(walk, node)
-    _respect_sizes(walk, node, copies, sizes, first=0)
-    return copies
+    result = _broadcast(value, node) if copies is None else copies
+    _respect_sizes(walk, node, result, sizes, first=0)
+    return result
 
 
 def repeat_interleave(walk: Walk, node: Any) -> Value:
@@ -147,14 +170,17 @@ def reshape_as(walk: Walk, node: Any) -> Value:
     """As `move`; the channels of the result go with those of the tensor whose shape it takes."""
     value, other = walk.value(node.args[0]), walk.value(node.args[1])
     shape = tuple(node.meta["val"].shape)
-    result = Value(shape, *(compress(part.reshape(shape)) for part in value.parts()))
+    result = Value(shape, *(reshaped(node, value, part) for part in value.fields()))
     walk.slots.unify(result.labels, other.labels)
     return result
 
 
 def expand_as(walk: Walk, node: Any) -> Value:
     """Broadcast to the shape of another tensor, whatever that is."""
-    value = walk.value(node.args[0])
+    return _broadcast(walk.value(node.args[0]), node)
+
+
+def _broadcast(value: Value, node: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
     new = [1] * (len(shape) - len(value.shape))
     return Value(shape, *(part.reshape(new + list(part.shape)) for part in value.fields()))
@@ -165,7 +191,7 @@ def channel_shuffle(walk: Walk, node: Any) -> Value:
     labels, _, _ = walk.slots.along(walk.value(node.args[0]), 1)
     by_group = labels.reshape(arguments(node)["groups"], -1)
     walk.slots.unify(by_group, by_group[:1])
-    return move(walk, node)
+    return move(walk, node, shuffled)
 
 
 def pixel_shuffle(walk: Walk, node: Any) -> Value:
@@ -216,15 +242,16 @@ def check(walk: Walk, node: Any) -> None:
     """Assertions on tensors, which have no output."""
 
 
-_MOVES = """
-    flatten unsqueeze unsqueeze_ permute transpose t numpy_T movedim swapaxes swapdims
+_TRANSPOSES = """
+    permute transpose t numpy_T movedim swapaxes swapdims
 """.split()
 _NEW = """
     empty zeros ones full rand randn arange scalar_tensor
 """.split()
 
 HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(_MOVES, move),
+    **dict.fromkeys(("flatten", "unsqueeze", "unsqueeze_"), move),
+    **dict.fromkeys(_TRANSPOSES, partial(move, arrange=transposed)),
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), resize),
     "expand": expand,

@@ -4,7 +4,7 @@
 
 Trainings of 10 epochs (or as many as the overrides say), in a process each, which take turns of half a second, so that
 all of them meet the same moods of the machine: without the callback, with it as the experiment says but slim=false (the
-network keeps its size, so that only the work added is seen), with slimming (channels only: with weights it comes after
+network keeps its size, so that only the work added is seen), with slimming (not of weights: there it comes after
 the fit), and with ModelPruning, which prunes weights by magnitude at the end of every epoch. Prints time as a ratio to
 the training without the callback, median and range over the rounds: of all epochs but the first, and of those that
 gather statistics, which end with the pruning.
@@ -126,7 +126,7 @@ def main(experiment, rounds="5", *overrides):
     ratios, pairs = {}, {}
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
         pruning = compose("train", [f"experiment={experiment}"]).callbacks.fscreen
-    names = [name for name in VARIANTS if name != "slimming" or pruning.granularity == "channel"]
+    names = [name for name in VARIANTS if name != "slimming" or pruning.granularity != "weight"]
     for _ in range(int(rounds)):
         results = measure(experiment, names, overrides)
         names.append(names.pop(0))

@@ -3,8 +3,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_fscreen.slimming.capture import capture
+from lightning_fscreen.slimming.interpreter import Walk, operator_name
+from lightning_fscreen.slimming.operators import HANDLERS
 from lightning_fscreen.slimming.slots import PINNED, SlotGraph, Value, compress
 
 COUNT = 12
@@ -133,3 +136,25 @@ def test_a_pinned_value_is_of_one_slot_and_of_unknown_value() -> None:
     labels, constant, known = value.parts()
     assert labels.shape == constant.shape == known.shape == (2, 3, 4)
     assert labels.unique().tolist() == [PINNED] and not known.any()
+
+
+class Tokens(nn.Module):
+    """A class token that is put in front, and residual linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layers = nn.Parameter(torch.zeros(1, 1, 6)), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.layers[0](x)], 1)
+        x = x + self.layers[1](x)
+        return x + self.layers[2](x)
+
+
+def test_labels_are_no_larger_than_what_varies() -> None:
+    network = Tokens()
+    captured = capture(network, (torch.randn(2, 4, 6),))
+    walk = Walk(network, captured, HANDLERS, {})
+    walk.run()
+    sums = [value for node, value in walk.values.items() if operator_name(node) == "add"]
+    assert [tuple(value.labels.shape) for value in sums] == [(1, 1, 6), (1, 1, 6)]
