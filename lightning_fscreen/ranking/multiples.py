@@ -96,5 +96,6 @@ def in_multiples(
     most = (torch.bincount(block, minlength=len(blocks.steps))[block] - 1) // steps  # multiples, if any are pruned
     group = torch.minimum((place + blocks.others[block] % steps) // steps, most)
     groups = torch.stack([block, group]).unique(dim=1, return_inverse=True)[1]
-    groups[most == 0] = -1
+    uneven = (group == 0) & (blocks.others[block] % steps > 0)  # without them the others alone would be left
+    groups[(most == 0) | uneven] = -1
     return {name: own.to(devices[name]) for name, own in found.grouped(order, groups).items()}

@@ -28,6 +28,9 @@ def test_groups_by_hand():
     assert all(len(group.unique()) == 1 for group in groups) and len(torch.stack([g[0] for g in groups]).unique()) == 3
     assert found["b"].tolist() == [-1] * 3
     assert in_multiples(scores, whole(a=10, b=3), units, None) is units
+    beside = Blocks({name: torch.zeros_like(own) for name, own in units.items()}, *torch.tensor([[4], [1]]), 4)
+    found = in_multiples({"a": scores["a"]}, whole(a=10), {"a": units["a"]}, beside)["a"]  # one of the others stays
+    assert found[[1, 2, 3]].tolist() == [-1] * 3 and [int((found == each).sum()) for each in found[[4, 9]]] == [4, 3]
 
 
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 3), st.integers(0, 9), st.floats(0, 1), st.randoms())
