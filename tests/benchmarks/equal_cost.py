@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch_pruning as tp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,15 +67,16 @@ def candidates(network, left, batches):
     return bisected(network, left, pruned)
 
 
-def peer(network, left, importance, pruner=tp.pruner.BasePruner, **arguments):
+def peer(network, left, importance, pruner="BasePruner"):
     """Torch-Pruning, every layer alike, which is its default."""
+    import torch_pruning as tp  # only this method needs it, and the documents' tables do not
 
     def pruned(smaller, amount):
         last = [module for module in smaller.modules() if isinstance(module, nn.Linear)][-1]
         images = torch.zeros(2, 3, 32, 32)
-        pruner(
-            smaller.eval(), images, importance=importance, pruning_ratio=amount, ignored_layers=[last], **arguments
-        ).step()
+        rank = getattr(tp.importance, importance)()
+        kind = getattr(tp.pruner, pruner)
+        kind(smaller.eval(), images, importance=rank, pruning_ratio=amount, ignored_layers=[last]).step()
 
     return bisected(network, left, pruned)
 
@@ -85,12 +85,8 @@ METHODS = {
     "score per cost": ours,
     "score per cost, no streams": lambda network, left, batches: ours(network, left, batches, streams=False),
     "score alone": candidates,
-    "Torch-Pruning, norms of groups": lambda network, left, batches: peer(
-        network, left, tp.importance.GroupMagnitudeImportance(p=2)
-    ),
-    "Torch-Pruning, scales": lambda network, left, batches: peer(
-        network, left, tp.importance.BNScaleImportance(), tp.pruner.BNScalePruner
-    ),
+    "Torch-Pruning, norms of groups": lambda network, left, batches: peer(network, left, "GroupMagnitudeImportance"),
+    "Torch-Pruning, scales": lambda network, left, batches: peer(network, left, "BNScaleImportance", "BNScalePruner"),
 }
 
 
@@ -156,7 +152,8 @@ def table(results):
     for method in METHODS:
         cells = [found.get((name, method, left), []) for name, left in columns]
         texts = [summary([100 * line["test_error"] for line in cell]) if cell else "–" for cell in cells]
-        rows.append(f"| {method} | {' | '.join(texts)} |")
+        if any(cells):
+            rows.append(f"| {method} | {' | '.join(texts)} |")
     return "\n".join(rows) + "\n"
 
 
