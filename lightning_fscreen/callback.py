@@ -141,7 +141,7 @@ class ScreeningPruningCallback(Results):
         prune_every: int | None = None,
         budget: Currency = "candidates",
         round_to: int = 1,
-        streams: bool = True,
+        streams: bool = False,
     ) -> None:
         settings = Settings(
             granularity=granularity,

@@ -34,6 +34,8 @@ def count(net, budget):
 CASES = [
     ("channel", wide_net, {}),
     ("channel", wide_net, {"scope": "layer"}),
+    ("channel", wide_net, {"streams": True, "scope": "layer"}),
+    ("unit", wide_net, {"streams": True}),
     ("channel", post_net, {"bias": "fold"}),
     ("unit", wide_net, {"schedule": "linear", "min_channels": 4}),
     ("unit", plain_net, {"criterion": "magnitude"}),
@@ -69,6 +71,14 @@ def test_a_share_of_the_cost_goes(granularity, net, options, budget):
         assert applied[-1] == pytest.approx(1 - left / dense, abs=1e-9)
 
 
+def test_channels_of_a_stream_go_if_that_is_asked_for():
+    """All that a deep network of narrow blocks can save is in its stream."""
+    for streams in (False, True):
+        callback = ScreeningPruningCallback(budget="macs", amount=0.5, streams=streams, scope="layer", end_epoch=2)
+        model, _ = fitted(callback, net=wide_net, max_epochs=3)
+        assert (model.net[0].out_channels < 24) == ("net.2.skip.inputs" in callback.masks) == streams
+
+
 def test_masks_alone_are_those_of_slimming():
     kept = []
     for slim in (True, False):
@@ -83,7 +93,7 @@ def test_resumed_in_the_window_it_ends_the_same(tmp_path):
     def run(epochs, **options):
         torch.manual_seed(0)
         model = Classifier(wide_net(), OPTIMIZERS["adamw"])
-        callback = ScreeningPruningCallback("unit", budget="macs", amount=0.6, end_epoch=4)
+        callback = ScreeningPruningCallback("unit", budget="macs", amount=0.6, end_epoch=4, streams=True)
         saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
         fit = trainer([callback, saver], max_epochs=epochs, enable_checkpointing=True)
         fit.fit(model, loader(), weights_only=True, **options)
@@ -113,7 +123,7 @@ def test_what_cannot_go_is_said_at_the_start():
 
 def decide(folder):
     """In each of two processes."""
-    callback = ScreeningPruningCallback("unit", budget="macs", amount=0.5, end_epoch=2)
+    callback = ScreeningPruningCallback("unit", budget="macs", amount=0.5, end_epoch=2, streams=True)
     torch.manual_seed(0)
     model = Classifier(wide_net())
     trainer([callback], max_epochs=3, strategy="ddp", devices=2).fit(model, loader(16))

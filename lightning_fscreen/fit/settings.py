@@ -55,7 +55,7 @@ class Settings:
     prune_every: int | None
     budget: Currency = "candidates"
     round_to: int = 1
-    streams: bool = True
+    streams: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))

@@ -47,7 +47,7 @@ def settings_of(
     bias: Bias = "mean",
     feature: Feature = "activation",
     round_to: int = 1,
-    streams: bool = True,
+    streams: bool = False,
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
 ) -> Settings:

@@ -46,7 +46,7 @@ def prune(
     val_dataloader: Iterable[Any] | None = None,
     max_drop: float = MAX_DROP,
     round_to: int = 1,
-    streams: bool = True,
+    streams: bool = False,
     progress: bool = True,
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.

@@ -42,7 +42,7 @@ GIVEN = {
     "prune_every": None,
     "budget": "macs",
     "round_to": 8,
-    "streams": False,
+    "streams": True,
 }
 
 

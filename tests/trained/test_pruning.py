@@ -51,7 +51,7 @@ NETS = [wide_net, residual_net, mixed_net, plain_net, sigmoid_net, convnext]
 def test_it_computes_what_the_masked_network_does(net, bias, masks):
     network = trained(net)
     dense, (images, _) = copy.deepcopy(network), digits()
-    plan, report = prune(network, loader(), 0.4, bias=bias, min_channels=2, progress=False)
+    plan, report = prune(network, loader(), 0.4, bias=bias, min_channels=2, streams=True, progress=False)
     assert plan and report.after.macs == count(network, "macs") < report.before.macs == count(dense, "macs")
     assert report.after.params == sum(p.numel() for p in network.parameters())
     assert not network.training and not network._forward_pre_hooks
