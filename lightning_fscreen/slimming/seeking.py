@@ -61,12 +61,17 @@ class HeadSearch:
         return self._noted.issuperset(labels[labels != PINNED].unique().tolist())
 
     def tell(self, labels: Tensor) -> bool:
-        """Whether slots are of activations that may tell heads: no copies for every head or instance, no parameters."""
-        if self.are(labels):
-            return False
-        first, last = int(labels[labels != PINNED].min()), int(labels.max())
-        ends = ((int(own.flatten()[0]), int(own.flatten()[-1])) for own in self.tables.values())
-        return not any(start <= first and last <= stop for start, stop in ends)
+        """Whether slots may tell heads: some are of activations, neither of copies for every head nor of parameters."""
+        return not self.are(labels) and not any(bool(inside.all()) for inside in self._in_tables(labels))
+
+    def _are_of_activations(self, labels: Tensor) -> bool:
+        return not self.are(labels) and not any(bool(inside.any()) for inside in self._in_tables(labels))
+
+    def _in_tables(self, labels: Tensor) -> Iterator[Tensor]:
+        slots = labels[labels != PINNED]
+        for own in self.tables.values():  # of consecutive slots
+            first, last = own.flatten()[0], own.flatten()[-1]
+            yield (slots >= first) & (slots <= last)
 
     def table(self, node: str, shape: tuple[int, ...], slots: SlotGraph, own: Tensor | None = None) -> Value | None:
         """A tensor that is no activation, and of which a dimension is that of heads; None for others.
@@ -121,7 +126,7 @@ class HeadSearch:
         for term in terms:
             labels = term.value.labels
             dims = [term.batch[-place] for place in places if place <= len(term.batch)]
-            if not places and self.tell(labels) and any(labels.shape[dim] > 1 for dim in term.summed):
+            if not places and self._are_of_activations(labels) and any(labels.shape[dim] > 1 for dim in term.summed):
                 dims = [dim for dim in range(labels.ndim) if labels.shape[dim] > 1 and dim not in term.summed]
             if dims:
                 yield labels, dims
