@@ -57,6 +57,8 @@ class NetworkCosts:
         else:  # an auxiliary head runs in train mode alone, and is not measured
             idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
             factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
+            for weight in factors.keys() & self.widths.products.keys():  # once for every head
+                dims[weight, len(tensors[weight])] = self.widths.products[weight]
             # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
             unseen = [
                 part

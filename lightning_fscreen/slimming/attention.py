@@ -1,47 +1,49 @@
 """Handlers of the products of two activations, as in attention, where heads are a dimension that both have.
 
-A head is one slot: all rows of the weights that make its queries, keys and values, and all columns that read it. The
-layers' outputs are taken apart into heads by `view` and the like, which do not say which of their dimensions is that of
-the heads. The first walk over a graph finds it: along it the factors of a product go with each other.
+A head is one slot: all rows of the weights that make its queries, keys and values, and all columns that read it. Which
+dimension is that of the heads a first walk over the graph finds out (`seeking.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lightning_fscreen.slimming.elementwise import unify_operands
-from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, module_of, operator_name
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, module_of
 from lightning_fscreen.slimming.layers import product
-from lightning_fscreen.slimming.slots import PINNED, Value
+from lightning_fscreen.slimming.seeking import Term
+from lightning_fscreen.slimming.slots import Value
 
 
 def matmul(walk: Walk, node: Any) -> Value:
-    """A product of two activations; of an activation and a parameter, it is a linear layer."""
-    given = list(arguments(node).values())[:2]
-    if any(walk.name(source) is not None for source in given):
+    """A product of two activations; of an activation and a matrix of parameters, it is a linear layer."""
+    first, second = list(arguments(node).values())[:2]
+    if walk.name(second) is not None and len(second.meta["val"].shape) == 2:
         return product(walk, node)
-    return _product(walk, node, *map(walk.value, given))
+    return _product(walk, node, walk.value(first), walk.value(second))
 
 
 def baddbmm(walk: Walk, node: Any) -> Value:
-    """The sum of something and a product."""
+    """The sum of something and a product; times 0 it is of no account but for its shape, which broadcasts."""
     given = arguments(node)
     result = _product(walk, node, walk.value(given["batch1"]), walk.value(given["batch2"]))
+    if given["beta"] == 0:
+        return result
     return _joined(walk, [result, walk.value(given["self"])], result.shape)
 
 
 def _product(walk: Walk, node: Any, first: Value, second: Value) -> Value:
     if min(len(first.shape), len(second.shape)) < 2:
         raise Unsupported("it multiplies a vector")
-    batch = tuple(node.meta["val"].shape[:-2])
-    rank = len(batch)
+    rank = len(node.meta["val"].shape) - 2
     factors = [_part(walk, first, rank, -1), _part(walk, second, rank, -2)]
-    return _contracted(walk, node, [first, second], factors, range(rank))
+    terms = [Term(value, range(len(value.shape) - 2)) for value in (first, second)]
+    return _contracted(walk, node, terms, factors)
 
 
 def _part(walk: Walk, value: Value, batch: int, summed: int) -> Value:
@@ -65,12 +67,12 @@ def einsum(walk: Walk, node: Any) -> Value:
     letters = "".join(inputs) + output
     if not output or not letters.isalpha() or any(len(set(term)) < len(term) for term in (*inputs, output)):
         raise Unsupported("its equation is not written out")
-    if any(walk.name(source) is not None for source in given["tensors"]):
-        raise Unsupported("it takes a parameter")
     values = [walk.value(source) for source in given["tensors"]]
-    factors = []
+    shared = [letter for letter in output if all(letter in term for term in inputs)]
+    terms_of, factors = [], []
     for term, value in zip(inputs, values, strict=True):
         summed = [place for place, letter in enumerate(term) if letter not in output]
+        terms_of.append(Term(value, [term.index(letter) for letter in shared], summed))
         value = _whole(walk, value, summed)
         present = [letter for letter in output if letter in term]
 
@@ -81,9 +83,7 @@ def einsum(walk: Walk, node: Any) -> Value:
 
         shape = tuple(value.shape[term.index(letter)] if letter in term else 1 for letter in output)
         factors.append(Value(shape, *map(moved, (value.labels, value.constant, _silent(value, summed)))))
-    batch = [place for place, letter in enumerate(output) if all(letter in term for term in inputs)]
-    places = [[term.index(output[place]) for place in batch] for term in inputs]
-    return _contracted(walk, node, values, factors, *places)
+    return _contracted(walk, node, terms_of, factors)
 
 
 def scaled_dot_product_attention(walk: Walk, node: Any) -> Value:
@@ -93,19 +93,22 @@ def scaled_dot_product_attention(walk: Walk, node: Any) -> Value:
     if len(query.shape) < 3:
         raise Unsupported("it has a single head")
     values = [query, *(_for_each_query(item, query) if given.get("enable_gqa") else item for item in (key, value))]
-    rank = len(query.shape) - 2
+    terms = [Term(item, range(len(item.shape) - 2)) for item in values]
+    masks = [] if given["attn_mask"] is None else [walk.value(given["attn_mask"])]
+    if walk.heads.dims is None and masks:  # they are added to the scores
+        scores = Value((*query.shape[:-1], key.shape[-2]), *(part[..., :1, :1] for part in query.fields()))
+        unify_operands(walk, [scores, *masks], scores.shape)
     factors = []
-    values = [_whole(walk, item, [-1, -2]) for item in values]
-    for item in values:
+    for item in (*values, *masks):
+        whole = _whole(walk, item, [-1, -2])
         # Queries and keys of zeros attend to everything alike: only values of zeros give zeros.
-        silent = _silent(item, [-1, -2]) if item is values[-1] else torch.zeros_like(item.known)
-        narrowed = [part[..., :1, :1] for part in (item.labels, item.constant, silent)]
-        factors.append(Value((*item.shape[:-2], 1, 1), *narrowed))
-    if given["attn_mask"] is not None:
-        mask = _whole(walk, walk.value(given["attn_mask"]), [-1, -2])
-        fields = (mask.labels, mask.constant, torch.zeros_like(mask.known))
-        factors.append(Value((*mask.shape[:-2], 1, 1), *(part[..., :1, :1] for part in fields)))
-    return _contracted(walk, node, values, factors, range(rank))
+        silent = _silent(whole, [-1, -2]) if item is values[-1] else torch.zeros_like(whole.known)
+        missing = [1] * (len(query.shape) - len(item.shape))
+        narrowed = (part[..., :1, :1] for part in (whole.labels, whole.constant, silent))
+        factors.append(
+            Value((*missing, *item.shape[:-2], 1, 1), *(part.reshape(missing + list(part.shape)) for part in narrowed))
+        )
+    return _contracted(walk, node, terms, factors)
 
 
 def _for_each_query(value: Value, query: Value) -> Value:
@@ -118,7 +121,7 @@ def _for_each_query(value: Value, query: Value) -> Value:
 
 def _whole(walk: Walk, value: Value, dims: Sequence[int]) -> Value:
     """A factor of which dimensions are summed over: if these are channels, they all stay."""
-    if walk.head_dims is None or all(value.labels.shape[dim] == 1 for dim in dims):
+    if walk.heads.dims is None or all(value.labels.shape[dim] == 1 for dim in dims):
         return value
     walk.slots.pin(value.labels, "it is multiplied by another activation, and summed over")
     return replace(value, labels=Value.pinned(value.shape).labels)
@@ -132,63 +135,37 @@ def _silent(value: Value, dims: Sequence[int]) -> Tensor:
     return zero
 
 
-def _contracted(
-    walk: Walk, node: Any, values: Sequence[Value], factors: Sequence[Value], *batches: Sequence[int]
-) -> Value:
+def _contracted(walk: Walk, node: Any, terms: Sequence[Term], factors: Sequence[Value]) -> Value:
     """The product of factors that are arranged like it."""
     shape = tuple(node.meta["val"].shape)
-    if walk.head_dims is None:
-        for index, value in enumerate(values):
-            offset = 0 if len(batches) > 1 else len(shape) - len(value.shape)
-            batch = batches[min(index, len(batches) - 1)]
-            walk.contracted.append((value.labels, tuple(dim - offset for dim in batch if dim >= offset)))
-        return Value.pinned(shape)
-    batch = [place for place in range(len(shape)) if all(factor.shape[place] == shape[place] for factor in factors)]
-    if any(factor.labels.shape[place] > 1 for factor in factors for place in batch):
-        shared = [place for place in range(len(shape)) if place not in batch]
-        factors = [_whole(walk, factor, shared) for factor in factors]  # values that all heads take the mean of
+    if walk.heads.dims is None:
+        walk.heads.products.append(terms)
+        best = max(factors, key=lambda factor: (walk.heads.tell(factor.labels), factor.labels.numel()))
+        return replace(Value.pinned(shape), labels=best.labels)
+    heads = [place for place in range(len(shape)) if _runs_over_heads(walk, factors, place, shape[place])]
+    if heads:
+        others = [place for place in range(len(shape)) if place not in heads]
+        factors = [_whole(walk, factor, others) for factor in factors]  # values that all heads take the mean of
     result = _joined(walk, factors, shape)
     walk.slots.products[node.name] = result.labels.flatten()
     zero = torch.broadcast_tensors(*(factor.known for factor in factors))
     known = torch.stack(zero).any(0)
-    if bool(result.labels.any()):
-        walk.slots.attended.append((module_of(node), result.labels.flatten()))
+    if heads and bool(result.labels.any()):
+        walk.slots.attended.append((module_of(node), result.labels.flatten(), len(walk.slots.readers)))
     return Value(shape, result.labels, torch.zeros_like(known, dtype=torch.float64), known)
+
+
+def _runs_over_heads(walk: Walk, factors: Sequence[Value], place: int, size: int) -> bool:
+    """Whether a dimension of a product is one of its batch; or of heads that share keys and values."""
+    varying = [factor for factor in factors if factor.labels.shape[place] > 1]
+    everywhere = all(factor.shape[place] == size for factor in factors)
+    return bool(varying) and (everywhere or any(walk.heads.are(factor.labels) for factor in varying))
 
 
 def _joined(walk: Walk, factors: Sequence[Value], shape: tuple[int, ...]) -> Value:
     labels = unify_operands(walk, list(factors), shape)
     ones = [1] * len(shape)
     return Value(shape, labels, torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool))
-
-
-def find_head_dims(graph: fx.Graph, seek: Callable[[], Walk]) -> dict[str, int]:
-    """Operators that take channels apart into heads → the dimension of their output that is that of the heads.
-
-    Args:
-        graph: a captured network.
-        seek: walks over it without unifying anything.
-    """
-    if not any(operator_name(node) in HANDLERS for node in graph.nodes):
-        return {}
-    walk = seek()
-    if not walk.contracted:
-        return {}
-    head_of = torch.full((walk.slots.count,), torch.iinfo(torch.int64).max)
-    for labels, batch in walk.contracted:
-        sizes = [labels.shape[dim] for dim in batch]
-        numbers = torch.arange(torch.Size(sizes).numel()).reshape(
-            [labels.shape[dim] if dim in batch else 1 for dim in range(labels.ndim)]
-        )
-        head_of.scatter_reduce_(0, labels.flatten(), numbers.expand(labels.shape).flatten(), "amin")
-    head_of[PINNED] = torch.iinfo(torch.int64).max
-    dims = {}
-    for name, labels in walk.splits.items():
-        heads = head_of[labels]
-        varying = [dim for dim in range(heads.ndim) if not bool((heads == heads.narrow(dim, 0, 1)).all())]
-        if len(varying) == 1 and int(heads.max()) < torch.iinfo(torch.int64).max:
-            dims[name] = varying[0]
-    return dims
 
 
 HANDLERS: dict[str, Handler] = {

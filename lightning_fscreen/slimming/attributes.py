@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_fscreen.slimming.sizes import Call
 from lightning_fscreen.slimming.slots import Assumption, Value
 
 Size = int | tuple[int, ...]
@@ -25,7 +26,9 @@ class Resized:
     after: tuple[int, ...]
 
 
-def proposed_attributes(network: nn.Module, assumptions: Iterable[Assumption], kept: Tensor) -> Attributes:
+def proposed_attributes(
+    network: nn.Module, assumptions: Iterable[Assumption], kept: Tensor, given: bool = False
+) -> Attributes:
     """Attributes that equal a size in their module's forward, and the value that they would need.
 
     They are guesses: verification decides.
@@ -34,10 +37,14 @@ def proposed_attributes(network: nn.Module, assumptions: Iterable[Assumption], k
         network: the network, not yet changed.
         assumptions: calls that have sizes in them.
         kept: (number of slots,) bool.
+        given: only sizes that calls are given, where these are known; else any of what they take and give.
     """
     proposed: Attributes = {}
     for assumption in assumptions:
-        shapes = [_resized(value, kept) for value in assumption.values]
+        if given and assumption.call is not None:
+            shapes = [_given(assumption.call, kept)]
+        else:
+            shapes = [_resized(value, kept) for value in assumption.values]
         for name, old in vars(network.get_submodule(assumption.module)).items():
             new = _new(old, shapes) if not name.startswith("_") else None
             if new is not None and new != old:
@@ -52,6 +59,12 @@ def _resized(value: Value, kept: Tensor) -> Resized:
             rows = value.labels.movedim(dim, 0).reshape(size, -1)[:, 0]
             after[dim] = int(kept[rows].sum())
     return Resized(value.shape, tuple(after))
+
+
+def _given(call: Call, kept: Tensor) -> Resized:
+    sizes = [call.counted.get(place, -1) for place in range(call.sizes)]
+    before = tuple(size if isinstance(size, int) else len(size) for size in sizes)
+    return Resized(before, tuple(size if isinstance(size, int) else int(kept[size].sum()) for size in sizes))
 
 
 def _new(old: Any, shapes: Iterable[Resized]) -> Size | None:

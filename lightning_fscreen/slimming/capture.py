@@ -79,10 +79,36 @@ def capture(
             f"{type(network).__name__} cannot be captured by torch.export, so nothing can be removed from it "
             f"(usual causes: control flow that depends on values, .item(), unsupported operators): {error}"
         ) from error
+    _inline(program.graph_module, program.graph)
     signature = program.graph_signature
     names = first_names(network)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training)
+
+
+def _inline(parts: Any, graph: fx.Graph) -> None:
+    """What runs under autocast, or with gradients on or off, is a graph of its own: its calls join the others.
+
+    Args:
+        parts: the module that holds these graphs.
+        graph: changed in place.
+    """
+    for node in graph.find_nodes(op="get_attr"):
+        part: Any = getattr(parts, str(node.target), None)
+        for call in list(node.users) if isinstance(part, fx.GraphModule) else ():
+            if getattr(call.target, "__name__", "") not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+                continue
+            _inline(part, part.graph)
+            inputs = call.args[call.args.index(node) + 1 :]
+            with graph.inserting_before(call):
+                places = dict(zip(part.graph.find_nodes(op="placeholder"), inputs, strict=True))
+                results: Any = graph.graph_copy(part.graph, places)
+            for item in list(call.users):
+                item.replace_all_uses_with(results[item.args[1]])
+                graph.erase_node(item)
+            graph.erase_node(call)
+        if not node.users:
+            graph.erase_node(node)
 
 
 class _PlainNorm(_BatchNorm):

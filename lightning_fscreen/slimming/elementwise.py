@@ -84,6 +84,14 @@ def masked(walk: Walk, node: Any) -> Value:
     return Value(shape, labels, torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool))
 
 
+def causal(walk: Walk, node: Any) -> Value:
+    """Zeros or sums over the places up to each one, along dimensions that are none of channels."""
+    value, given = walk.value(node.args[0]), arguments(node)
+    if any(value.labels.shape[dim] > 1 for dim in ([given["dim"]] if "dim" in given else [-1, -2])):
+        raise Unsupported("it treats channels by their numbers")
+    return Value(value.shape, value.labels, torch.zeros_like(value.constant), torch.zeros_like(value.known))
+
+
 def addcmul(walk: Walk, node: Any) -> Value:
     """A shift plus a product."""
     sources = node.args[:3]
@@ -194,7 +202,9 @@ def operand_of(walk: Walk, source: Any) -> Value:
     name, value = walk.name(source), walk.values[source]
     if not isinstance(value, Value):
         raise Unsupported("one of its arguments is computed from values")
-    return value if name is None else _parameter(walk, name)
+    if name is None or source.meta["val"].is_complex():  # of complex numbers no constants are known
+        return walk.value(source)
+    return walk.table(source) or _parameter(walk, name)
 
 
 def _parameter(walk: Walk, name: str) -> Value:
@@ -222,6 +232,8 @@ def unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) ->
     for labels, own in ranked:
         if any(own[dim] != shape[dim] for dim in varying):
             walk.slots.pin(labels, "it is broadcast along several dimensions")
+    if not full and walk.heads.dims is None and varying:  # heads come before the positions that a mask is about
+        return next(labels for labels, _ in ranked if labels.shape[varying[0]] > 1)
     if not full:  # an outer product: no operand spans all slots
         return torch.full([1] * len(shape), PINNED, dtype=torch.int64)
     for labels in full[1:]:
@@ -240,6 +252,7 @@ HANDLERS: dict[str, Handler] = {
     "addcmul": addcmul,
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
     **dict.fromkeys(("masked_fill", "masked_fill_", "where"), masked),
+    **dict.fromkeys(("tril", "triu", "cumsum"), causal),
     "copy_": copy,
     **dict.fromkeys(("fill_", "zero_"), fill),
     "prelu": prelu,

@@ -42,8 +42,8 @@ class Gate:
             "input": it is a layer that reads a stream beside batch norms; zeros in the column that reads a channel do.
         readers: the weights of linear and convolution layers that multiply the units: name of the weight → its
             dimension over the inputs and, for each input, the number of the unit that it carries.
-        projection: of heads and inputs, the name of the layer whose weight's columns read them, divided evenly in
-            their order.
+        projection: of heads and inputs, the name of the layer whose weight's columns read the units, divided evenly in
+            their order. Heads of which the layer reads a channel of each in turns are one unit for each of its columns.
     """
 
     name: str

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.modules import is_transposed_linear, own_tensors
 from lightning_fscreen.slimming.kinds import Kind, register_kind
-from lightning_fscreen.slimming.readers import DenseReader
+from lightning_fscreen.slimming.readers import DenseReader, NormReader
 from lightning_fscreen.slimming.sizes import repeated
 from lightning_fscreen.slimming.slots import Heads, SlotGraph
 
@@ -60,7 +60,8 @@ def find_heads(slots: SlotGraph, layers: Mapping[str, nn.Module]) -> dict[str, H
     """The heads of a network: name of the gate → what it switches off.
 
     A gate has the name of the module that combines the heads, if that is one, and not of another gate; else that of the
-    projection, followed by ".heads".
+    projection, followed by ".heads". Where the projection reads heads in turns (a channel of each, the next channel of
+    each, …), every one of its columns counts as a unit, and those of a head share their fate.
 
     Args:
         slots: of the network.
@@ -68,17 +69,17 @@ def find_heads(slots: SlotGraph, layers: Mapping[str, nn.Module]) -> dict[str, H
     """
     if not slots.attended:
         return {}
+    _couple_norms(slots)
     root = slots.components(pinned=False)
     found: dict[str, tuple[str, Tensor]] = {}  # projection → the module that combines its heads, and these
-    for reader in slots.readers:
+    for place, reader in enumerate(slots.readers):
         if not isinstance(reader, DenseReader) or reader.module is None or reader.module in found:
             continue
         inputs = root[reader.inputs]
-        for module, labels in slots.attended:
-            heads = repeated(labels)
-            size, rest = divmod(len(inputs), len(heads))
-            if not rest and torch.equal(root[heads].repeat_interleave(size), inputs):
-                found[reader.module] = module, heads
+        for module, labels, before in slots.attended:
+            units = _read_by(inputs, repeated(labels), root) if place >= before else None
+            if units is not None:
+                found[reader.module] = module, units
                 break
     modules = Counter(module for module, _ in found.values())
     named = {}
@@ -86,6 +87,31 @@ def find_heads(slots: SlotGraph, layers: Mapping[str, nn.Module]) -> dict[str, H
         own = modules[module] == 1 and module and not isinstance(layers[module], nn.Linear)
         named[module if own else f"{projection}.heads"] = Heads(projection, heads)
     return named
+
+
+def _read_by(inputs: Tensor, heads: Tensor, root: Tensor) -> Tensor | None:
+    """The units of a layer that reads heads, by whose columns these are switched off; None if it reads something else.
+
+    Args:
+        inputs: what it reads, by representatives.
+        heads: their slots.
+        root: representatives of all slots.
+    """
+    size, rest = divmod(len(inputs), len(heads))
+    if not rest and torch.equal(root[heads].repeat_interleave(size), inputs):
+        return heads
+    in_turns = heads.repeat(size)
+    return in_turns if not rest and torch.equal(root[in_turns], inputs) else None
+
+
+def _couple_norms(slots: SlotGraph) -> None:
+    """Batch norms between heads and the layer that reads them go with the heads."""
+    root = slots.components(pinned=False)
+    heads = root[torch.cat([labels for _, labels, _ in slots.attended])]
+    for reader in slots.readers:
+        if isinstance(reader, NormReader) and bool(torch.isin(root[reader.inputs], heads).all()):
+            slots.unify(reader.outputs, reader.inputs)
+            slots.streams.pop(reader.layer, None)
 
 
 def mute(slots: SlotGraph, off: Mapping[str, Tensor]) -> None:

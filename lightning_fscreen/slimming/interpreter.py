@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_fscreen.modules import is_transposed_linear, named_tensors, own_tensors
 from lightning_fscreen.slimming.aliases import Aliases
 from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.seeking import HeadSearch
 from lightning_fscreen.slimming.sizes import SIZED, Call
 from lightning_fscreen.slimming.slots import Assumption, SlotGraph, Value
 
@@ -63,8 +64,7 @@ class Walk:
         off: batch norm → its channels that are switched off.
         literal: operators (names of nodes: `view` and the like) whose sizes are numbers written into forward, which
             must stay; others' are taken for computed from the input's shape.
-        head_dims: operators that take channels apart into heads → the dimension of the heads. None where it is to be
-            found out (see `attention.py`): then nothing is unified.
+        head_dims: what is known of heads, see `HeadSearch`; None where it is to be found out.
     """
 
     def __init__(
@@ -77,9 +77,7 @@ class Walk:
         head_dims: Mapping[str, int] | None = MappingProxyType({}),
     ) -> None:
         self.slots = SlotGraph()
-        self.head_dims = head_dims
-        self.splits: dict[str, Tensor] = {}  # where head_dims are to be found out: operator → labels of its output
-        self.contracted: list[tuple[Tensor, tuple[int, ...]]] = []  # labels of what is multiplied, and its batch
+        self.heads = HeadSearch(head_dims)
         self.modules = dict(network.named_modules())
         self.off = off
         self._literal = literal
@@ -148,7 +146,20 @@ class Walk:
         if not isinstance(value, Value):
             raise Unsupported("it takes an argument that is no tensor")
         if node.name in self.names:
+            if (table := self.table(node)) is not None:
+                return table
             self.opaque.setdefault(self.names[node.name], "it is used outside of a layer")
+        return value
+
+    def table(self, node: fx.Node) -> Value | None:
+        """A parameter or buffer with several dimensions, of which one is that of heads; None for others."""
+        name, dim = self.names[node.name], (self.heads.dims or {}).get(node.name)
+        if name in self.layers:
+            return None
+        own = None if dim is None else self.slots.dims.get((name, dim))
+        value = self.heads.table(node.name, self.shape(name), self.slots, own)
+        if value is not None and dim is not None:
+            self.slots.cut(name, dim, value.labels.flatten())
         return value
 
     def pin(self, node: fx.Node, reason: str) -> None:
@@ -204,7 +215,7 @@ class Walk:
                 raise Unsupported("it writes to an argument that it does not return")
         except Unsupported as unsupported:
             result = self._pinned(node, unsupported)
-            if self.head_dims is None:
+            if self.heads.dims is None:
                 result = self._passed_on(node, result)
         except GuardOnDataDependentSymNode:  # raised by torch where a size is only known when forward runs
             result = self._pinned(node, Unsupported("a size depends on values"))

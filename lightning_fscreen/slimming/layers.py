@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_fscreen.slimming.elementwise import operand_of
 from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel
 from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
 from lightning_fscreen.slimming.select import SELECT, selected
-from lightning_fscreen.slimming.slots import Stream, Value
+from lightning_fscreen.slimming.slots import PINNED, Stream, Value
 
 
 def linear(walk: Walk, node: Any) -> Value:
@@ -26,9 +27,37 @@ def linear(walk: Walk, node: Any) -> Value:
     if len(walk.shape(weight)) != 2:
         raise Unsupported("its weight is no matrix")
     bias = walk.name(given["bias"])
+    if rows is None and (shared := _on_heads(walk, node, -1)) is not None:
+        return shared
     if rows is None and (bias is not None or given["bias"] is None):
         return _dense(walk, node, node.args[0], weight, bias, channel_dim=-1)
     return _parts_of_dense(walk, node, weight, rows or slice(None), given["bias"])
+
+
+def _on_heads(walk: Walk, node: Any, channel_dim: int) -> Value | None:
+    """What a layer gives that is applied to every head by itself, as to instances of a batch; None for others."""
+    value, given = walk.value(node.args[0]), arguments(node)
+    dim = channel_dim % len(value.shape)
+    varying = [other for other, size in enumerate(value.labels.shape) if size > 1 and other != dim]
+    if not varying or max(varying) > dim:
+        return None
+    by_head = value.labels.shape[dim] == 1 and walk.heads.are(value.labels)
+    if not (_of_one_layer(walk, value.labels) if walk.heads.dims is None else by_head):
+        return None
+    names = [walk.name(given[key]) for key in ("weight", "bias") if given[key] is not None]
+    if None in names:
+        return None
+    walk.opaque |= dict.fromkeys(filter(None, names), "all heads share it")
+    labels = value.labels.narrow(dim, 0, 1)
+    walk.slots.products[str(names[0])] = labels.flatten()
+    return replace(Value.pinned(tuple(node.meta["val"].shape)), labels=labels)
+
+
+def _of_one_layer(walk: Walk, labels: Tensor) -> bool:
+    """Whether slots are outputs of the same layer: they lie along several dimensions where it was taken apart."""
+    first, last = int(labels[labels != PINNED].min()), int(labels.max())
+    made = (reader.outputs for reader in walk.slots.readers)
+    return any(int(own.min()) <= first and last <= int(own.max()) for own in made)
 
 
 def _parts_of_dense(walk: Walk, node: Any, weight: str, rows: slice, bias: Any) -> Value:
@@ -79,6 +108,8 @@ def convolution(walk: Walk, node: Any, transposed: bool = False) -> Value:
     padding, groups = given["padding"], given["groups"]
     padded = transposed or (padding != "valid" if isinstance(padding, str) else any(padding))
     channel_dim = 1 if len(walk.value(node.args[0]).shape) == len(shape) else 0
+    if (shared := _on_heads(walk, node, channel_dim)) is not None:
+        return shared
     if groups == 1:
         return _dense(walk, node, node.args[0], weight, bias, channel_dim, padded, transposed)
     if not walk.layers.get(weight):

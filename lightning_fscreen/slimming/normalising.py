@@ -75,6 +75,9 @@ def rms_norm(walk: Walk, node: Any) -> Value:
     """Channels that are always zero can go: y = x · gain / √(Σ x² / D + eps)."""
     given = arguments(node)
     module, shape = module_of(node), tuple(given["normalized_shape"])
+    source = walk.value(given["input"])
+    if any(dim < -len(shape) for dim in source.varying()):  # heads: all that it normalises over stays
+        return over_all_channels(walk, node)
     if len(shape) != 1:
         raise Unsupported("it normalises over several dimensions")
     owner = walk.modules.get(module)
@@ -86,7 +89,7 @@ def rms_norm(walk: Walk, node: Any) -> Value:
         raise Unsupported(
             "it normalises over all channels, and has no gain that could take over what one that goes did"
         )
-    labels, constant, known = walk.slots.along(walk.value(given["input"]), -1)
+    labels, constant, known = walk.slots.along(source, -1)
     walk.slots.cut(names["weight"], 0, labels)
     average = Average(labels, module, "eps", names["weight"], power=0.5, size="normalized_shape")
     return by_channel(node, -1, labels, torch.zeros_like(constant), averaged(walk, average, constant, known))

@@ -10,7 +10,7 @@ from lightning_fscreen.slimming import attention, averages, elementwise, layers,
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.heads import find_heads, mute
 from lightning_fscreen.slimming.inputs import find_inputs
-from lightning_fscreen.slimming.interpreter import Handler, Off, Walk
+from lightning_fscreen.slimming.interpreter import Handler, Off, Walk, operator_name
 from lightning_fscreen.slimming.slots import SlotGraph
 
 HANDLERS: dict[str, Handler] = {
@@ -30,14 +30,8 @@ def find_slots(
     network: nn.Module, captured: Capture, off: Mapping[str, Off] | None = None, literal: Collection[str] = ()
 ) -> SlotGraph:
     """Walk over a captured network; see `Walk`. Heads that are switched off are not read."""
-
-    def seek() -> Walk:
-        walk = Walk(network, captured, HANDLERS, {}, head_dims=None)
-        walk.run()
-        return walk
-
     if "head_dims" not in captured.memory:
-        captured.memory["head_dims"] = attention.find_head_dims(captured.graph, seek)
+        captured.memory["head_dims"] = _head_dims(network, captured)
     walk = Walk(network, captured, HANDLERS, off, literal, captured.memory["head_dims"])
     slots = walk.run()
     slots.heads = find_heads(slots, walk.modules)
@@ -45,6 +39,15 @@ def find_slots(
         slots.heads |= find_inputs(slots)
     mute(slots, {name: own.pruned for name, own in (off or {}).items() if name in slots.heads})
     return slots
+
+
+def _head_dims(network: nn.Module, captured: Capture) -> dict[str, int]:
+    """What a first walk finds out of heads, where activations are multiplied with each other."""
+    if not any(operator_name(node) in attention.HANDLERS for node in captured.graph.nodes):
+        return {}
+    walk = Walk(network, captured, HANDLERS, {}, head_dims=None)
+    slots = walk.run()
+    return walk.heads.found(slots) if walk.heads.products else {}
 
 
 def register_operator(name: str) -> Callable[[Handler], Handler]:

@@ -134,7 +134,7 @@ def select(walk: Walk, node: Any) -> Value:
     value = walk.value(node.args[0])
     given = arguments(node)
     dim = given["dim"] % len(value.shape)
-    if value.labels.shape[dim] > 1 and walk.head_dims is not None:
+    if value.labels.shape[dim] > 1 and walk.heads.dims is not None:
         raise Unsupported("it takes a channel by its number")
     return _at(value, dim, given["index"])
 
@@ -143,7 +143,7 @@ def unbind(walk: Walk, node: Any) -> list[Value]:
     """All positions, or all parts of a stack."""
     value = walk.value(node.args[0])
     dim = arguments(node)["dim"] % len(value.shape)
-    if value.labels.shape[dim] > 1 and walk.head_dims is not None:
+    if value.labels.shape[dim] > 1 and walk.heads.dims is not None:
         raise Unsupported("it takes all channels apart")
     return [_at(value, dim, index) for index in range(value.shape[dim])]
 
@@ -172,6 +172,12 @@ def cat(walk: Walk, node: Any) -> Value:
             for part, value in zip(parts, values, strict=True)
         ]
         joined.append(compress(torch.cat(sized, dim)))
+    across = [value.labels for value in values]
+    if walk.heads.dims is not None and all(labels.shape[dim] == 1 for labels in across):
+        widest = max(across, key=Tensor.numel)
+        if widest.numel() > 1:  # channels of all parts meet
+            _match(walk, [widest, *across])
+            joined[0] = widest
     return Value(shape, *joined)
 
 
@@ -189,7 +195,9 @@ def lookup(walk: Walk, node: Any) -> Value:
         walk.slots.cut(name, place, entries)
         walk.slots.pin(entries, "it is looked up by its number in a table that shares its weight")
     if value.labels.shape[place] > 1:
-        raise Unsupported("it takes channels by their numbers")
+        if walk.heads.dims is not None:
+            raise Unsupported("it takes channels by their numbers")
+        value = replace(value, labels=value.labels.narrow(place, 0, 1))
     same = value.constant.shape[place] == value.known.shape[place] == 1
     known = value.known if same else torch.zeros_like(value.known.narrow(place, 0, 1))
     constant = value.constant if same else torch.zeros_like(value.constant.narrow(place, 0, 1))

@@ -25,9 +25,9 @@ from lightning_fscreen.slimming.select import selected
 from lightning_fscreen.slimming.sizes import proposed_sizes
 from lightning_fscreen.slimming.slots import SlotGraph
 
-Numbers = Literal["computed", "attributes", "sizes"]
+Numbers = Literal["computed", "attributes", "given", "sizes"]
 """Numbers in forward that count channels: they are computed from shapes, and so follow by themselves; attributes of
-modules that have the same value follow; calls that are given sizes get others."""
+modules that have the same value follow, or only those that calls are given; calls that are given sizes get others."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def make_change(
         streams=streams,
         kept_for=kept_for(slots, readers, live, kept, off or {}),
         attributes=followed(
-            proposed_attributes(network, slots.assumed.values(), kept) if numbers == "attributes" else {},
+            proposed_attributes(network, slots.assumed.values(), kept, numbers == "given")
+            if numbers in ("attributes", "given")
+            else {},
             followed(_counts(slots, kept), corrected),
         ),
         sizes=proposed_sizes(calls, kept) if numbers == "sizes" else {},

@@ -63,7 +63,7 @@ def _multiplied(captured: Capture, idle: Collection[str]) -> Iterator[tuple[Any,
         given = arguments(node)
         factor = given[_WEIGHTS[name]]
         weight = _weight_of(factor, captured)
-        if weight is None:
+        if weight is None or (name == "matmul" and len(_shape(factor)) != 2):  # a matrix of each head, for instance
             continue
         source: Any = given.get("input", given.get("mat1", given.get("self")))
         shape, met = _shape(factor), _shape(source if "transpose" in name else node)

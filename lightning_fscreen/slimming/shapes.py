@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,16 +97,17 @@ def repeat_interleave(walk: Walk, node: Any) -> Value:
 
 def _copies(walk: Walk, node: Any, value: Value, copied: list[int]) -> Value | None:
     """What is repeated for every head, along one of these dimensions; None if it is not, as far as is known."""
-    if walk.head_dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
+    if walk.heads.dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
         (dim,) = copied
-    elif walk.head_dims and walk.head_dims.get(node.name) in copied:
-        dim = walk.head_dims[node.name]
+    elif walk.heads.dims and walk.heads.dims.get(node.name) in copied:
+        dim = walk.heads.dims[node.name]
         walk.slots.pin(value.labels, "all heads share it")
     else:
         return None
     result = Value.pinned(tuple(node.meta["val"].shape))
     shape = [-1 if place == dim else 1 for place in range(len(result.shape))]
     result.labels = walk.slots.new(result.shape[dim]).reshape(shape)
+    walk.heads.note(result.labels)
     return result
 
 
@@ -129,11 +131,11 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
         dim: the dimension that the call divides, from the last one.
     """
     varying = [dim for dim, size in enumerate(result.labels.shape) if size > 1]
-    if walk.head_dims is None:
-        walk.splits[node.name] = result.labels
+    if walk.heads.dims is None:
+        walk.heads.splits[node.name] = result.labels
         return
     fixed = [dim for dim in varying if first <= dim < first + len(sizes) and sizes[dim - first] != -1]
-    free = walk.head_dims.get(node.name)
+    free = walk.heads.dims.get(node.name)
     if not fixed and free is None:
         return
     if free is None:
@@ -151,6 +153,8 @@ def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first
             row = result.labels.narrow(place, 0, 1)
             walk.slots.unify(result.labels, row)
             result.labels = row
+    if node.name in walk.heads.dims:
+        walk.heads.note(result.labels)
 
 
 def _channel_dim(node: Any) -> int | None:
@@ -164,6 +168,33 @@ def _channel_dim(node: Any) -> int | None:
             if isinstance(value, Tensor) and value.shape == shape and user not in waiting:
                 waiting.append(user)
     return None
+
+
+def windows(walk: Walk, node: Any) -> Value:
+    """As `move`: overlapping windows of positions, along a new last dimension."""
+    value = walk.value(node.args[0])
+    if value.labels.shape[arguments(node)["dimension"] % len(value.shape)] > 1:
+        raise Unsupported("it takes windows of channels")
+    return move(walk, node, shuffled)
+
+
+def as_complex(walk: Walk, node: Any) -> Value:
+    """Pairs along the last dimension become complex numbers, which are no constants here."""
+    value = walk.value(node.args[0])
+    if value.labels.shape[-1] > 1:
+        if walk.heads.dims is not None:
+            raise Unsupported("it makes complex numbers of channels")
+        value = replace(value, labels=value.labels[..., :1])
+    return _unknown(tuple(node.meta["val"].shape), value.labels[..., 0])
+
+
+def as_real(walk: Walk, node: Any) -> Value:
+    """The parts of complex numbers, along a new last dimension."""
+    return _unknown(tuple(node.meta["val"].shape), walk.value(node.args[0]).labels.unsqueeze(-1))
+
+
+def _unknown(shape: tuple[int, ...], labels: Tensor) -> Value:
+    return replace(Value.pinned(shape), labels=labels)
 
 
 def reshape_as(walk: Walk, node: Any) -> Value:
@@ -231,6 +262,15 @@ def new(walk: Walk, node: Any) -> Value:
     return Value.pinned(tuple(node.meta["val"].shape))
 
 
+def filled(walk: Walk, node: Any) -> Value:
+    """The same number everywhere; it can lose heads, if its size follows."""
+    shape = tuple(node.meta["val"].shape)
+    value = walk.heads.table(node.name, shape, walk.slots)
+    if value is not None and walk.heads.dims is not None and not walk.is_computed(node, value):
+        walk.keep_all(node, value.labels, f"{operator_name(node)} has sizes {list(shape)} written into forward")
+    return new(walk, node) if value is None else value
+
+
 def new_like(walk: Walk, node: Any, constant: float | None = None) -> Value:
     """A tensor made on the spot in the shape of another one."""
     value = walk.value(node.args[0])
@@ -246,7 +286,7 @@ _TRANSPOSES = """
     permute transpose t numpy_T movedim swapaxes swapdims
 """.split()
 _NEW = """
-    empty zeros ones full rand randn arange scalar_tensor
+    rand randn arange scalar_tensor
 """.split()
 
 HANDLERS: dict[str, Handler] = {
@@ -259,11 +299,15 @@ HANDLERS: dict[str, Handler] = {
     "unflatten": unflatten,
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand_as": expand_as,
+    "unfold": windows,
+    "view_as_complex": as_complex,
+    "view_as_real": as_real,
     "channel_shuffle": channel_shuffle,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     "pad": pad,
     **dict.fromkeys(_NEW, new),
+    **dict.fromkeys(("empty", "zeros", "ones", "full"), filled),
     **dict.fromkeys(("empty_like", "rand_like", "randn_like"), new_like),
     "zeros_like": partial(new_like, constant=0.0),
     "ones_like": partial(new_like, constant=1.0),

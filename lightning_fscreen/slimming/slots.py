@@ -165,8 +165,8 @@ class SlotGraph:
         pins: slots that have to stay, and why.
         assumed: operators whose sizes were taken for computed.
         trained: slots whose constant is a parameter, so that training changes it.
-        products: call that multiplies activations → the slots of its result, flattened.
-        attended: modules that combine heads, and the slots of these, in their order.
+        products: call that multiplies activations, or weight that all heads share → the slots of its result, flattened.
+        attended: modules that combine heads, the slots of these, in their order, and how many readers come before.
         heads: name of a gate → the heads that it switches off.
     """
 
@@ -184,7 +184,7 @@ class SlotGraph:
     assumed: dict[str, Assumption] = field(default_factory=dict)
     trained: list[Tensor] = field(default_factory=list)
     products: dict[str, Tensor] = field(default_factory=dict)
-    attended: list[tuple[str, Tensor]] = field(default_factory=list)
+    attended: list[tuple[str, Tensor, int]] = field(default_factory=list)
     heads: dict[str, Heads] = field(default_factory=dict)
     _pairs: list[Tensor] = field(default_factory=list)
     _count: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from typing import Any
@@ -12,8 +13,23 @@ from torch.nn import functional
 
 from lightning_fscreen.slimming import Gate
 
-PRODUCTS = ("matmul", "einsum", "fused", "bmm")
+PRODUCTS = ("matmul", "einsum", "fused", "bmm", "baddbmm", "autocast", "linear")
 SIZES = ("of the stream", "attributes", "inferred")
+EXTRAS = {
+    "": "",
+    "norm": "a LayerNorm of queries and keys",
+    "rms": "an RMSNorm of queries and keys",
+    "scale": "a scale for every head",
+    "table": "biases for every head, looked up by distances",
+    "bias": "biases for every head, in a parameter with positions",
+    "slopes": "the same in a buffer",
+    "rotation": "rotary positions",
+    "complex": "the same with complex numbers",
+    "shared": "a linear layer that all heads share",
+    "pooled": "a convolution over the keys, with heads in its batch",
+    "registers": "keys and values of each head that are learned",
+    "places": "products of the queries and learned vectors, for every head or for all",
+}
 
 
 class Attention(nn.Module):
@@ -28,8 +44,9 @@ class Attention(nn.Module):
         sizes: where forward takes the number and the size of heads from, one of `SIZES`.
         fused: one layer for all three.
         bias: whether layers have one.
-        extra: "norm" of queries and keys, a "scale" or a "table" of biases for every head, a "rotation", or "".
+        extra: one of `EXTRAS`.
         causal: whether later positions are masked.
+        turns: whether the projection reads a channel of each head, the next channel of each, and so on.
     """
 
     def __init__(
@@ -44,18 +61,33 @@ class Attention(nn.Module):
         bias: bool,
         extra: str,
         causal: bool,
+        turns: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.num_groups, self.all_heads = heads, size, groups, heads * size
-        self.product, self.sizes, self.extra, self.causal = product, sizes, extra, causal
+        self.product, self.sizes, self.extra, self.causal, self.turns = product, sizes, extra, causal, turns
         self.fused, self.parts = fused, [heads * size, groups * size, groups * size]
         if fused:
             self.qkv = nn.Linear(width, sum(self.parts), bias=bias)
         else:
             self.query = nn.Linear(width, heads * size, bias=bias)
             self.key, self.value = (nn.Linear(width, groups * size, bias=bias) for _ in range(2))
-        if extra == "norm":
-            self.norm = nn.LayerNorm(size)
+        if extra in ("norm", "rms"):
+            self.norm = nn.LayerNorm(size) if extra == "norm" else nn.RMSNorm(size)
+        if extra == "shared":
+            self.mix = nn.Linear(size, size)
+        if extra == "pooled":
+            self.pool = nn.Conv1d(size, size, 3, padding=1, groups=size)
+        if extra == "places":
+            self.places = nn.Parameter(torch.randn(heads, size, 9) if bias else torch.randn(9, size))
+        if extra == "registers":
+            self.keys, self.values = (nn.Parameter(torch.randn(groups, 2, size)) for _ in range(2))
+        if extra == "bias":
+            self.biases = nn.Parameter(torch.randn(1, heads, 9, 9))
+        if extra == "slopes":
+            self.register_buffer("biases", torch.randn(heads, 1, 9))
+        if extra == "complex":
+            self.register_buffer("angles", torch.polar(torch.ones(9, size // 2), torch.randn(9, size // 2)))
         if extra == "scale":
             self.scale = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
         if extra == "table":
@@ -87,11 +119,33 @@ class Attention(nn.Module):
             memory = x if memory is None else memory
             parts = zip((self.query(x), self.key(memory), self.value(memory)), self._heads(), strict=True)
             q, k, v = (self._taken_apart(part, size, heads) for part, heads in parts)
-        if self.extra == "norm":
-            q, k = self.norm(q), self.norm(k)
+        q, k, v = self._with_extra(q, k, v)
+        joined = self._attended(q, k, v, size)
+        joined = joined.permute(0, 2, 3, 1) if self.turns else joined.transpose(1, 2)
+        return self.projection(joined.reshape(count, length, total))
+
+    def _with_extra(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.extra in ("norm", "rms"):
+            return self.norm(q), self.norm(k), v
         if self.extra == "rotation":
-            q, k = rotated(q), rotated(k)
-        return self.projection(self._attended(q, k, v, size).transpose(1, 2).reshape(count, length, total))
+            return rotated(q), rotated(k), v
+        if self.extra == "complex":
+            q, k = (
+                torch.view_as_real(
+                    torch.view_as_complex(part.reshape(*part.shape[:-1], -1, 2)) * self.angles[: part.shape[2]]
+                ).flatten(3)
+                for part in (q, k)
+            )
+        if self.extra == "shared":
+            k = self.mix(k)
+        if self.extra == "pooled":
+            k = self.pool(k.flatten(0, 1).transpose(1, 2)).transpose(1, 2).unflatten(0, (len(k), -1))
+        if self.extra == "registers":
+            k, v = (
+                torch.cat((learned[None].expand(len(q), -1, -1, -1), part), 2)
+                for learned, part in ((self.keys, k), (self.values, v))
+            )
+        return q, k, v
 
     def _heads(self) -> tuple[int, int, int]:
         return self.num_heads, self.num_groups, self.num_groups
@@ -102,7 +156,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
-        if k.shape[1] < q.shape[1] and self.product != "fused":
+        if 1 < k.shape[1] < q.shape[1] and self.product != "fused":
             repeats = self.num_heads // self.num_groups
             if self.product == "matmul":
                 k, v = (part.repeat_interleave(repeats, 1) for part in (k, v))
@@ -117,23 +171,39 @@ class Attention(nn.Module):
         if self.extra == "table":
             places = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).clamp(-4, 4) + 4
             bias = self.table[places.flatten()].view(*places.shape, -1).permute(2, 0, 1).unsqueeze(0)
+        if self.extra == "places" and self.places.dim() == 3:
+            bias = q @ self.places[..., : k.shape[2]]
+        if self.extra == "places" and self.places.dim() == 2:
+            bias = torch.einsum("bhid,jd->bhij", q, self.places[: k.shape[2]])
+        if self.extra in ("bias", "slopes"):
+            bias = self.biases[..., : q.shape[2], : k.shape[2]]
         if self.causal:
             later = torch.full((q.shape[2], k.shape[2]), -1e9, dtype=q.dtype).triu(1)
             bias = later if bias is None else bias + later
         if self.product == "fused":
             grouped = k.shape[1] < q.shape[1]
             return functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=grouped)
+        one = k.shape[1] < q.shape[1]  # all queries share keys and values
         if self.product == "einsum":
-            scores = torch.einsum("bhid,bhjd->bhij", q, k) * size**-0.5
+            k, v, keys = (k[:, 0], v[:, 0], "bjd") if one else (k, v, "bhjd")
+            scores = torch.einsum(f"bhid,{keys}->bhij", q, k) * size**-0.5
             weights = (scores if bias is None else scores + bias).softmax(-1)
-            return torch.einsum("bhij,bhjd->bhid", weights, v)
-        if self.product == "bmm" and bias is None:
+            return torch.einsum(f"bhij,{keys}->bhid", weights, v)
+        if self.product in ("bmm", "baddbmm") and bias is None and not one:
             heads = q.shape[1]
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-            weights = torch.bmm(q, k.transpose(1, 2)).mul(size**-0.5).softmax(-1)
-            return torch.bmm(weights, v).unflatten(0, (-1, heads))
-        scores = q @ k.transpose(-2, -1) * size**-0.5
-        return (scores if bias is None else scores + bias).softmax(-1) @ v
+            if self.product == "bmm":
+                scores = torch.bmm(q, k.transpose(1, 2)).mul(size**-0.5)
+            else:
+                nothing = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
+                scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=size**-0.5)
+            return torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads))
+        if self.product == "linear" and bias is None:
+            q, k = functional.elu(q) + 1, functional.elu(k) + 1
+            return q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(2, keepdim=True).transpose(-2, -1) + 1e-6)
+        with torch.autocast("cpu", enabled=False) if self.product == "autocast" else contextlib.nullcontext():
+            scores = q @ k.transpose(-2, -1) * size**-0.5
+            return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -190,14 +260,15 @@ def random_block(seed: int) -> Block:
         else:
             sizes = rng.choice(SIZES)
             width = heads * size if sizes == "of the stream" else rng.choice([heads * size, 10])
-            groups = rng.choice([count for count in (heads, heads, heads // 2) if count and heads % count == 0])
+            groups = rng.choice([count for count in (heads, heads, heads // 2, 1) if heads % count == 0])
             groups = heads if sizes == "of the stream" else groups
             attention = Attention(
                 *(width, heads, size, groups, rng.choice(PRODUCTS), sizes),
                 fused=rng.random() < 0.5,
                 bias=rng.random() < 0.7,
-                extra=rng.choice(["", "norm", "scale", "table", "rotation"]),
+                extra=rng.choice(list(EXTRAS)),
                 causal=rng.random() < 0.3 and not cross,
+                turns=rng.random() < 0.2,
             )
         return Block(width, attention, cross).double()
 

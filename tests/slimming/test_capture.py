@@ -56,6 +56,33 @@ def test_keyword_inputs_are_captured() -> None:
     assert [tuple(node.meta["val"].shape) for node in inputs] == [(2, 1, 5, 5), (2, 1)]
 
 
+class Careful(nn.Module):
+    """Some of its parts compute without autocast, one within the other, and with gradients on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            h = self.first(x).relu()
+            with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                h = torch.sigmoid(h)
+        y: Tensor = self.second(h)
+        return y
+
+
+def test_what_runs_under_autocast_is_part_of_the_graph() -> None:
+    network, x = Careful().double(), torch.randn(2, 4, dtype=torch.float64)
+    assert operators(network, x) == ["linear", "relu", "sigmoid", "linear"]
+    with torch.no_grad():
+        for tensor in (network.first.weight, network.first.bias):
+            tensor[3:] = 0
+    before = network(x)
+    slim(network, {"first": torch.arange(6) < 3}, x, bias="fold")
+    assert network.second.in_features == 3 and torch.allclose(network(x), before, atol=1e-12)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("error", [False, True])
 def test_a_compiled_part_is_captured_as_written_and_stays_compiled(in_place: bool, error: bool) -> None:

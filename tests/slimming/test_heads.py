@@ -135,6 +135,72 @@ def test_a_damaged_plan_is_refused() -> None:
         slim_like(attention("of the stream"), replace(plan, sizes={"other": (size,)}))
 
 
+class Normed(nn.Module):
+    """Attention over channels first, a batch norm between its heads and the layer that reads them; as BoTNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm = nn.Conv1d(16, 48, 1), nn.BatchNorm1d(16)
+        self.projection, self.head = nn.Conv1d(16, 6, 3, padding=1), nn.Conv1d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), 3, 4, 4, -1).unbind(1)
+        attended = (v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)).flatten(1, 2)
+        return self.head(self.projection(self.norm(attended).relu()).relu())
+
+
+@pytest.mark.parametrize("name", ["projection.heads", "norm"])
+def test_a_batch_norm_behind_heads_goes_with_them(name: str) -> None:
+    torch.manual_seed(0)
+    network, x = Normed().double(), torch.randn(3, 16, 7, dtype=torch.float64)
+    gates = {gate.name: gate for gate in find_gates(network, x)}
+    heads, channels = gates["projection.heads"].units, gates["norm"].units
+    assert channels == tuple(unit for unit in heads for _ in range(4)) and len(set(heads)) == 4
+    keep = {name: torch.tensor([unit in heads[1:3] for unit in gates[name].units])}
+    reference = masked(network, list(gates.values()), keep)
+    slim(network, keep, x)
+    assert (network.qkv.out_channels, network.norm.num_features, network.projection.in_channels) == (24, 8, 8)
+    for training in (False, True):
+        found, expected = network.train(training)(x), reference.train(training)(x)
+        assert difference([expected], [found]) < 1e-9
+
+
+def test_columns_that_read_heads_in_turns_are_units_that_share_their_fate() -> None:
+    block = attention(turns=True)
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    assert gate.channels == 16 and gate.units == 4 * gate.units[:4] and len(set(gate.units)) == 4
+    check(block, 0)
+    inner: Any = block.attention
+    assert inner.projection.in_features < 16
+
+
+class Distances(nn.Module):
+    """A bias of zeros whose size is an attribute; another attribute happens to be as large as all heads together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_buckets = 4, 16
+        self.qkv, self.projection, self.head = nn.Linear(8, 48), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        bias = torch.zeros(1, self.num_heads, x.shape[1], x.shape[1], dtype=x.dtype)
+        bias = bias + (torch.arange(x.shape[1]) * 5 % self.num_buckets).to(x.dtype)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, bias)
+        logits: Tensor = self.head((x + self.projection(attended.transpose(1, 2).flatten(2))).mean(1))
+        return logits
+
+
+def test_only_numbers_that_calls_are_given_follow() -> None:
+    torch.manual_seed(0)
+    network, x = Distances().double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    keep = {"projection.heads": torch.tensor([True, False, False, True])}
+    reference = masked(network, find_gates(network, x), keep)
+    plan = slim(network, keep, x)
+    assert network.projection.in_features == 8 and (network.num_heads, network.num_buckets) == (2, 16)
+    assert plan.attributes == {"": {"num_heads": (4, 2)}} and difference([reference(x)], [network(x)]) < 1e-9
+
+
 class Asking(Block):
     """Its queries are zeros and its mask is one of zeros: it takes the mean of all values."""
 
@@ -253,6 +319,51 @@ def test_an_encoder_with_padding_is_right_on_all_its_paths() -> None:
         with torch.no_grad():
             expected, found = reference(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding)
         assert difference([expected[~padding]], [found[~padding]]) < 1e-9
+
+
+def sliding(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every query attends to three positions."""
+    k, v = (nn.functional.pad(part, (0, 0, 1, 1)).unfold(2, 3, 1) for part in (k, v))
+    return torch.einsum("bhiw,bhidw->bhid", torch.einsum("bhid,bhidw->bhiw", q, k).softmax(-1), v)
+
+
+def retentive(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Earlier positions count, later ones do not."""
+    return (q @ k.transpose(-2, -1)).tril() @ v
+
+
+def cumulative(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same without scores: sums of keys times values up to each position."""
+    return torch.einsum("bhid,bhide->bhie", q, torch.einsum("bhid,bhie->bhide", k, v).cumsum(2))
+
+
+def latent(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All heads share some channels of the keys (DeepSeek-V2)."""
+    k = torch.cat((k, x[:, None, :, :2].expand(-1, q.shape[1], -1, -1)), -1)
+    return nn.functional.scaled_dot_product_attention(torch.cat((q, q[..., :2]), -1), k, v)
+
+
+class Written(Block):
+    """Attention as a function of queries, keys and values."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__(16, attention().attention, cross=False)
+        self.attend = attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        attended = self.attend(x, q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.mlp(self.attention.projection(attended)).mean(1))
+
+
+@pytest.mark.parametrize("attend", [sliding, retentive, cumulative, latent])
+def test_attention_of_other_kinds_loses_heads(attend: Any) -> None:
+    block = Written(attend).double()
+    (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
+    assert gate.excluded is None
+    check(block, 0)
+    inner: Any = block.attention
+    assert inner.projection.in_features == inner.qkv.out_features // 3 < 16
 
 
 class Windows(nn.Module):
