@@ -83,11 +83,20 @@ def peer(network, left, importance, pruner="BasePruner"):
 
 METHODS = {
     "score per cost": ours,
-    "score per cost, no streams": lambda network, left, batches: ours(network, left, batches, streams=False),
+    "score per cost, streams": lambda network, left, batches: ours(network, left, batches, streams=True),
     "score alone": candidates,
     "Torch-Pruning, norms of groups": lambda network, left, batches: peer(network, left, "GroupMagnitudeImportance"),
     "Torch-Pruning, scales": lambda network, left, batches: peer(network, left, "BNScaleImportance", "BNScalePruner"),
 }
+
+
+def images_of(folder, seed):
+    """Training and test images, with labels."""
+    data = ImageFolderDataModule(root=folder, val_size=0)
+    data.setup()
+    images, labels = tensors(data.load_train(), data)
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    return (images[some], labels[some]), tensors(data.load_test(), data)
 
 
 def lines_of(results):
@@ -98,11 +107,7 @@ def lines_of(results):
 def main(results, folder, name, seed, *methods):
     """Run what is missing."""
     results, seed = Path(results), int(seed)
-    data = ImageFolderDataModule(root=folder, val_size=0)
-    data.setup()
-    train_set, test_set = tensors(data.load_train(), data), tensors(data.load_test(), data)
-    some = torch.randperm(len(train_set[0]), generator=torch.Generator().manual_seed(seed))[:IMAGES]
-    train_set = train_set[0][some], train_set[1][some]
+    train_set, test_set = images_of(folder, seed)
 
     def keep(line):
         with results.open("a") as file:

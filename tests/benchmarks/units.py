@@ -17,6 +17,7 @@ configurations of transformers below.
 import copy
 import inspect
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -221,13 +222,18 @@ def table(rows):
             print(f"| {name} | {row['params']:,} | | | | | refused | {row['refused']} |")
             continue
         error = max(value for key, value in row.items() if key.startswith("error"))
-        why = "; ".join(
-            f"{count}: {reason}"
-            for reason, count in row["reasons"].items()
-            if "output of the" not in reason and "belong to the heads" not in reason
-        )
         counts = [f"{row[kind][0]} of {row[kind][1]}" if row[kind][1] else "" for kind in ("neuron", "channel", "head")]
-        print(f"| {name} | {row['params']:,} | {' | '.join(counts)} | {row['left_zero']:.3f} | {error:.0e} | {why} |")
+        left, why = row["left_zero"], _why(row["reasons"])
+        print(f"| {name} | {row['params']:,} | {' | '.join(counts)} | {left:.3f} | {error:.0e} | {why} |")
+
+
+def _why(reasons):
+    """The two most frequent ones, without names of modules."""
+    found = Counter()
+    for reason, count in reasons.items():
+        if "output of the" not in reason and "belong to the heads" not in reason:
+            found[re.sub(r" in module '[^']*'", "", reason)] += count
+    return "; ".join(f"{count}: {reason}" for reason, count in found.most_common(2))
 
 
 def main():
