@@ -145,21 +145,28 @@ def main(results, folder, name, seed, *methods):
 
 
 def table(results):
-    """Markdown."""
+    """Markdown; the number of seeds where it is not three."""
     lines = lines_of(Path(results))
-    found = {}
+    found, dense = {}, {}
     for line in lines:
-        found.setdefault((line["network"], line["method"], line["left"]), []).append(line)
-    networks = list(dict.fromkeys(name for name, *_ in found))
-    columns = [(name, left) for name in networks for left in LEFT]
-    rows = ["| | " + " | ".join(f"{name}, {left:.0%}" for name, left in columns) + " |"]
+        if line["method"] in METHODS:
+            found.setdefault((line["network"], line["method"], line["left"]), []).append(100 * line["test_error"])
+        else:
+            dense.setdefault(line["network"], []).append(100 * line["at_once"])
+    columns = [(name, left) for name in dict.fromkeys(name for name, *_ in found) for left in LEFT]
+    rows = ["| | " + " | ".join(f"{name}, {left:.0%} left" for name, left in columns) + " |"]
     rows.append("|---" * (1 + len(columns)) + "|")
     for method in METHODS:
         cells = [found.get((name, method, left), []) for name, left in columns]
-        texts = [summary([100 * line["test_error"] for line in cell]) if cell else "–" for cell in cells]
         if any(cells):
-            rows.append(f"| {method} | {' | '.join(texts)} |")
+            rows.append(f"| {method} | {' | '.join(map(_cell, cells))} |")
+    rows.append(f"| dense | {' | '.join(_cell(dense[name]) for name, _ in columns)} |")
     return "\n".join(rows) + "\n"
+
+
+def _cell(errors):
+    number = "" if len(errors) in (0, 3) else f" ({len(errors)})"
+    return summary(errors) + number if errors else "–"
 
 
 if __name__ == "__main__":

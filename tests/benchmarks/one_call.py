@@ -37,6 +37,7 @@ def main(results, folder, *seeds):
         checkpoint = results.absolute().with_name("equal_cost.work") / f"resnet20_{seed}.pt"
         network.load_state_dict(torch.load(checkpoint, weights_only=True))
         shown = torch.linspace(0, len(images) - 1, INSTANCES).long().split(500)
+        dense = error(network, *test_set)
         done = {(line["seed"], line["method"], line["left"]) for line in lines_of(results)}
         for left, method in ((left, method) for left in LEFT for method in METHODS):
             if (seed, method, left) in done:
@@ -44,7 +45,7 @@ def main(results, folder, *seeds):
             batches = [(images[index], labels[index]) for index in shown]
             smaller = METHODS[method](network, left, batches)
             line = {"seed": seed, "method": method, "left": left, "macs": macs(smaller)}
-            line |= {"dense": error(network, *test_set), "test_error": error(smaller, *test_set)}
+            line |= {"dense": dense, "test_error": error(smaller, *test_set)}
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
