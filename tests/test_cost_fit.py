@@ -72,7 +72,7 @@ def test_a_share_of_the_cost_goes(granularity, net, options, budget):
 
 
 def test_channels_of_a_stream_go_if_that_is_asked_for():
-    """All that a deep network of narrow blocks can save is in its stream."""
+    """With the whole stream of a stage narrower, the convolution that starts it is, too."""
     for streams in (False, True):
         callback = ScreeningPruningCallback(budget="macs", amount=0.5, streams=streams, scope="layer", end_epoch=2)
         model, _ = fitted(callback, net=wide_net, max_epochs=3)

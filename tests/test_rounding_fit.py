@@ -94,6 +94,7 @@ TABLE = [
     ("round_to of 0", using(round_to=0), ValueError, "round_to must be at least 1", "any width"),
     ("round_to of 2.5", using(round_to=2.5), ValueError, "round_to.*2.5", "whole number"),
     ("round_to of weights", using(granularity="weight", round_to=8), ValueError, "round_to=8", '"unit" or "channel"'),
+    ("streams of candidates", using(streams=True), ValueError, "streams=True.*candidates", 'use budget="macs"'),
     ("round_to beyond all layers", using(round_to=64), ValueError, "round_to=64.*largest has 16", "lower round_to"),
     (
         "round_to beyond the budget",

@@ -96,6 +96,11 @@ class Settings:
             raise ValueError(
                 f"amounts by patterns count candidates; with budget={self.budget!r} give one amount for all"
             )
+        if self.streams and self.budget == "candidates":
+            raise ValueError(
+                'streams=True compares what units save, which budget="candidates" does not count; use budget="macs" or '
+                '"params", or leave it out'
+            )
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')
         if self.feature != "activation":
@@ -155,10 +160,7 @@ class Settings:
             ValueError: nothing to prune, patterns that match nothing.
         """
         kind = GRANULARITIES[self.granularity]
-        options = {name: getattr(self, name) for name in kind.options}
-        if "streams" in options and self.budget == "candidates":  # an input by itself saves nothing
-            options["streams"] = False
-        return kind(model, self.include, self.exclude, **options)
+        return kind(model, self.include, self.exclude, **{name: getattr(self, name) for name in kind.options})
 
     @property
     def resolved_criterion(self) -> Criterion:

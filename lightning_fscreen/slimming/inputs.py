@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_fscreen.slimming.heads import HeadColumns
 from lightning_fscreen.slimming.kinds import register_kind
 from lightning_fscreen.slimming.readers import DenseReader, NormReader
-from lightning_fscreen.slimming.slots import Heads, SlotGraph
+from lightning_fscreen.slimming.slots import PINNED, Heads, SlotGraph
 
 
 @register_kind
@@ -32,13 +32,11 @@ def find_inputs(slots: SlotGraph) -> dict[str, Heads]:
     """
     root = slots.components()
     selected = _marked(slots, root, [reader.inputs for reader in slots.readers if _selects(reader, root)])
-    readers = [reader for reader in slots.readers if isinstance(reader, DenseReader) and reader.module is not None]
-    readers = [reader for reader in readers if bool(selected[root[reader.inputs]].all())]
-    return {
-        f"{reader.module}.inputs": Heads(reader.module, slots.new(len(reader.inputs)), "input")
-        for reader in readers
-        if reader.module is not None
-    }
+    found = {}
+    for reader in slots.readers:
+        if isinstance(reader, DenseReader) and reader.module is not None and bool(selected[root[reader.inputs]].all()):
+            found[f"{reader.module}.inputs"] = Heads(reader.module, slots.new(len(reader.inputs)), "input")
+    return found
 
 
 def _selects(reader: object, root: Tensor) -> bool:
@@ -50,6 +48,6 @@ def _marked(slots: SlotGraph, root: Tensor, labels: list[Tensor]) -> Tensor:
     marked = torch.zeros(slots.count, dtype=torch.bool)
     for own in labels:
         marked[root[own]] = True
-    for others in (torch.tensor([0]), *slots.gates.values()):
+    for others in (torch.tensor([PINNED]), *slots.gates.values()):
         marked[root[others]] = False
     return marked
