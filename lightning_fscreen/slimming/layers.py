@@ -55,6 +55,8 @@ def _on_heads(walk: Walk, node: Any, channel_dim: int) -> Value | None:
 
 def _of_one_layer(walk: Walk, labels: Tensor) -> bool:
     """Whether slots are outputs of the same layer: they lie along several dimensions where it was taken apart."""
+    if not bool(labels.any()):
+        return False
     first, last = int(labels[labels != PINNED].min()), int(labels.max())
     made = (reader.outputs for reader in walk.slots.readers)
     return any(int(own.min()) <= first and last <= int(own.max()) for own in made)
