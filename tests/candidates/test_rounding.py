@@ -15,7 +15,8 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.units import Units
 from lightning_fscreen.costs.size import measure_size
 from lightning_fscreen.ranking.per_cost import prune_to_cost
-from lightning_fscreen.slimming.slim import switch_off
+from lightning_fscreen.slimming.gates import capture_training
+from lightning_fscreen.slimming.slim import heads_in, switch_off
 from tests.candidates.test_costs import count
 from tests.slimming import difference, outputs
 from tests.slimming.attentions import Attention
@@ -69,7 +70,8 @@ def test_random_networks(case: Case, round_to: int, amount: float, budget: Curre
         raise
     dense, listed = copy.deepcopy(network), units.not_rounded(masks)
     masked = copy.deepcopy(network)
-    switch_off(masked, masks, case.bias)  # type: ignore[arg-type]
+    heads = heads_in(masked, capture_training(masked, (x,), {}), masks)
+    switch_off(masked, masks, case.bias, heads)  # type: ignore[arg-type]
     plan = units.slim(network, (x,), {}, masks)
     assert difference(outputs(masked, x), outputs(network, x)) < 1e-9
     if not plan.sizes:  # else sizes are written into forward, which only verification finds out
