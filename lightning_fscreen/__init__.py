@@ -3,6 +3,7 @@
 from lightning_fscreen import functional, models
 from lightning_fscreen import ranking as ranking  # registers the criteria
 from lightning_fscreen.callback import ScreeningPruningCallback
+from lightning_fscreen.costs.timings import Latency
 from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.ranking.criteria import register_criterion
 from lightning_fscreen.saving.checkpoints import load_from_checkpoint
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FStatistic",
+    "Latency",
     "PruningReport",
     "ScreeningPruningCallback",
     "SlimmingPlan",

@@ -14,6 +14,7 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
+from lightning_fscreen.costs.timings import ANY, Latency
 from lightning_fscreen.fit import clock
 from lightning_fscreen.fit.copies import Copies, resize_held_copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
@@ -88,18 +89,24 @@ class ScreeningPruningCallback(Results):
             its square; "output" and "output_square", of the layer's own output. Not for weights.
         rewind_lr: start the learning-rate schedules again when fine-tuning begins.
         rewind_weights: put what remains, and the learning rates, back to where the fit began (lottery ticket).
-        budget: what the amount is a fraction of: "candidates"; "params" or "macs", the parameters or multiply–adds of
-            the dense network, counted as slimming will leave it and met to the nearest unit. A unit then goes for a low
-            score divided by what it costs: see `ranking.per_cost.prune_to_cost`. Not for weights.
+        budget: what the amount is a fraction of: "candidates"; "params", "macs" or "latency", the parameters,
+            multiply–adds or latency of the dense network, counted as slimming will leave it and met to the nearest
+            unit. A unit then goes for a low score divided by what it costs: see `ranking.per_cost.prune_to_cost`. A
+            latency is the sum of those of all operations, each measured by itself, layers at several widths;
+            `report().latency` has that of the whole network, before and after. Not for weights.
         round_to: leave every width of a linear or convolution layer as it is, or a multiple of this (8, for hardware
             that likes it): units go in groups of so many, up or down as the group at the margin is worth, and the
             budget is met as nearly as that allows. Of grouped convolutions these are all outputs and the inputs of one
             group; of attention the channels of all heads, which go as a whole. Layers with too few units stay. Where
             several batch norms select from a stream, channels that none of them reads may stay to make its width a
             multiple. `report().not_rounded` has what is no multiple, and why. Not for weights.
-        streams: under a budget of parameters or multiply–adds, also prune a channel of a residual stream, or of a
+        streams: under a budget of costs, also prune a channel of a residual stream, or of a
             DenseNet's, as one with all that read it, where batch norms select from it, if that is worth less for its
             cost than they are one by one. On ResNet-20 that was no better. Not for weights.
+        latency: for budget="latency": `Latency(batch_size=1, device=None, table=None)`, how many instances at once, on
+            which device ("cpu" while the network trains on a GPU; None: where it trains), and a file for the times that
+            were measured, to be measured once only. With `round_to=8` much more can be gained: most hardware is slow
+            where widths are odd.
         soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
             let them grow again (soft filter pruning, arXiv 1808.06866).
 
@@ -142,6 +149,7 @@ class ScreeningPruningCallback(Results):
         budget: Currency = "candidates",
         round_to: int = 1,
         streams: bool = False,
+        latency: Latency = ANY,
     ) -> None:
         settings = Settings(
             granularity=granularity,
@@ -169,6 +177,7 @@ class ScreeningPruningCallback(Results):
             budget=budget,
             round_to=round_to,
             streams=streams,
+            latency=latency,
             rewind_lr=rewind_lr,
             rewind_weights=rewind_weights,
             soft=soft,

@@ -1,9 +1,9 @@
-"""What masks of units cost: parameters or multiply–adds of the network that slimming would leave."""
+"""What masks of units cost: parameters, multiply–adds or latency of the network that slimming would leave."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,78 @@ from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.positions import by_module, positions, products
 from lightning_fscreen.slimming.widths import Widths
 
-Currency = Literal["candidates", "params", "macs"]
+Currency = Literal["candidates", "params", "macs", "latency"]
 """What a budget counts."""
 
 
-class NetworkCosts:
-    """Costs of one captured network in its present size, but for a constant.
+class CostOfWidths(Protocol):
+    """What a network costs as a function of its widths."""
+
+    def of(self, kept: Tensor) -> float:
+        """Cost of what is left; `kept`, (classes,) bool."""
+        ...
+
+    def prices(self, kept: Tensor) -> Tensor:
+        """(classes,) float64: what one index of every class costs beside what is left."""
+        ...
+
+
+def size_model(
+    network: nn.Module,
+    captured: Capture,
+    instances: int,
+    widths: Widths,
+    currency: Literal["params", "macs"],
+    size: Size,
+    name: str = "",
+) -> CostModel:
+    """Parameters or multiply–adds of one captured network, but for a constant.
 
     Args:
         network: the network.
         captured: its graph.
         instances: how many it was captured with.
         widths: its widths.
-        currency: "params" or "macs".
+        currency: which of them.
         size: measured, with names as in the model.
         name: of the network in the model.
+    """
+    tensors = {tensor: tuple(value.shape) for tensor, value in named_tensors(network).items()}
+    dims = dict(widths.dims)
+    if currency == "params":
+        factors: dict[str, float] = dict.fromkeys((tensor for tensor, _ in network.named_parameters()), 1.0)
+    else:  # an auxiliary head runs in train mode alone, and is not measured
+        idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
+        factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
+        for weight in factors.keys() & widths.products.keys():  # once for every head
+            dims[weight, len(tensors[weight])] = widths.products[weight]
+        # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
+        unseen = [
+            part for part, macs in by_module(captured).items() if not _sees(size, join(name, part), macs / instances)
+        ]
+        for call, macs in products(captured, [*idle, *unseen]).items():
+            if (classes := widths.products.get(call)) is not None:
+                tensors[call], dims[call, 0] = (len(classes),), classes
+                factors[call] = macs / len(classes) / instances
+    return CostModel(tensors, factors, dims, widths.count)
+
+
+def _is_idle(size: Size, layer: str) -> bool:
+    return layer in size.layers and size.layers[layer].macs == 0
+
+
+def _sees(size: Size, layer: str, macs: float) -> bool:
+    own = size.layers.get(layer)
+    return own is None or own.macs is None or own.macs >= macs - 1
+
+
+class NetworkCosts:
+    """Costs of one captured network in its present size, but for a constant.
+
+    Args:
+        widths: its widths.
+        model: what they cost.
+        counts_biases: whether each of the biases that layers get to carry constants costs one.
         streams: whether the units that read a channel of a stream may go together. If not, each of them is taken to
             save its share of what the channel costs.
 
@@ -37,39 +94,8 @@ class NetworkCosts:
         num_streams: number of channels that units read as they are, and that go when none of these is left.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        captured: Capture,
-        instances: int,
-        widths: Widths,
-        currency: Currency,
-        size: Size,
-        name: str = "",
-        streams: bool = True,
-    ) -> None:
-        self.widths = widths
-        tensors = {tensor: tuple(value.shape) for tensor, value in named_tensors(network).items()}
-        dims = dict(self.widths.dims)
-        self._counts_biases = currency == "params"
-        if currency == "params":
-            factors: dict[str, float] = dict.fromkeys((tensor for tensor, _ in network.named_parameters()), 1.0)
-        else:  # an auxiliary head runs in train mode alone, and is not measured
-            idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
-            factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
-            for weight in factors.keys() & self.widths.products.keys():  # once for every head
-                dims[weight, len(tensors[weight])] = self.widths.products[weight]
-            # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
-            unseen = [
-                part
-                for part, macs in by_module(captured).items()
-                if not _sees(size, join(name, part), macs / instances)
-            ]
-            for call, macs in products(captured, [*idle, *unseen]).items():
-                if (classes := self.widths.products.get(call)) is not None:
-                    tensors[call], dims[call, 0] = (len(classes),), classes
-                    factors[call] = macs / len(classes) / instances
-        self.model = CostModel(tensors, factors, dims, self.widths.count)
+    def __init__(self, widths: Widths, model: CostOfWidths, counts_biases: bool, streams: bool = True) -> None:
+        self.widths, self.model, self._counts_biases = widths, model, counts_biases
         held = self.widths.held.unique(dim=0)
         staying = held[self.widths.stuck[held[:, 1]], 0]
         held = held[~torch.isin(held[:, 0], staying)]
@@ -122,15 +148,6 @@ class NetworkCosts:
 
     def _cost(self, kept: Tensor, biases: int) -> float:
         return self.model.of(kept) + (biases if self._counts_biases else 0)
-
-
-def _is_idle(size: Size, layer: str) -> bool:
-    return layer in size.layers and size.layers[layer].macs == 0
-
-
-def _sees(size: Size, layer: str, macs: float) -> bool:
-    own = size.layers.get(layer)
-    return own is None or own.macs is None or own.macs >= macs - 1
 
 
 class UnitCosts:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.costs.size import Size
+from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.members import Members
 from lightning_fscreen.ranking.criteria import ScoringInputs
 from lightning_fscreen.ranking.multiples import Blocks
@@ -238,12 +239,13 @@ class Granularity(ABC, Generic[Layer]):
         """The kind of candidates that each layer has, for `scope="kind"`."""
         return dict.fromkeys(self.names, self.noun)
 
-    def costs(self, present: Size, currency: Currency) -> Costs | None:
+    def costs(self, present: Size, currency: Currency, timings: Timings | None = None) -> Costs | None:
         """What masks cost; None if candidates are counted, or it is not known yet.
 
         Args:
             present: the measured size of all networks, as they are.
             currency: what is counted.
+            timings: for "latency".
         """
         return None
 

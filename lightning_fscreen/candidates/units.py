@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.candidates.activations import activations_of
-from lightning_fscreen.candidates.costs import Currency, NetworkCosts, UnitCosts
+from lightning_fscreen.candidates.costs import CostOfWidths, Currency, NetworkCosts, UnitCosts, size_model
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
+from lightning_fscreen.candidates.latency import capture_for, latency_model
 from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
     COLUMNS,
@@ -28,6 +29,7 @@ from lightning_fscreen.candidates.prunable import (
 )
 from lightning_fscreen.candidates.rounding import not_rounded, unit_blocks
 from lightning_fscreen.costs.size import Size
+from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import batch_size, is_within, join
 from lightning_fscreen.ranking.criteria import ScoringInputs
@@ -50,9 +52,17 @@ class _Learned:
 
     network: nn.Module
     captured: Capture
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
     instances: int
     layers: list[PrunableUnits]
     excluded: dict[str, str]
+    _timed: dict[int, Capture] = field(default_factory=dict)
+
+    def timed(self, batch_size: int) -> Capture:
+        """The graph of eval mode with so many instances."""
+        if batch_size not in self._timed:
+            self._timed[batch_size] = capture_for(self.network, *self.inputs, batch_size)
+        return self._timed[batch_size]
 
 
 def _readers(network: nn.Module, gate: Gate) -> tuple[Reader, ...]:
@@ -166,7 +176,9 @@ class Units(Granularity[PrunableUnits]):
         others = [layer for layer in self._layers if layer.name not in gates]
         first = 1 + max((int(layer.units.max()) for layer in others), default=STAYS)
         numbered = [_numbered_from(layer, first) for layer in layers]
-        self._learned[name] = _Learned(network, captured, batch_size((args, kwargs)) or 1, numbered, excluded)
+        self._learned[name] = _Learned(
+            network, captured, (args, kwargs), batch_size((args, kwargs)) or 1, numbered, excluded
+        )
         self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
         require_candidates(self._layers, where, called(self.gates), self.not_pruned)
@@ -218,28 +230,41 @@ class Units(Granularity[PrunableUnits]):
         """Of gates."""
         return {layer.name: layer.kind for layer in self._layers}
 
-    def costs(self, present: Size, currency: Currency) -> UnitCosts | None:
-        """Parameters or multiply–adds of the networks that have been learned from."""
+    def costs(self, present: Size, currency: Currency, timings: Timings | None = None) -> UnitCosts | None:
+        """Parameters, multiply–adds or nanoseconds of the networks that have been learned from."""
         if currency == "candidates" or (cost := getattr(present, currency)) is None or not self._learned:
             return None
         networks = {}
-        for name, widths in self._widths().items():
+        for name in self._gates():
             learned = self._learned[name]
-            call = learned.network, learned.captured, learned.instances
-            networks[name] = NetworkCosts(*call, widths, currency, present, name, self._streams)
+            if currency == "latency":
+                assert timings is not None, "a latency is measured"
+                captured = learned.timed(timings.batch_size)
+                widths = self._widths_of(name, captured)
+                model: CostOfWidths = latency_model(captured, widths, timings, self._round_to)
+            else:
+                widths = self._widths_of(name, learned.captured)
+                call = learned.network, learned.captured, learned.instances
+                model = size_model(*call, widths, currency, present, name)
+            networks[name] = NetworkCosts(widths, model, currency == "params", self._streams)
         return UnitCosts(networks, cost)
+
+    def _gates(self) -> dict[str, dict[str, int]]:
+        """Network that holds candidates → its gates that have some, by names inside it, and their numbers of units."""
+        found, names = {}, set(self.names)
+        for name, learned in self._learned.items():
+            layers = [layer for layer in learned.layers if layer.name in names]
+            if layers:
+                found[name] = {layer.name.removeprefix(name).lstrip("."): len(layer.units) for layer in layers}
+        return found
+
+    def _widths_of(self, name: str, captured: Capture) -> Widths:
+        shifts = {"silent": self._bias == "zero", "new_shifts": self._bias == "mean"}
+        return Widths(self._learned[name].network, captured, self._gates()[name], round_to=self._round_to, **shifts)
 
     def _widths(self) -> dict[str, Widths]:
         """Those of the networks that have been learned from and hold candidates, by their names."""
-        found: dict[str, Widths] = {}
-        names = set(self.names)
-        for name, learned in self._learned.items():
-            layers = [layer for layer in learned.layers if layer.name in names]
-            gates = {layer.name.removeprefix(name).lstrip("."): len(layer.units) for layer in layers}
-            if gates:
-                shifts = {"silent": self._bias == "zero", "new_shifts": self._bias == "mean"}
-                found[name] = Widths(learned.network, learned.captured, gates, round_to=self._round_to, **shifts)
-        return found
+        return {name: self._widths_of(name, self._learned[name].captured) for name in self._gates()}
 
     def blocks(self) -> Blocks | None:
         """Units that are in the same widths, if these are to be multiples."""

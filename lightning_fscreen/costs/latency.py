@@ -18,6 +18,21 @@ _BLOCKS = (3, 10)  # at least, at most; between them what fits into the time bel
 _SECONDS = 0.3
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on the device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} is not there: {reason}") from error
+    return device
+
+
 def measure_latency(
     network: nn.Module,
     args: tuple[Any, ...],

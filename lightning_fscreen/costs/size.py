@@ -37,20 +37,26 @@ class Size:
         nonzero: those that are not zero.
         macs: multiply–accumulate operations of one instance, as dense layers compute them; None if no input was seen.
         layers: the modules with parameters or operations of their own, by name in the order of the network.
+        latency: nanoseconds of its operations, each timed by itself; None if they were not.
     """
 
     params: int
     nonzero: int
     macs: int | None
     layers: Mapping[str, LayerSize] = field(default_factory=dict, repr=False, compare=False)
+    latency: int | None = field(default=None, repr=False, compare=False)
 
 
 def add_sizes(sizes: Sequence[Size]) -> Size:
     """Size of several networks together; operations are known if all of theirs are."""
-    macs = [size.macs for size in sizes if size.macs is not None]
-    total = sum(macs) if len(macs) == len(sizes) else None
+    macs, latency = _sum([size.macs for size in sizes]), _sum([size.latency for size in sizes])
     layers = {name: layer for size in sizes for name, layer in size.layers.items()}
-    return Size(sum(size.params for size in sizes), sum(size.nonzero for size in sizes), total, layers)
+    return Size(sum(size.params for size in sizes), sum(size.nonzero for size in sizes), macs, layers, latency)
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def measure_size(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_fscreen.candidates.latency import capture_for, latency_of
+from lightning_fscreen.costs.latency import measure_latency
 from lightning_fscreen.costs.size import Size, measure_size
+from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.modules import batch_size, is_within
 from lightning_fscreen.statistics.collector import examined
 
@@ -76,10 +81,24 @@ class Network:
         """Within this context it runs to be looked at; see `examining`."""
         return examining(model, self.inputs)
 
-    def measure(self, model: nn.Module) -> Size:
-        """Its size; without operations if its inputs are not known."""
+    def measure(self, model: nn.Module, timings: Timings | None = None) -> Size:
+        """Its size; without operations if its inputs are not known, and their latency only if that is asked for."""
+        inputs = None if self.inputs is None else self.inputs_on_device()
         with self.examining(model):
-            return measure_size(self.module, None if self.inputs is None else self.inputs_on_device(), self.instances)
+            size = measure_size(self.module, inputs, self.instances)
+            if timings is None or inputs is None:
+                return size
+            return replace(size, latency=latency_of(capture_for(self.module, *inputs, timings.batch_size), timings))
+
+    def time(self, model: nn.Module, timings: Timings) -> float:
+        """Milliseconds of the whole network where it is to be fast; NaN if its inputs are not known."""
+        if self.inputs is None:
+            return math.nan
+        args, kwargs = self.inputs_on_device()
+        with self.examining(model):
+            there = next(self.module.parameters()).device == timings.device
+            module = self.module if there else copy.deepcopy(self.module).to(timings.device)
+            return measure_latency(module, args, kwargs, [timings.batch_size])[timings.batch_size]
 
     def state_dict(self) -> dict[str, Any]:
         """Name and inputs; these only if they are tensors and primitives in tuples, lists and dicts, as files need."""

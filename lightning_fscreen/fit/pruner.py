@@ -73,8 +73,9 @@ class Pruner:
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
         self.found = Discovery(model, settings, state, copies)
-        self._record = Record(state.get("sizes"), state.get("evidence", {}))
-        self.spending = Spending(settings, self.found, self._record)
+        self._record = Record(state.get("sizes"), state.get("evidence", {}), state.get("latency"))
+        self._timings = settings.timings(model.device, state.get("timings"))
+        self.spending = Spending(settings, self.found, self._record, self._timings)
         self.masks = self._restored_masks()
         self.measure()
 
@@ -174,8 +175,11 @@ class Pruner:
     def measure(self) -> None:
         """Measure the networks on the inputs that they got."""
         networks = self.recorder.networks.values() or [self.recorder.parent_network]
-        size = add_sizes([network.measure(self._model) for network in networks])
-        self._record.note_size(size, pruned=bool(self.masks.num_pruned or self._applied_plan))
+        size = add_sizes([network.measure(self._model, self._timings) for network in networks])
+        pruned = bool(self.masks.num_pruned or self._applied_plan)
+        self._record.note_size(size, pruned)
+        if self._timings is not None:
+            self._record.note_latency(sum(network.time(self._model, self._timings) for network in networks), pruned)
 
     def why_not_removable(self) -> str | None:
         """Measure the networks when the fit has ended; why they cannot be looked at, if they cannot."""
@@ -302,6 +306,7 @@ class Pruner:
             not_pruned=dict(self.granularity.not_pruned),
             not_removed=self.not_removed,
             not_rounded=self.not_rounded,
+            latency=self.spending.latency(self.masks),
         )
 
     def present_state(self, model: LightningModule) -> dict[str, Any]:
@@ -327,4 +332,6 @@ class Pruner:
             **self.found.state_dict(),
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
             "copies": dict(self.copies.samples),
+            "latency": self._record.latency,
+            "timings": {} if self._timings is None else self._timings.state_dict(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,32 @@ class LayerReport:
     dead: int = 0
 
 
+@dataclass(frozen=True)
+class LatencyReport:
+    """Median time of a forward pass of the whole network in eval mode, under a budget of latency.
+
+    Attributes:
+        device: where.
+        batch_size: instances at once.
+        before, after: measured in milliseconds; at the start of the fit, and now.
+        target: milliseconds that the budget leaves.
+    """
+
+    device: str
+    batch_size: int
+    before: float
+    after: float
+    target: float
+
+    def __str__(self) -> str:
+        where = f"on {self.device}, {self.batch_size} at once"
+        return f"{self.after:.4g} of {self.before:.4g} ms ({self.after / self.before:.1%}) {where}; {self._wanted}"
+
+    @property
+    def _wanted(self) -> str:
+        return f"{self.target:.4g} ms were asked for ({self.target / self.before:.1%})"
+
+
 @dataclass(frozen=True, repr=False)
 class PruningReport(Shown):
     """The work of a `ScreeningPruningCallback` so far; `print(report)`, or a notebook, shows it as a table.
@@ -54,6 +81,7 @@ class PruningReport(Shown):
         not_pruned: layers that were left alone, and why.
         not_removed: what was pruned but could not be removed physically, and why; None if everything went.
         not_rounded: layers with widths that pruning can reduce but that are no multiples of `round_to`, and why.
+        latency: measured, under a budget of latency; None under others.
     """
 
     granularity: str
@@ -64,6 +92,7 @@ class PruningReport(Shown):
     not_pruned: Mapping[str, str]
     not_removed: str | None = None
     not_rounded: Mapping[str, str] = field(default_factory=dict)
+    latency: LatencyReport | None = None
 
     @property
     def total(self) -> int:
@@ -105,6 +134,7 @@ class PruningReport(Shown):
             tuple(rows),
             total,
             {
+                "latency": [] if self.latency is None else [str(self.latency)],
                 "not pruned": grouped(self.not_pruned.items()),
                 "not physically removed": [self.not_removed] if self.not_removed else [],
                 "no multiples of round_to": grouped(self.not_rounded.items()),
@@ -172,6 +202,7 @@ class PruningReport(Shown):
             "not_pruned": dict(self.not_pruned),
             "not_removed": self.not_removed,
             "not_rounded": dict(self.not_rounded),
+            "latency": None if self.latency is None else asdict(self.latency),
             "modules": [
                 {
                     "name": entry["layer"],
@@ -211,10 +242,20 @@ class Record:
     Args:
         sizes: the size at the start, of a state: `astuple` of a `Size`; None at the beginning.
         evidence: that of earlier rankings, by layer.
+        latency: that of a state.
+
+    Attributes:
+        latency: milliseconds at the start and now; None if it is not measured.
     """
 
-    def __init__(self, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[Any] | None,
+        evidence: Mapping[str, Mapping[str, Any]],
+        latency: tuple[float, float] | None = None,
+    ) -> None:
         self.before = self.after = Size(0, 0, None) if sizes is None else _size_of(*sizes)
+        self.latency = latency
         self.evidence = {name: dict(found) for name, found in evidence.items()}
 
     def note_size(self, size: Size, pruned: bool) -> None:
@@ -225,6 +266,12 @@ class Record:
         elif self.before.macs is None:  # masks do not change them
             layers = {name: replace(own, macs=size.layers[name].macs) for name, own in self.before.layers.items()}
             self.before = replace(self.before, macs=size.macs, layers=layers)
+
+    def note_latency(self, milliseconds: float, pruned: bool) -> None:
+        """Note the present latency, of which nothing is known where it is NaN; see `note_size`."""
+        if not math.isnan(milliseconds):
+            before = self.latency[0] if pruned and self.latency is not None else milliseconds
+            self.latency = before, milliseconds
 
     def note(self, explained: Mapping[str, Explained]) -> None:
         """Note why layers are ranked as they are, and log it where trust has changed."""
@@ -249,9 +296,15 @@ class Record:
         return PruningReport(layers=layers, before=self.before, after=self.after, **others)
 
 
-def _size_of(params: int, nonzero: int, macs: int | None, layers: Mapping[str, Sequence[Any]] | None = None) -> Size:
-    """From `astuple` of a size; earlier versions did not know the layers."""
-    return Size(params, nonzero, macs, {name: LayerSize(*size) for name, size in (layers or {}).items()})
+def _size_of(
+    params: int,
+    nonzero: int,
+    macs: int | None,
+    layers: Mapping[str, Sequence[Any]] | None = None,
+    latency: int | None = None,
+) -> Size:
+    """From `astuple` of a size; earlier versions did not know the layers, nor the latency."""
+    return Size(params, nonzero, macs, {name: LayerSize(*size) for name, size in (layers or {}).items()}, latency)
 
 
 def metrics_of(report: PruningReport, kind: type[Granularity[Any]]) -> dict[str, float]:

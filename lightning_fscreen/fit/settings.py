@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
+import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
+from lightning_fscreen.costs.timings import ANY, Latency, Timings
 from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.ranking.amounts import Amount, check_range
 from lightning_fscreen.ranking.budgeted import Scope
@@ -56,6 +58,7 @@ class Settings:
     budget: Currency = "candidates"
     round_to: int = 1
     streams: bool = False
+    latency: Latency = ANY
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -101,6 +104,8 @@ class Settings:
                 'streams=True compares what units save, which budget="candidates" does not count; use budget="macs" or '
                 '"params", or leave it out'
             )
+        if self.latency != ANY and self.budget != "latency":
+            raise ValueError(f'{self.latency} is for budget="latency", got budget={self.budget!r}')
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')
         if self.feature != "activation":
@@ -161,6 +166,15 @@ class Settings:
         """
         kind = GRANULARITIES[self.granularity]
         return kind(model, self.include, self.exclude, **{name: getattr(self, name) for name in kind.options})
+
+    def timings(self, device: torch.device, known: Mapping[str, Any] | None = None) -> Timings | None:
+        """What a budget of latency is measured with; None for others.
+
+        Args:
+            device: where the model is.
+            known: as of `Timings`.
+        """
+        return Timings(self.latency, device, known) if self.budget == "latency" else None
 
     @property
     def resolved_criterion(self) -> Criterion:
@@ -240,6 +254,7 @@ class HasSettings:
     budget = Setting[Currency]()
     round_to = Setting[int]()
     streams = Setting[bool]()
+    latency = Setting[Latency]()
 
 
 def _check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a budget counts: candidates, or parameters or multiply–adds of the network that they leave."""
+"""What a budget counts: candidates, or parameters, multiply–adds or latency of the network that they leave."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.masks import Masks
-from lightning_fscreen.fit.report import Record
+from lightning_fscreen.fit.report import LatencyReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import check_patterns, overall, parts
 from lightning_fscreen.ranking.budgeted import check_floors
@@ -35,10 +36,11 @@ class Spending:
         settings: the callback's arguments.
         found: the candidates.
         record: the measured sizes before and now.
+        timings: of operations, for a budget of latency.
     """
 
-    def __init__(self, settings: Settings, found: Holder, record: Record) -> None:
-        self._settings, self._found, self._record = settings, found, record
+    def __init__(self, settings: Settings, found: Holder, record: Record, timings: Timings | None = None) -> None:
+        self._settings, self._found, self._record, self._timings = settings, found, record, timings
         self._known: tuple[object, Costs | None] = (None, None)
         self._known_blocks: tuple[object, Blocks | None] = (None, None)
 
@@ -65,6 +67,14 @@ class Spending:
             return dense - (present or dense)
         costs = self.costs()
         return dense - (present if costs is None else round(costs.of(kept)))
+
+    def latency(self, masks: Masks) -> LatencyReport | None:
+        """Measured time of the whole network, if that is what the budget counts and it is known."""
+        if self._timings is None or self._record.latency is None:
+            return None
+        before, after = self._record.latency
+        target = (1 - self.amount(masks)) * before
+        return LatencyReport(str(self._timings.device), self._timings.batch_size, before, after, target)
 
     def check(self, masks: Masks) -> None:
         """Check, once the candidates are final, that the floors leave enough to prune.
@@ -140,7 +150,9 @@ class Spending:
             return None
         key = self._granularity, tuple(self._granularity.names), self._record.after
         if key != self._known[0] or (afresh and self._settings.bias != "zero"):
-            self._known = key, self._granularity.costs(self._record.after, self._settings.budget)
+            self._known = key, self._granularity.costs(self._record.after, self._settings.budget, self._timings)
+            if self._timings is not None:
+                self._timings.keep()
         return self._known[1]
 
     def blocks(self) -> Blocks | None:

@@ -122,6 +122,8 @@ class Walk:
         for (name, _), labels in self.slots.dims.items():
             if name in self.opaque:
                 self.slots.pin(labels, self.opaque[name])
+        calls = {node.name: value for node, value in self.values.items() if node.op == "call_function"}
+        self.slots.calls = {name: own.labels.flatten() for name, own in calls.items() if isinstance(own, Value)}
         return self.slots
 
     def tensor(self, name: str) -> Tensor:
@@ -285,6 +287,12 @@ def written(node: Any) -> list[fx.Node]:
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     targets = [given.get(item.name) for item in _schema(node).arguments if item.is_write]
     return [target for target in pytree.tree_leaves(targets) if isinstance(target, fx.Node)]
+
+
+def is_view(node: Any) -> bool:
+    """Whether an operator returns memory of its argument, and computes nothing."""
+    returns = _schema(node).returns if isinstance(node.target, OpOverload) else []
+    return any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
 
 
 def _returns_argument(node: Any) -> bool:

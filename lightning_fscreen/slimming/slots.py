@@ -168,6 +168,7 @@ class SlotGraph:
         products: call that multiplies activations, or weight that all heads share → the slots of its result, flattened.
         attended: modules that combine heads, the slots of these, in their order, and how many readers come before.
         heads: name of a gate → the heads that it switches off.
+        calls: call → the slots of its result, flattened, where it has one.
     """
 
     readers: list[Reader] = field(default_factory=list)
@@ -186,6 +187,7 @@ class SlotGraph:
     products: dict[str, Tensor] = field(default_factory=dict)
     attended: list[tuple[str, Tensor, int]] = field(default_factory=list)
     heads: dict[str, Heads] = field(default_factory=dict)
+    calls: dict[str, Tensor] = field(default_factory=dict)
     _pairs: list[Tensor] = field(default_factory=list)
     _count: int = 1
 

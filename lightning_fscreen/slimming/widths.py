@@ -30,7 +30,8 @@ class Widths:
     Args:
         network: the network.
         captured: its graph.
-        gates: the gates whose units masks may switch off, and how many they have.
+        gates: the gates whose units masks may switch off, and how many they have; those that the graph does not use
+            are left out.
         silent: whether their shifts are zeroed as well; else they stay as they are now.
         round_to: number of which widths of layers become multiples, see `make_change`.
         new_shifts: whether pruned units will get other shifts, none of them zero, no two the same.
@@ -39,6 +40,7 @@ class Widths:
         dims: (tensor name, dim) → the class of each index, for all that can be cut.
         layers: those of them that are widths of linear and convolution layers.
         products: call that multiplies activations → the classes of its result.
+        calls: call → the classes of its result.
         units: gate → the class of each of its units.
         held: (pairs, 2): classes without units of their own, and the class of a unit that reads them: a channel of a
             batch norm, or an input. They go when no such unit is left; classes that others read as well are not among
@@ -72,7 +74,8 @@ class Widths:
         self.dims = {place: self._class[labels] for place, labels in slots.dims.items()}
         self.layers = {place: self.dims[place] for place in slots.widths}
         self.products = {call: self._class[labels] for call, labels in slots.products.items()}
-        self.units = {name: self._class[slots.gates[name]] for name in gates}
+        self.calls = {call: self._class[labels] for call, labels in slots.calls.items()}
+        self.units = {name: self._class[slots.gates[name]] for name in gates if name in slots.gates}
         self._readers = [
             replace(reader, inputs=self._class[reader.inputs], outputs=self._class[reader.outputs])
             for reader in carriable(network, slots)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
+from lightning_fscreen.costs.timings import ANY, Latency
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
@@ -29,6 +30,7 @@ class Ranking(TypedDict, total=False):
     feature: Feature
     round_to: int
     streams: bool
+    latency: Latency
     num_classes: int | None
     labels: Callable[[Any], Tensor]
 
@@ -48,6 +50,7 @@ def settings_of(
     feature: Feature = "activation",
     round_to: int = 1,
     streams: bool = False,
+    latency: Latency = ANY,
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
 ) -> Settings:
@@ -75,6 +78,7 @@ def settings_of(
         feature=feature,
         round_to=round_to,
         streams=streams,
+        latency=latency,
         num_classes=num_classes,
         labels=labels,
         schedule=one_shot,

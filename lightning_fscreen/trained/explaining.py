@@ -172,8 +172,8 @@ def explain(
         val_dataloader: likewise.
         max_drop: likewise.
         progress: show a progress bar.
-        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature, round_to, num_classes,
-            labels.
+        ranking: budget, criterion, screening_weight, scope, min_channels, bias, feature, round_to, streams, latency,
+            num_classes, labels.
 
     Raises:
         ValueError: nothing to prune, with all reasons; another granularity; patterns that match nothing; neither inputs
@@ -215,7 +215,7 @@ def explain(
     settings = settings_of(granularity, 0.0 if amount == "auto" else amount, include, exclude, **ranking)
     limit = limit_of(model, auto, metric, val_dataloader, max_drop, settings.labels, forward)
     found = observed(model, settings, dataloader, forward, example_inputs, progress=progress, title="explaining")
-    return _explanation(found, found.choose(settings.amount) if limit is None else limit.largest(found, progress))
+    return _explanation(found, found.decide(settings.amount) if limit is None else limit.largest(found, progress))
 
 
 def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:

@@ -30,6 +30,8 @@ from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_o
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.trained.randomness import same_random_numbers
 
+_ATTEMPTS = 3  # at a latency
+_CLOSE = 0.03  # as a share of what is wanted, near enough to try no further
 _UNUSED = "the model does not use it on these inputs"
 _UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"
 
@@ -128,10 +130,12 @@ class OneShot:
         with network.examining(model):
             unused = granularity.learn(model, args, kwargs)
         granularity.leave_out(dict.fromkeys(unused, _UNUSED))
-        self.record.note_size(network.measure(model), pruned=False)
+        self._timings = settings.timings(device_of(model))
+        self._measure(pruned=False)
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
         self._not_rounded: dict[str, str] = {}
+        self._amount = settings.amount
 
     def check(self) -> None:
         """Check, before anything is read, that the amount can be met.
@@ -169,12 +173,37 @@ class OneShot:
         Raises:
             ValueError: NaN scores; a budget that cannot be met.
         """
-        settings, masks = replace(self._settings, amount=amount), self._masks()
+        settings, masks, self._amount = replace(self._settings, amount=amount), self._masks(), amount
         spending = self._spending(settings)
         decision = Decision(settings, self.granularity, masks, spending, self._statistics, {}, self._unmatched)
         self.record.note(decision.explained)
         fraction, seed = spending.amount(masks), torch.initial_seed() % 2**63
         return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed))
+
+    def decide(self, amount: Amount) -> Choice:
+        """As `choose`; a latency is measured on the smaller network, and asked for again if it was missed."""
+        choice = self.choose(amount)
+        if self._settings.budget != "latency" or not isinstance(amount, float | int) or not amount:
+            return choice
+        wanted, asked, missed = 1 - amount, amount, dict[float, Choice]()
+        for attempt in range(_ATTEMPTS):
+            share = self._rehearsed_latency(choice.kept)
+            missed[abs(share - wanted)] = choice
+            if attempt == _ATTEMPTS - 1 or abs(share - wanted) <= _CLOSE * wanted:
+                break
+            asked = min(max(1 - (1 - asked) * wanted / share, 0.0), self.most())
+            choice = self.choose(asked)
+        self._amount = amount
+        return missed[min(missed)]
+
+    def _rehearsed_latency(self, kept: Mapping[str, Tensor]) -> float:
+        """Latency without what is not kept, as a share of what it is now, both measured again."""
+        present, timings = self.record.after, self._timings
+        latency = self.rehearse(kept).report.latency
+        self.record.after = present
+        assert latency is not None and timings is not None
+        self.record.note_latency(self._network.time(self._model, timings), pruned=False)
+        return latency.after / self.record.latency[0]
 
     def most(self) -> float:
         """The largest amount that the floors leave."""
@@ -230,7 +259,7 @@ class OneShot:
     def report(self, kept: Mapping[str, Tensor], plan: SlimmingPlan) -> Pruned:
         """The plan with the report, while the model is slim."""
         before = self.granularity
-        self.record.note_size(self._network.measure(self._model), pruned=True)
+        self._measure(pruned=True)
         left = self._settings.find_candidates(self._model)
         left.restore(before.structure())
         left.keep_only(list(kept), before.not_pruned)
@@ -243,14 +272,20 @@ class OneShot:
             not_pruned=dict(before.not_pruned),
             not_removed=before.still_there(plan),
             not_rounded=self._not_rounded,
+            latency=self._spending(replace(self._settings, amount=self._amount)).latency(masks),
         )
         return Pruned(plan, report)
+
+    def _measure(self, pruned: bool) -> None:
+        self.record.note_size(self._network.measure(self._model, self._timings), pruned)
+        if self._timings is not None:
+            self.record.note_latency(self._network.time(self._model, self._timings), pruned)
 
     def _masks(self) -> Masks:
         return Masks(self.granularity.members())
 
     def _spending(self, settings: Settings) -> Spending:
-        return Spending(settings, self, self.record)
+        return Spending(settings, self, self.record, self._timings)
 
     def _switch_off(self, kept: Mapping[str, Tensor]) -> None:
         masks = self._masks()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
+from lightning_fscreen.costs.timings import ANY, Latency
 from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
@@ -47,6 +48,7 @@ def prune(
     max_drop: float = MAX_DROP,
     round_to: int = 1,
     streams: bool = False,
+    latency: Latency = ANY,
     progress: bool = True,
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.
@@ -68,7 +70,7 @@ def prune(
         amount: what goes of the multiply–adds, the parameters or the candidates that the model has now; of candidates
             also one for every pattern. "auto": the largest whose `metric` right after pruning, before any fine-tuning,
             is worse by `max_drop` at most; bisection, by ten evaluations of the masked network and one before.
-        budget: "macs", "params" or "candidates".
+        budget: "macs", "params", "latency" or "candidates".
         granularity: "unit": channels of batch norms, outputs of all other layers, heads; "channel": the first alone.
         criterion: any that needs no gradients.
         screening_weight: λ of the criteria that join F and magnitude.
@@ -90,6 +92,7 @@ def prune(
         max_drop: for "auto", in the unit of the metric.
         round_to: leave every width of a layer as it is, or a multiple of this; as of the callback.
         streams: also prune channels of streams as one with all that read them; as of the callback.
+        latency: what a budget of latency means; as of the callback.
         progress: show a progress bar.
 
     Returns:
@@ -128,13 +131,14 @@ def prune(
         feature=feature,
         round_to=round_to,
         streams=streams,
+        latency=latency,
         num_classes=num_classes,
         labels=labels,
     )
     used = optimizers_of(model, optimizers)
     limit = limit_of(model, auto, metric, val_dataloader, max_drop, labels, forward)
     found = observed(model, settings, dataloader, forward, progress=progress, title="pruning")
-    choice = found.choose(settings.amount) if limit is None else limit.largest(found, progress)
+    choice = found.decide(settings.amount) if limit is None else limit.largest(found, progress)
     before = dict(model.named_parameters())
     awaited = awaiting(before)
     plan = found.slim(choice.kept)

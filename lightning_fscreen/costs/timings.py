@@ -1,0 +1,177 @@
+"""Measured times of single operations, each measured once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import Timer
+
+from lightning_fscreen.costs.latency import usable_device
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 0.005  # seconds of calls that are timed together
+_BLOCKS = 5
+_WARM_UP = 3  # calls
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What a budget of latency means.
+
+    Attributes:
+        batch_size: instances at once.
+        device: where it is to be fast; None stands for where the network is.
+        table: path of a JSON file, where measured times are kept by device and looked up; None keeps them in memory.
+
+    Raises:
+        ValueError: no instances; a device that is not there.
+    """
+
+    batch_size: int = 1
+    device: str | None = None
+    table: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size of latency must be a whole number from 1 on, got {self.batch_size!r}")
+        if self.device is not None:
+            usable_device(self.device)
+
+
+ANY = Latency()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call of an operator.
+
+    Attributes:
+        target: the operator.
+        args, kwargs: what it is given; of tensors, only shapes and dtypes count.
+    """
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The same for operations that take the same time."""
+        args, kwargs = pytree.tree_map(_described, (self.args, dict(self.kwargs)))
+        named = [f"{name}={value}" for name, value in kwargs.items()]
+        return f"{self.target}({', '.join([*map(str, args), *named])})"
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return value
+
+
+class Timings:
+    """Median times of operations on one device, with as many threads as torch uses now; none is measured twice.
+
+    Args:
+        latency: the device, and the file; times that it has are used, and it takes those that are measured.
+        device: where the network is, if `latency` names no device.
+        known: device → operation → milliseconds, of a `state_dict`.
+
+    Attributes:
+        device: the device.
+        batch_size: instances at once.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(
+        self, latency: Latency, device: torch.device, known: Mapping[str, Mapping[str, float]] | None = None
+    ) -> None:
+        self.device = device if latency.device is None else torch.device(latency.device)
+        self.batch_size = latency.batch_size
+        self._path = None if latency.table is None else Path(latency.table)
+        self._known = {**self._read().get(self._name, {}), **(known or {}).get(self._name, {})}
+        self._kept = len(self._known)
+
+    def of(self, operation: Operation) -> float:
+        """Milliseconds; an operation that cannot be run by itself counts as none, and is named in the log."""
+        key = operation.key
+        if key not in self._known:
+            try:
+                self._known[key] = self._measured(operation)
+            except Exception as error:  # whatever an operator raises that is given random numbers
+                log.warning("operation %s cannot be timed, it counts as nothing: %s", key, error)
+                self._known[key] = 0.0
+        return self._known[key]
+
+    def overhead(self) -> float:
+        """Milliseconds of an operation that does next to nothing."""
+        return self.of(Operation(torch.ops.aten.relu.default, (torch.empty(1, device="meta"),), {}))
+
+    def keep(self) -> None:
+        """Write what is new to the file, beside what others have written."""
+        if self._path is None or len(self._known) == self._kept:
+            return
+        times = self._read()
+        times[self._name] = {**times.get(self._name, {}), **self._known}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(times, indent=1))
+        beside.replace(self._path)
+        self._kept = len(self._known)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Device → operation → milliseconds."""
+        return {self._name: dict(self._known)}
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        if self._path is None or not self._path.exists():
+            return {}
+        try:
+            times = json.loads(self._path.read_text())
+            return {str(name): {str(key): float(ms) for key, ms in own.items()} for name, own in times.items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{str(self._path)!r} is no table of latencies ({error}); remove it, or name another file"
+            ) from error
+
+    @property
+    def _name(self) -> str:
+        """Of the device and of all else that times depend on."""
+        if self.device.type == "cpu":
+            place = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        else:
+            place = torch.get_device_module(self.device).get_device_name(self.device)
+        return f"{self.device.type}: {place}, torch {torch.__version__}"
+
+    def _measured(self, operation: Operation) -> float:
+        given = pytree.tree_map(self._real, (operation.args, dict(operation.kwargs)))
+        names = {"call": operation.target, "args": given[0], "kwargs": given[1]}
+        timer = Timer("call(*args, **kwargs)", globals=names, num_threads=torch.get_num_threads())
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            timer.timeit(_WARM_UP)
+            calls = max(1, int(_BLOCK / timer.timeit(1).mean))
+            return 1000 * median(timer.timeit(calls).mean for _ in range(_BLOCKS))
+
+    def _real(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return self.device
+        if not isinstance(value, Tensor):
+            return value
+        shape = tuple(value.shape)  # zeros are indices that are always there; floats should be ordinary numbers
+        if not value.dtype.is_floating_point:
+            return torch.zeros(shape, dtype=value.dtype, device=self.device)
+        return torch.linspace(-1, 1, value.numel()).to(self.device, value.dtype).view(shape)
