@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.costs.tables import NO_AXIS, Axis, Costed, TableModel
 from lightning_fscreen.costs.timings import Operation, Timings
-from lightning_fscreen.modules import with_instances
+from lightning_fscreen.modules import join, with_instances
 from lightning_fscreen.slimming.capture import Capture, capture
 from lightning_fscreen.slimming.interpreter import arguments, is_view, operator_name
 from lightning_fscreen.slimming.slots import PINNED
@@ -34,13 +34,13 @@ def capture_for(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return capture(network, given, named)
 
 
-def latency_of(captured: Capture, timings: Timings) -> int:
-    """Nanoseconds of all operations, one after the other."""
-    return round(1e6 * sum(timings.of(_operation(node)) for node in _operations(captured)))
+def operations_of(captured: Capture) -> Iterator[Operation]:
+    """The operations that are timed."""
+    return map(_operation, _operations(captured))
 
 
 def latency_model(captured: Capture, widths: Widths, timings: Timings, round_to: int) -> TableModel:
-    """The same in nanoseconds, for any widths.
+    """Nanoseconds of all operations, one after the other, for any widths.
 
     Linear and ungrouped convolution layers are measured at a grid of widths. Other operations take as much longer than
     the shortest one as they have elements.
@@ -60,14 +60,29 @@ def latency_model(captured: Capture, widths: Widths, timings: Timings, round_to:
         if layer is None:
             labels = widths.calls.get(_largest(node).name, NO_AXIS.classes)
             rows = Axis(labels, (0, len(labels))) if len(labels) else NO_AXIS
-            costs = torch.tensor([min(shortest, full), full] if len(labels) else [full])
-            parts.append(Costed(rows, NO_AXIS, 1e6 * costs.double()[:, None]))
+            parts.append(_along(rows, [min(shortest, full), full] if len(labels) else [full]))
         else:
             rows, columns = (Axis(own, _points(own, round_to)) for own in (layer.rows, layer.columns))
             times = [[timings.of(layer.narrowed(m, n)) for n in columns.points[1:]] for m in rows.points[1:]]
-            costs = torch.tensor(times, dtype=torch.float64)
-            parts.append(Costed(rows, columns, 1e6 * _from_zero(_from_zero(costs, shortest).T, shortest).T))
+            costs = _from_zero(torch.tensor(times, dtype=torch.float64), rows.points, shortest)
+            parts.append(Costed(rows, columns, 1e6 * _from_zero(costs.T, columns.points, shortest).T))
+    for norm, channels in widths.selects.items():
+        stream: Any = arguments(captured.users(join(norm, "weight"))[0])["input"]
+        if operator_name(stream) == "index_select":  # from an earlier pruning, and counted
+            continue
+        picked = timings.of(_selection(_value(stream)))  # none is needed while all of them stay
+        parts.append(_along(Axis(channels, (0, len(channels) - 1, len(channels))), [min(shortest, picked), picked, 0]))
     return TableModel(parts, widths.count)
+
+
+def _along(rows: Axis, times: list[float]) -> Costed:
+    return Costed(rows, NO_AXIS, 1e6 * torch.tensor(times, dtype=torch.float64)[:, None])
+
+
+def _selection(stream: Tensor) -> Operation:
+    """All channels picked from the input of a batch norm."""
+    picked = torch.empty(stream.shape[1], dtype=torch.int64, device="meta")
+    return Operation(torch.ops.aten.index_select.default, (stream, 1, picked), {})
 
 
 class _Layer(NamedTuple):
@@ -159,7 +174,9 @@ def _points(classes: Tensor, round_to: int) -> tuple[int, ...]:
     return tuple(sorted({0, *(number * round_to for number in odd if 0 < number * round_to < size), size}))
 
 
-def _from_zero(times: Tensor, shortest: float) -> Tensor:
+def _from_zero(times: Tensor, points: tuple[int, ...], shortest: float) -> Tensor:
     """With a first row for no rows at all, to which the next two lead."""
-    lowest = times[:1].clamp(max=shortest) if len(times) == 1 else 2 * times[:1] - times[1:2]
+    lowest = times[:1].clamp(max=shortest)
+    if len(times) > 1:
+        lowest = times[:1] - (times[1:2] - times[:1]) * points[1] / (points[2] - points[1])
     return torch.cat([torch.minimum(lowest.clamp(min=0), times[:1]), times])

@@ -37,14 +37,14 @@ class Size:
         nonzero: those that are not zero.
         macs: multiply–accumulate operations of one instance, as dense layers compute them; None if no input was seen.
         layers: the modules with parameters or operations of their own, by name in the order of the network.
-        latency: nanoseconds of its operations, each timed by itself; None if they were not.
+        latency: nanoseconds of a forward pass; None if they were not measured.
     """
 
     params: int
     nonzero: int
     macs: int | None
     layers: Mapping[str, LayerSize] = field(default_factory=dict, repr=False, compare=False)
-    latency: int | None = field(default=None, repr=False, compare=False)
+    latency: int | None = field(default=None, repr=False)
 
 
 def add_sizes(sizes: Sequence[Size]) -> Size:

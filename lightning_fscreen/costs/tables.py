@@ -43,16 +43,21 @@ class TableModel:
     Args:
         parts: the parts.
         num_classes: number of classes.
+
+    Attributes:
+        factor: of all costs.
     """
 
     def __init__(self, parts: Sequence[Costed], num_classes: int) -> None:
-        self._num_classes = num_classes
+        self._num_classes, self.factor = num_classes, 1.0
         axes = [axis for part in parts for axis in (part.rows, part.columns)]
         lengths = torch.tensor([len(axis.classes) for axis in axes], dtype=torch.int64)
         self._classes = torch.cat([NO_AXIS.classes, *(axis.classes for axis in axes)])
         self._dims = torch.arange(len(axes)).repeat_interleave(lengths)
         self._points = [_padded([axis.points for axis in axes[side::2]]) for side in (0, 1)]
-        self._last = [torch.tensor([max(len(axis.points) - 2, 0) for axis in axes[side::2]]) for side in (0, 1)]
+        self._last = [
+            torch.tensor([max(len(axis.points) - 2, 0) for axis in axes[side::2]], dtype=torch.int64) for side in (0, 1)
+        ]
         size = [points.shape[1] for points in self._points]
         self._costs = torch.zeros(len(parts), *size, dtype=torch.float64)
         for number, part in enumerate(parts):
@@ -91,7 +96,7 @@ class TableModel:
 
         upper = corner(0, 0) * (1 - right) + corner(0, 1) * right
         lower = corner(1, 0) * (1 - right) + corner(1, 1) * right
-        return (upper * (1 - down) + lower * down).clamp(min=0)
+        return self.factor * (upper * (1 - down) + lower * down).clamp(min=0)
 
     def _place(self, side: int, left: Tensor) -> tuple[Tensor, Tensor]:
         """The point before a width, (parts,), and how far it is on the way to the next."""

@@ -1,4 +1,4 @@
-"""Measured times of single operations, each measured once."""
+"""Measured times of single operations, and of networks, each measured once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _BLOCK = 0.005  # seconds of calls that are timed together
 _BLOCKS = 5
 _WARM_UP = 3  # calls
+_NETWORK = "network of "
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Timings:
     Args:
         latency: the device, and the file; times that it has are used, and it takes those that are measured.
         device: where the network is, if `latency` names no device.
-        known: device → operation → milliseconds, of a `state_dict`.
+        known: device → operation, or network → milliseconds, of a `state_dict`.
 
     Attributes:
         device: the device.
@@ -103,7 +104,10 @@ class Timings:
         self.device = device if latency.device is None else torch.device(latency.device)
         self.batch_size = latency.batch_size
         self._path = None if latency.table is None else Path(latency.table)
-        self._known = {**self._read().get(self._name, {}), **(known or {}).get(self._name, {})}
+        own = (known or {}).get(self._name, {})
+        self._networks = {key: time for key, time in own.items() if key.startswith(_NETWORK)}
+        operations = {key: time for key, time in own.items() if key not in self._networks}
+        self._known = {**self._read().get(self._name, {}), **operations}
         self._kept = len(self._known)
 
     def of(self, operation: Operation) -> float:
@@ -116,6 +120,22 @@ class Timings:
                 log.warning("operation %s cannot be timed, it counts as nothing: %s", key, error)
                 self._known[key] = 0.0
         return self._known[key]
+
+    def of_network(self, description: str, measure: Callable[[], float]) -> float:
+        """Milliseconds of a network; they are in no file, since other networks may have the same description.
+
+        Args:
+            description: of its size.
+            measure: measures the milliseconds.
+        """
+        key = f"{_NETWORK}{description}"
+        if key not in self._networks:
+            self._networks[key] = measure()
+        return self._networks[key]
+
+    def forget_networks(self) -> None:
+        """Measure them again when they are asked for."""
+        self._networks.clear()
 
     def overhead(self) -> float:
         """Milliseconds of an operation that does next to nothing."""
@@ -134,8 +154,8 @@ class Timings:
         self._kept = len(self._known)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """Device → operation → milliseconds."""
-        return {self._name: dict(self._known)}
+        """Device → operation, or network → milliseconds."""
+        return {self._name: {**self._known, **self._networks}}
 
     def _read(self) -> dict[str, dict[str, float]]:
         if self._path is None or not self._path.exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.candidates.latency import capture_for, latency_of
 from lightning_fscreen.costs.latency import measure_latency
 from lightning_fscreen.costs.size import Size, measure_size
 from lightning_fscreen.costs.timings import Timings
@@ -82,23 +80,21 @@ class Network:
         return examining(model, self.inputs)
 
     def measure(self, model: nn.Module, timings: Timings | None = None) -> Size:
-        """Its size; without operations if its inputs are not known, and their latency only if that is asked for."""
+        """Its size; without operations if its inputs are not known, and with its latency if that is asked for."""
         inputs = None if self.inputs is None else self.inputs_on_device()
         with self.examining(model):
             size = measure_size(self.module, inputs, self.instances)
             if timings is None or inputs is None:
                 return size
-            return replace(size, latency=latency_of(capture_for(self.module, *inputs, timings.batch_size), timings))
+            known = f"{self.name or type(self.module).__name__}, {size.params} parameters, {size.macs} multiply–adds"
+            return replace(size, latency=round(1e6 * timings.of_network(known, lambda: self.time(timings))))
 
-    def time(self, model: nn.Module, timings: Timings) -> float:
-        """Milliseconds of the whole network where it is to be fast; NaN if its inputs are not known."""
-        if self.inputs is None:
-            return math.nan
+    def time(self, timings: Timings) -> float:
+        """Milliseconds of a forward pass on the device of some timings."""
         args, kwargs = self.inputs_on_device()
-        with self.examining(model):
-            there = next(self.module.parameters()).device == timings.device
-            module = self.module if there else copy.deepcopy(self.module).to(timings.device)
-            return measure_latency(module, args, kwargs, [timings.batch_size])[timings.batch_size]
+        there = next(self.module.parameters()).device == timings.device
+        module = self.module if there else copy.deepcopy(self.module).to(timings.device)
+        return measure_latency(module, args, kwargs, [timings.batch_size])[timings.batch_size]
 
     def state_dict(self) -> dict[str, Any]:
         """Name and inputs; these only if they are tensors and primitives in tuples, lists and dicts, as files need."""

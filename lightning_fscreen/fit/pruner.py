@@ -73,7 +73,7 @@ class Pruner:
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
         self.found = Discovery(model, settings, state, copies)
-        self._record = Record(state.get("sizes"), state.get("evidence", {}), state.get("latency"))
+        self._record = Record(state.get("sizes"), state.get("evidence", {}))
         self._timings = settings.timings(model.device, state.get("timings"))
         self.spending = Spending(settings, self.found, self._record, self._timings)
         self.masks = self._restored_masks()
@@ -176,10 +176,7 @@ class Pruner:
         """Measure the networks on the inputs that they got."""
         networks = self.recorder.networks.values() or [self.recorder.parent_network]
         size = add_sizes([network.measure(self._model, self._timings) for network in networks])
-        pruned = bool(self.masks.num_pruned or self._applied_plan)
-        self._record.note_size(size, pruned)
-        if self._timings is not None:
-            self._record.note_latency(sum(network.time(self._model, self._timings) for network in networks), pruned)
+        self._record.note_size(size, pruned=bool(self.masks.num_pruned or self._applied_plan))
 
     def why_not_removable(self) -> str | None:
         """Measure the networks when the fit has ended; why they cannot be looked at, if they cannot."""
@@ -332,6 +329,5 @@ class Pruner:
             **self.found.state_dict(),
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
             "copies": dict(self.copies.samples),
-            "latency": self._record.latency,
             "timings": {} if self._timings is None else self._timings.state_dict(),
         }

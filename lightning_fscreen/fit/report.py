@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -242,20 +241,10 @@ class Record:
     Args:
         sizes: the size at the start, of a state: `astuple` of a `Size`; None at the beginning.
         evidence: that of earlier rankings, by layer.
-        latency: that of a state.
-
-    Attributes:
-        latency: milliseconds at the start and now; None if it is not measured.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[Any] | None,
-        evidence: Mapping[str, Mapping[str, Any]],
-        latency: tuple[float, float] | None = None,
-    ) -> None:
+    def __init__(self, sizes: Sequence[Any] | None, evidence: Mapping[str, Mapping[str, Any]]) -> None:
         self.before = self.after = Size(0, 0, None) if sizes is None else _size_of(*sizes)
-        self.latency = latency
         self.evidence = {name: dict(found) for name, found in evidence.items()}
 
     def note_size(self, size: Size, pruned: bool) -> None:
@@ -265,13 +254,7 @@ class Record:
             self.before = size
         elif self.before.macs is None:  # masks do not change them
             layers = {name: replace(own, macs=size.layers[name].macs) for name, own in self.before.layers.items()}
-            self.before = replace(self.before, macs=size.macs, layers=layers)
-
-    def note_latency(self, milliseconds: float, pruned: bool) -> None:
-        """Note the present latency, of which nothing is known where it is NaN; see `note_size`."""
-        if not math.isnan(milliseconds):
-            before = self.latency[0] if pruned and self.latency is not None else milliseconds
-            self.latency = before, milliseconds
+            self.before = replace(self.before, macs=size.macs, layers=layers, latency=size.latency)
 
     def note(self, explained: Mapping[str, Explained]) -> None:
         """Note why layers are ranked as they are, and log it where trust has changed."""

@@ -70,9 +70,9 @@ class Spending:
 
     def latency(self, masks: Masks) -> LatencyReport | None:
         """Measured time of the whole network, if that is what the budget counts and it is known."""
-        if self._timings is None or self._record.latency is None:
+        before, after = (size.latency and size.latency / 1e6 for size in (self._record.before, self._record.after))
+        if self._timings is None or before is None or after is None:
             return None
-        before, after = self._record.latency
         target = (1 - self.amount(masks)) * before
         return LatencyReport(str(self._timings.device), self._timings.batch_size, before, after, target)
 

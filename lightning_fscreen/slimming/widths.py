@@ -41,6 +41,8 @@ class Widths:
         layers: those of them that are widths of linear and convolution layers.
         products: call that multiplies activations → the classes of its result.
         calls: call → the classes of its result.
+        selects: batch norm → the class of each of its channels, where it may have to select them from a stream that
+            others read, too.
         units: gate → the class of each of its units.
         held: (pairs, 2): classes without units of their own, and the class of a unit that reads them: a channel of a
             batch norm, or an input. They go when no such unit is left; classes that others read as well are not among
@@ -90,6 +92,7 @@ class Widths:
         self._multiples = find_multiples(self.layers.values(), self.count, round_to) if round_to > 1 else None
         self._has_units = self._marked(*self.units.values())
         self.held = self._find_held()
+        self.selects = self._find_selects(slots)
         self.stuck = self._has_units & self._find_stuck()
 
     def remaining(self, keep: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -142,6 +145,15 @@ class Widths:
                 others[reader.inputs[~reader.known]] = True
         held = torch.cat(pairs)
         return held[~(others | self._has_units)[held[:, 0]]]
+
+    def _find_selects(self, slots: SlotGraph) -> dict[str, Tensor]:
+        readers = torch.bincount(self.held[:, 0], minlength=self.count)
+        found = {}
+        for name, stream in slots.streams.items():
+            shared = readers[self._class[stream.labels[stream.indices]]] != 1
+            if name in self.units and bool(shared.any()):
+                found[name] = self.units[name]
+        return found
 
     def _find_stuck(self) -> Tensor:
         read = [torch.empty(0, dtype=torch.int64)]

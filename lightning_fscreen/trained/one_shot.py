@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -185,25 +186,30 @@ class OneShot:
         choice = self.choose(amount)
         if self._settings.budget != "latency" or not isinstance(amount, float | int) or not amount:
             return choice
-        wanted, asked, missed = 1 - amount, amount, dict[float, Choice]()
+        asked, missed, less, more = float(amount), dict[float, Choice](), (0.0, 0.0), (self.most(), math.inf)
         for attempt in range(_ATTEMPTS):
-            share = self._rehearsed_latency(choice.kept)
-            missed[abs(share - wanted)] = choice
-            if attempt == _ATTEMPTS - 1 or abs(share - wanted) <= _CLOSE * wanted:
+            gone = 1 - self._rehearsed_latency(choice.kept)
+            missed[abs(gone - amount)] = choice
+            if attempt == _ATTEMPTS - 1 or abs(gone - amount) <= _CLOSE * (1 - amount):
                 break
-            asked = min(max(1 - (1 - asked) * wanted / share, 0.0), self.most())
+            less, more = (less, (asked, gone)) if gone > amount else ((asked, gone), more)
+            if math.isfinite(more[1]):
+                asked = less[0] + (amount - less[1]) * (more[0] - less[0]) / (more[1] - less[1])
+            else:
+                asked = min(asked * amount / max(gone, amount / 2), more[0])
             choice = self.choose(asked)
         self._amount = amount
         return missed[min(missed)]
 
     def _rehearsed_latency(self, kept: Mapping[str, Tensor]) -> float:
         """Latency without what is not kept, as a share of what it is now, both measured again."""
-        present, timings = self.record.after, self._timings
-        latency = self.rehearse(kept).report.latency
-        self.record.after = present
-        assert latency is not None and timings is not None
-        self.record.note_latency(self._network.time(self._model, timings), pruned=False)
-        return latency.after / self.record.latency[0]
+        assert self._timings is not None, "a latency is measured"
+        self._timings.forget_networks()
+        latency = self.rehearse(kept).report.after.latency
+        self._measure(pruned=False)
+        whole = self.record.before.latency
+        assert latency is not None and whole is not None
+        return latency / whole
 
     def most(self) -> float:
         """The largest amount that the floors leave."""
@@ -278,8 +284,6 @@ class OneShot:
 
     def _measure(self, pruned: bool) -> None:
         self.record.note_size(self._network.measure(self._model, self._timings), pruned)
-        if self._timings is not None:
-            self.record.note_latency(self._network.time(self._model, self._timings), pruned)
 
     def _masks(self) -> Masks:
         return Masks(self.granularity.members())

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from hydra.utils import instantiate
 
-from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen import Latency, ScreeningPruningCallback
 from lightning_fscreen.fit.settings import HasSettings, Settings
 from lightning_fscreen.ranking.schedule import cubic, linear
 from lightning_fscreen.statistics.labels import find_labels
@@ -40,9 +40,10 @@ GIVEN = {
     "start_step": None,
     "end_step": None,
     "prune_every": None,
-    "budget": "macs",
+    "budget": "latency",
     "round_to": 8,
     "streams": True,
+    "latency": Latency(2),
 }
 
 

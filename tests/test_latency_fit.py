@@ -1,0 +1,134 @@
+"""A budget of latency: in trainings and in one call, under a clock that counts, and once under a real one."""
+
+import os
+import random
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_fscreen import Latency, ScreeningPruningCallback, explain, prune
+from lightning_fscreen.candidates.latency import capture_for, operations_of
+from lightning_fscreen.costs.timings import Timings
+from lightning_fscreen.fit.networks import Network
+from tests.candidates.test_latency import counted
+from tests.conftest import Classifier, digits, loader, trainer
+from tests.processes import run_ranks
+from tests.test_channel_fit import OPTIMIZERS, fitted, post_net
+from tests.test_cost_fit import wide_net
+from tests.test_unit_fit import Attentive, convnext, plain_net
+
+
+def total(network, timings):
+    """Of a `Network`, and a little more."""
+    captured = capture_for(network.module, *network.inputs_on_device(), timings.batch_size)
+    return 0.01 + sum(map(counted, operations_of(captured)))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(Timings, "_measured", lambda self, operation: counted(operation))
+    monkeypatch.setattr(Network, "time", total)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "net", "options"),
+    [
+        ("channel", post_net, {"scope": "layer"}),
+        ("unit", wide_net, {}),
+        ("unit", plain_net, {"latency": Latency(batch_size=5)}),
+        ("unit", Attentive, {"amount": 0.3}),
+        ("unit", convnext, {"amount": 0.3, "bias": "mean"}),
+    ],
+)
+def test_a_share_of_the_latency_goes(granularity, net, options, clock):
+    options = {"amount": 0.4, **options}
+    callback = ScreeningPruningCallback(granularity, budget="latency", end_epoch=2, **options)
+    fitted(callback, net=net, max_epochs=3)
+    report = callback.report()
+    assert report.after.latency / report.before.latency == pytest.approx(1 - options["amount"], abs=0.04)
+    measured = report.latency
+    assert measured.batch_size == options.get("latency", Latency()).batch_size and measured.device == "cpu"
+    assert measured.after > 0 and measured.target == pytest.approx((1 - options["amount"]) * measured.before)
+    assert "ms were asked for" in str(report) and report.to_dict()["latency"]["before"] == measured.before
+    assert callback.history[-1]["applied"] == pytest.approx(options["amount"], abs=0.04)
+
+
+def test_resumed_it_goes_on_with_the_times_that_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Timings, "_measured", lambda self, operation: counted(operation) * random.uniform(0.5, 2))
+    monkeypatch.setattr(Network, "time", lambda self, timings: total(self, timings) * random.uniform(0.5, 2))
+
+    def run(**options):
+        torch.manual_seed(0)
+        model = Classifier(wide_net(), OPTIMIZERS["adamw"])
+        callback = ScreeningPruningCallback("unit", budget="latency", amount=0.5, end_epoch=4)
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        fit = trainer([callback, saver], max_epochs=6, enable_checkpointing=True)
+        fit.fit(model, loader(), weights_only=True, **options)
+        return model.state_dict(), callback
+
+    whole, callback = run()
+    for epoch in (1, 4):  # in the window, after slimming
+        resumed, again = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+        assert again.history[:4] == callback.history[:4]  # then the slim network is measured
+        assert again.report().before.latency == callback.report().before.latency
+
+
+def decide(folder):
+    """In each of two processes, with clocks that disagree."""
+    rank = int(os.environ["LOCAL_RANK"])
+    Timings._measured = lambda self, operation: counted(operation) * random.Random(rank).uniform(1, 2)
+    Network.time = lambda self, timings: total(self, timings) * (1 + rank)
+    callback = ScreeningPruningCallback("unit", budget="latency", amount=0.4, end_epoch=2)
+    torch.manual_seed(0)
+    model = Classifier(wide_net())
+    trainer([callback], max_epochs=3, strategy="ddp", devices=2).fit(model, loader(16))
+    torch.save(callback.masks, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_decide_the_same(tmp_path):
+    run_ranks(2, decide, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    assert not all(bool(mask.all()) for mask in first.values())
+
+
+def test_one_call_asks_again_where_the_network_is_slower_than_its_operations(clock, monkeypatch):
+    seen = []
+
+    def time(self, timings):
+        seen.append(total(self, timings) ** 1.3)
+        return seen[-1]
+
+    monkeypatch.setattr(Network, "time", time)
+    torch.manual_seed(0)
+    network = post_net()
+    _, report = prune(network, loader(), 0.3, budget="latency", progress=False)
+    assert report.latency.after / report.latency.before == pytest.approx(0.7, abs=0.03)
+    assert len(seen) >= 5
+
+
+def test_explain_rehearses_it(clock, tmp_path):
+    torch.manual_seed(0)
+    network, table = post_net(), tmp_path / "times.json"
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    latency = Latency(2, "cpu", table)
+    found = explain(network, dataloader=loader(), amount=0.4, budget="latency", latency=latency, progress=False)
+    assert found.prediction.report.latency.batch_size == 2 and table.exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_real_clock():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    _, report = prune(network, [digits(32)], 0.3, budget="latency", latency=Latency(64), progress=False)
+    assert report.latency.after > 0 and 0 < report.after.latency < report.before.latency
+    assert network[1].out_features < 2048
+
+
+def test_it_is_for_budgets_of_latency():
+    with pytest.raises(ValueError, match=r'Latency\(batch_size=2, .*\) is for budget="latency", got budget=\'macs\''):
+        ScreeningPruningCallback("unit", budget="macs", latency=Latency(2))
