@@ -15,6 +15,8 @@ from lightning_fscreen.ranking.units import Units
 TOLERANCE = 0.01
 """Share of the dense cost by which a budget may be missed, where units are too large to meet it."""
 _CLOSE = TOLERANCE / 20  # near enough to look no further
+_CONVEXITY = 4
+"""How much more a unit is worth if less is left of its layer; see `shares`."""
 _STAGES = 8
 _TRIES = 12
 
@@ -56,10 +58,11 @@ def prune_to_cost(
 ) -> dict[str, Tensor]:
     """Prune the units that are worth least for their cost, until a cost is met; those pruned before stay pruned.
 
-    A unit goes while its worth divided by its price is at most λ. Its worth is its share R² / Σ R² of what is left of
-    its layer, the sum running over the candidates of the layer that rank no lower (of coupled candidates: the sum of
-    their shares): scores of different layers need not compare, and the fewer are left of a layer, the more each of them
-    is worth, so that no layer is emptied because it is expensive. Its price, what the network costs more with it than
+    A unit goes while its worth divided by its price is at most λ. Its worth is its share R² / Σ R² of its layer, divided
+    by the fifth power of the share that is left when all that rank lower are gone (of coupled candidates: the sum of
+    both): scores of different layers need not compare, and the less is left of a layer, the more each unit is worth, so
+    that layers are narrowed nearly alike, expensive ones a little more. (With the first power expensive layers became
+    bottlenecks: `tests/benchmarks/equal_cost.py`.) Its price, what the network costs more with it than
     without, is a product with the widths of its neighbours, and becomes less as they do: eight times on the way prices
     are computed afresh, and an equal part of the cost that is still too much goes. In the last of these stages λ is
     found by bisection on the exact cost. The best `min_kept` units of a layer stay.
@@ -106,9 +109,11 @@ def prune_to_cost(
 
 
 def shares(scores: Tensor, kept: Tensor) -> Tensor:
-    """(n,) float64: the square of every score, as a share of those of a layer that rank no lower.
+    """(n,) float64: R²/A / (B/A)^(1 + c), A the sum of the R² of a layer, B of those that rank no lower, c = 4.
 
-    The lowest negative score counts as zero; infinite ones stay infinite, beside the others.
+    It is by how much (A/B)^c / c, the whole of a layer over what is left of it, grows as units go. In A the mean of
+    those that count stands for all others. The lowest negative score counts as zero; infinite ones stay infinite,
+    beside the others.
 
     Args:
         scores: (n,).
@@ -121,7 +126,9 @@ def shares(scores: Tensor, kept: Tensor) -> Tensor:
     order = torch.where(kept, values, torch.inf).argsort(stable=True)
     no_lower = torch.empty_like(finite)
     no_lower[order] = finite[order].flip(0).cumsum(0).flip(0)
-    share = finite / torch.where(no_lower > 0, no_lower, 1.0)
+    no_lower = torch.where(no_lower > 0, no_lower, 1.0)
+    whole = finite.sum() * len(kept) / kept.sum().clamp(min=1)
+    share = finite / no_lower * (whole / no_lower) ** _CONVEXITY
     return torch.where(values.isfinite(), share, torch.inf)
 
 

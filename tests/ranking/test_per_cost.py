@@ -64,14 +64,17 @@ def test_what_is_worth_least_for_its_price_goes_first() -> None:
     scores = {name: torch.ones(width) for name, width in WIDTHS.items()}
     masks = prune_to_cost(scores, kept, Chain(), 0.6 * DENSE, DENSE, units=units)
     left = {name: int(mask.sum()) for name, mask in masks.items()}
-    # Equal scores: Π of the widths is to be as large as possible for the cost, which a search over all finds.
+    # Equal scores: Σ (width / what is left)⁴ is to be as small as possible for the cost, which a search over all finds.
     options = [
         {"a": a, "b": b, "c": c}
         for a, b, c in itertools.product(range(1, 13), range(1, 9), range(1, 11))
         if 20 + 3 * a + a * b + b * c <= 20 + 3 * left["a"] + left["a"] * left["b"] + left["b"] * left["c"]
     ]
-    best = max(option["a"] * option["b"] * option["c"] for option in options)
-    assert left["a"] * left["b"] * left["c"] >= 0.9 * best
+
+    def lost(widths: dict[str, int]) -> float:
+        return sum((width / widths[name]) ** 4 for name, width in WIDTHS.items())
+
+    assert lost(left) <= 1.1 * min(map(lost, options))
 
 
 def test_nothing_comes_back_and_a_met_cost_changes_nothing() -> None:
@@ -132,9 +135,11 @@ def test_few_costs_are_asked_for() -> None:
 def test_shares_by_hand() -> None:
     kept = torch.tensor([True, True, False, True, True])
     scores = torch.tensor([2.0, 1.0, 9.0, 3.0, torch.inf])
-    assert shares(scores, kept).tolist() == pytest.approx([4 / 13, 1 / 14, 0.0, 1.0, torch.inf])
+    whole = (4 + 1 + 9) * 5 / 4  # with the mean in the place of the one that is gone
+    expected = [4 / 13 * (whole / 13) ** 4, 1 / 14 * (whole / 14) ** 4, 0.0, (whole / 9) ** 4, torch.inf]
+    assert shares(scores, kept).tolist() == pytest.approx(expected)
     assert shares(torch.tensor([-1.0, 0.0, 1.0]), torch.ones(3, dtype=torch.bool)).tolist() == pytest.approx(
-        [0, 0.2, 1]
+        [0, 0.2, 1.25**4]
     )
     assert not bool(shares(torch.zeros(3), torch.ones(3, dtype=torch.bool)).any())
 
