@@ -39,19 +39,31 @@ def operations_of(captured: Capture) -> Iterator[Operation]:
     return map(_operation, _operations(captured))
 
 
-def latency_model(captured: Capture, widths: Widths, timings: Timings, round_to: int) -> TableModel:
-    """Nanoseconds of all operations, one after the other, for any widths.
+def latency_models(
+    networks: Mapping[str, tuple[Capture, Widths]], present: float, timings: Timings, round_to: int
+) -> dict[str, TableModel]:
+    """Nanoseconds of networks for any widths: of all operations, one after the other.
 
     Linear and ungrouped convolution layers are measured at a grid of widths. Other operations take as much longer than
-    the shortest one as they have elements.
+    the shortest one as they have elements. What a network takes beyond the sum does not depend on widths; if it takes
+    less, since operations overlap, all of them count less.
 
     Args:
-        captured: the graph.
-        widths: its widths.
+        networks: name → graph, and its widths.
+        present: nanoseconds of all networks, measured as a whole.
         timings: of operations.
         round_to: number of which widths are left in multiples. Times are those of such multiples that are no higher
             powers of two, since hardware likes these better, and few widths are.
     """
+    models = {name: _latency_model(*both, timings, round_to) for name, both in networks.items()}
+    counts = {name: widths.count for name, (_, widths) in networks.items()}
+    whole = sum(model.of(torch.ones(counts[name], dtype=torch.bool)) for name, model in models.items())
+    for model in models.values():
+        model.factor = min(1.0, present / max(whole, 1.0))
+    return models
+
+
+def _latency_model(captured: Capture, widths: Widths, timings: Timings, round_to: int) -> TableModel:
     shortest = timings.overhead()
     parts = []
     for node in _operations(captured):

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.costs import Currency, NetworkCosts, UnitCosts, size_model
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
-from lightning_fscreen.candidates.latency import capture_for, latency_model
+from lightning_fscreen.candidates.latency import capture_for, latency_models
 from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
     COLUMNS,
@@ -29,7 +29,6 @@ from lightning_fscreen.candidates.prunable import (
 )
 from lightning_fscreen.candidates.rounding import not_rounded, unit_blocks
 from lightning_fscreen.costs.size import Size
-from lightning_fscreen.costs.tables import TableModel
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.members import Members
 from lightning_fscreen.modules import batch_size, is_within, join
@@ -237,7 +236,13 @@ class Units(Granularity[PrunableUnits]):
             return None
         if currency == "latency":
             assert timings is not None, "a latency is measured"
-            return UnitCosts(self._latencies(cost, timings), cost)
+            graphs = {name: self._learned[name].timed(timings.batch_size) for name in self._gates()}
+            timed = {name: (captured, self._widths_of(name, captured)) for name, captured in graphs.items()}
+            models = latency_models(timed, cost, timings, self._round_to)
+            networks = {
+                name: NetworkCosts(timed[name][1], model, False, self._streams) for name, model in models.items()
+            }
+            return UnitCosts(networks, cost)
         networks = {}
         for name, widths in self._widths().items():
             learned = self._learned[name]
@@ -245,18 +250,6 @@ class Units(Granularity[PrunableUnits]):
             model = size_model(*call, widths, currency, present, name)
             networks[name] = NetworkCosts(widths, model, currency == "params", self._streams)
         return UnitCosts(networks, cost)
-
-    def _latencies(self, present: int, timings: Timings) -> dict[str, NetworkCosts]:
-        """What the measured latency has beyond the sum of the operations does not depend on widths."""
-        models: dict[str, tuple[Widths, TableModel]] = {}
-        for name in self._gates():
-            captured = self._learned[name].timed(timings.batch_size)
-            widths = self._widths_of(name, captured)
-            models[name] = widths, latency_model(captured, widths, timings, self._round_to)
-        whole = sum(model.of(torch.ones(widths.count, dtype=torch.bool)) for widths, model in models.values())
-        for _, model in models.values():
-            model.factor = min(1.0, present / max(whole, 1.0))  # operations may overlap
-        return {name: NetworkCosts(*both, False, self._streams) for name, both in models.items()}
 
     def _gates(self) -> dict[str, dict[str, int]]:
         """Network that holds candidates → its gates that have some, by names inside it, and their numbers of units."""

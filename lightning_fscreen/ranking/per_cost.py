@@ -58,14 +58,14 @@ def prune_to_cost(
 ) -> dict[str, Tensor]:
     """Prune the units that are worth least for their cost, until a cost is met; those pruned before stay pruned.
 
-    A unit goes while its worth divided by its price is at most λ. Its worth is its share R² / Σ R² of its layer, divided
-    by the fifth power of the share that is left when all that rank lower are gone (of coupled candidates: the sum of
-    both): scores of different layers need not compare, and the less is left of a layer, the more each unit is worth, so
-    that layers are narrowed nearly alike, expensive ones a little more. (With the first power expensive layers became
-    bottlenecks: `tests/benchmarks/equal_cost.py`.) Its price, what the network costs more with it than
-    without, is a product with the widths of its neighbours, and becomes less as they do: eight times on the way prices
-    are computed afresh, and an equal part of the cost that is still too much goes. In the last of these stages λ is
-    found by bisection on the exact cost. The best `min_kept` units of a layer stay.
+    A unit goes while its worth divided by its price is at most λ. Its worth is its share R² / Σ R² of its layer,
+    divided by the fifth power of the share that is left when all that rank lower are gone (of coupled candidates: the
+    sum of both): scores of different layers need not compare, and the less is left of a layer, the more each unit is
+    worth, so that layers are narrowed nearly alike, expensive ones a little more. (With the first power expensive
+    layers became bottlenecks, see `tests/benchmarks/equal_cost.py`.) Its price, what the network costs more with it
+    than without, is a product with the widths of its neighbours, and becomes less as they do: eight times on the way
+    prices are computed afresh, and an equal part of the cost that is still too much goes. In the last of these stages λ
+    is found by bisection on the exact cost. The best `min_kept` units of a layer stay.
 
     A channel of a stream goes when nothing reads it any more. So the units that read it also count as one, worth what
     they are worth together, at the price of all of them and the channel; each goes by this, or by itself, whichever is

@@ -22,6 +22,7 @@ from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
 from lightning_fscreen.trained.arguments import Ranking, settings_of
 from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
+from lightning_fscreen.trained.deciding import decide
 from lightning_fscreen.trained.evaluation import Measure
 from lightning_fscreen.trained.one_shot import Choice, OneShot, Pruned, observed, with_inputs
 
@@ -215,7 +216,9 @@ def explain(
     settings = settings_of(granularity, 0.0 if amount == "auto" else amount, include, exclude, **ranking)
     limit = limit_of(model, auto, metric, val_dataloader, max_drop, settings.labels, forward)
     found = observed(model, settings, dataloader, forward, example_inputs, progress=progress, title="explaining")
-    return _explanation(found, found.decide(settings.amount) if limit is None else limit.largest(found, progress))
+    return _explanation(
+        found, decide(found, settings.amount, settings.budget) if limit is None else limit.largest(found, progress)
+    )
 
 
 def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:

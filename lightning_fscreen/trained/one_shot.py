@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,8 +30,6 @@ from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_o
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.trained.randomness import same_random_numbers
 
-_ATTEMPTS = 3  # at a latency
-_CLOSE = 0.03  # as a share of what is wanted, near enough to try no further
 _UNUSED = "the model does not use it on these inputs"
 _UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"
 
@@ -118,6 +115,7 @@ class OneShot:
     Attributes:
         granularity: the candidates.
         record: the size of the model.
+        amount: what was asked for, of which the report says how nearly it was met.
 
     Raises:
         ValueError: nothing to prune, with all reasons.
@@ -136,7 +134,7 @@ class OneShot:
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
         self._not_rounded: dict[str, str] = {}
-        self._amount = settings.amount
+        self.amount = settings.amount
 
     def check(self) -> None:
         """Check, before anything is read, that the amount can be met.
@@ -174,34 +172,14 @@ class OneShot:
         Raises:
             ValueError: NaN scores; a budget that cannot be met.
         """
-        settings, masks, self._amount = replace(self._settings, amount=amount), self._masks(), amount
+        settings, masks, self.amount = replace(self._settings, amount=amount), self._masks(), amount
         spending = self._spending(settings)
         decision = Decision(settings, self.granularity, masks, spending, self._statistics, {}, self._unmatched)
         self.record.note(decision.explained)
         fraction, seed = spending.amount(masks), torch.initial_seed() % 2**63
         return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed))
 
-    def decide(self, amount: Amount) -> Choice:
-        """As `choose`; a latency is measured on the smaller network, and asked for again if it was missed."""
-        choice = self.choose(amount)
-        if self._settings.budget != "latency" or not isinstance(amount, float | int) or not amount:
-            return choice
-        asked, missed, less, more = float(amount), dict[float, Choice](), (0.0, 0.0), (self.most(), math.inf)
-        for attempt in range(_ATTEMPTS):
-            gone = 1 - self._rehearsed_latency(choice.kept)
-            missed[abs(gone - amount)] = choice
-            if attempt == _ATTEMPTS - 1 or abs(gone - amount) <= _CLOSE * (1 - amount):
-                break
-            less, more = (less, (asked, gone)) if gone > amount else ((asked, gone), more)
-            if math.isfinite(more[1]):
-                asked = less[0] + (amount - less[1]) * (more[0] - less[0]) / (more[1] - less[1])
-            else:
-                asked = min(asked * amount / max(gone, amount / 2), more[0])
-            choice = self.choose(asked)
-        self._amount = amount
-        return missed[min(missed)]
-
-    def _rehearsed_latency(self, kept: Mapping[str, Tensor]) -> float:
+    def latency_without(self, kept: Mapping[str, Tensor]) -> float:
         """Latency without what is not kept, as a share of what it is now, both measured again."""
         assert self._timings is not None, "a latency is measured"
         self._timings.forget_networks()
@@ -278,7 +256,7 @@ class OneShot:
             not_pruned=dict(before.not_pruned),
             not_removed=before.still_there(plan),
             not_rounded=self._not_rounded,
-            latency=self._spending(replace(self._settings, amount=self._amount)).latency(masks),
+            latency=self._spending(replace(self._settings, amount=self.amount)).latency(masks),
         )
         return Pruned(plan, report)
 

@@ -20,6 +20,7 @@ from lightning_fscreen.statistics.labels import find_labels
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.trained.arguments import settings_of
 from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
+from lightning_fscreen.trained.deciding import decide
 from lightning_fscreen.trained.evaluation import Measure
 from lightning_fscreen.trained.one_shot import Pruned, observed
 
@@ -138,7 +139,7 @@ def prune(
     used = optimizers_of(model, optimizers)
     limit = limit_of(model, auto, metric, val_dataloader, max_drop, labels, forward)
     found = observed(model, settings, dataloader, forward, progress=progress, title="pruning")
-    choice = found.decide(settings.amount) if limit is None else limit.largest(found, progress)
+    choice = decide(found, settings.amount, settings.budget) if limit is None else limit.largest(found, progress)
     before = dict(model.named_parameters())
     awaited = awaiting(before)
     plan = found.slim(choice.kept)
