@@ -132,3 +132,18 @@ def test_a_real_clock():
 def test_it_is_for_budgets_of_latency():
     with pytest.raises(ValueError, match=r'Latency\(batch_size=2, .*\) is for budget="latency", got budget=\'macs\''):
         ScreeningPruningCallback("unit", budget="macs", latency=Latency(2))
+
+
+def test_a_compiled_network_is_timed_as_it_was_written():
+    """Like the one before it was slimmed: what compiling gains is another matter, and takes minutes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 10))
+    model = Classifier(torch.compile(network, backend=backend))
+    callback = ScreeningPruningCallback("unit", amount=0.1, budget="latency", latency=Latency(128), end_epoch=1)
+    trainer([callback], max_epochs=1).fit(model, loader())
+    assert callback.plan and not graphs  # of the only epoch every step was observed

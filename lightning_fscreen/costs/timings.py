@@ -181,7 +181,9 @@ class Timings:
         given = pytree.tree_map(self._real, (operation.args, dict(operation.kwargs)))
         names = {"call": operation.target, "args": given[0], "kwargs": given[1]}
         timer = Timer("call(*args, **kwargs)", globals=names, num_threads=torch.get_num_threads())
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        on_cpu = self.device.type == "cpu"
+        devices, kind = ([], "cuda") if on_cpu else ([self.device], self.device.type)
+        with torch.inference_mode(), torch.random.fork_rng(devices, device_type=kind):
             timer.timeit(_WARM_UP)
             calls = max(1, int(_BLOCK / timer.timeit(1).mean))
             return 1000 * median(timer.timeit(calls).mean for _ in range(_BLOCKS))

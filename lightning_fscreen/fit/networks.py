@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_fscreen.costs.latency import measure_latency
 from lightning_fscreen.costs.size import Size, measure_size
 from lightning_fscreen.costs.timings import Timings
+from lightning_fscreen.fit.compiled import is_compiled
 from lightning_fscreen.modules import batch_size, is_within
 from lightning_fscreen.statistics.collector import examined
 
@@ -120,7 +121,10 @@ def examining(model: nn.Module, inputs: Any) -> Iterator[None]:
     for attributes in modules:
         attributes["log"] = lambda *args, **kwargs: None  # before the method; log_dict calls it, too
     try:
-        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False))
+            if is_compiled(model):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         for attributes, log in zip(modules, own, strict=True):
