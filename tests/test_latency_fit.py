@@ -51,7 +51,7 @@ def test_a_share_of_the_latency_goes(granularity, net, options, clock):
     measured = report.latency
     assert measured.batch_size == options.get("latency", Latency()).batch_size and measured.device == "cpu"
     assert measured.after > 0 and measured.target == pytest.approx((1 - options["amount"]) * measured.before)
-    assert "ms were asked for" in str(report) and report.to_dict()["latency"]["before"] == measured.before
+    assert "ms were asked for" in str(report) and report.to_dict()["latency_budget"]["before"] == measured.before
     assert callback.history[-1]["applied"] == pytest.approx(options["amount"], abs=0.04)
 
 
@@ -118,6 +118,7 @@ def test_explain_rehearses_it(clock, tmp_path):
     latency = Latency(2, "cpu", table)
     found = explain(network, dataloader=loader(), amount=0.4, budget="latency", latency=latency, progress=False)
     assert found.prediction.report.latency.batch_size == 2 and table.exists()
+    assert "on cpu, 2 at once" in str(found)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 

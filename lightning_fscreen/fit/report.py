@@ -201,7 +201,7 @@ class PruningReport(Shown):
             "not_pruned": dict(self.not_pruned),
             "not_removed": self.not_removed,
             "not_rounded": dict(self.not_rounded),
-            "latency": None if self.latency is None else asdict(self.latency),
+            "latency_budget": None if self.latency is None else asdict(self.latency),
             "modules": [
                 {
                     "name": entry["layer"],

@@ -123,10 +123,11 @@ class Explanation(Shown):
             "parameters": (report.before.params, report.after.params),
             "multiply–adds": (report.before.macs or 0, report.after.macs or 0),
         }
-        return [
+        lines = [
             f"{readable(left)} of {readable(full)} {what} ({percent(left, full)})"
             for what, (full, left) in counts.items()
         ]
+        return lines if report.latency is None else [*lines, str(report.latency)]
 
 
 def _cells(layer: ExplainedLayer) -> tuple[Cell, ...]:
