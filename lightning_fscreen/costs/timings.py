@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -162,7 +163,10 @@ class Timings:
             return {}
         try:
             times = json.loads(self._path.read_text())
-            return {str(name): {str(key): float(ms) for key, ms in own.items()} for name, own in times.items()}
+            times = {str(name): {str(key): float(ms) for key, ms in own.items()} for name, own in times.items()}
+            if not all(0 <= ms < math.inf for own in times.values() for ms in own.values()):
+                raise ValueError("a time is below zero, or not finite")
+            return times
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{str(self._path)!r} is no table of latencies ({error}); remove it, or name another file"

@@ -55,7 +55,9 @@ def test_a_file_keeps_the_times_of_several_devices(tmp_path, monkeypatch):
     assert Timings(Latency(table=path), CPU).of(product(8)) == time
 
 
-@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"cpu": 3}', '{"cpu": {"x": "slow"}}'])
+@pytest.mark.parametrize(
+    "text", ["no JSON", "[1]", '{"cpu": 3}', '{"cpu": {"x": "slow"}}', '{"cpu": {"x": NaN}}', '{"cpu": {"x": -1}}']
+)
 def test_another_file_is_refused_and_stays(tmp_path, text):
     path = tmp_path / "notes.json"
     path.write_text(text)
