@@ -133,6 +133,8 @@ def test_a_real_clock():
 def test_it_is_for_budgets_of_latency():
     with pytest.raises(ValueError, match=r'Latency\(batch_size=2, .*\) is for budget="latency", got budget=\'macs\''):
         ScreeningPruningCallback("unit", budget="macs", latency=Latency(2))
+    with pytest.raises(ValueError, match=r"latency must be a lightning_fscreen.Latency, got \{'batch_size': 2\}"):
+        ScreeningPruningCallback("unit", budget="latency", latency={"batch_size": 2})
 
 
 def test_a_compiled_network_is_timed_as_it_was_written():

@@ -104,6 +104,8 @@ class Settings:
                 'streams=True compares what units save, which budget="candidates" does not count; use budget="macs" or '
                 '"params", or leave it out'
             )
+        if not isinstance(self.latency, Latency):
+            raise ValueError(f"latency must be a lightning_fscreen.Latency, got {self.latency!r}")
         if self.latency != ANY and self.budget != "latency":
             raise ValueError(f'{self.latency} is for budget="latency", got budget={self.budget!r}')
         if self.rewind_weights and self.bias != "zero":
