@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -173,5 +174,6 @@ def test_state_survives_weights_only_loading(tmp_path):
 def test_config_lists_every_argument_with_its_default():
     config = yaml.safe_load((Path(__file__).parents[1] / "conf" / "callbacks" / "fscreen.yaml").read_text())["fscreen"]
     config.pop("_target_")
+    config["latency"] = instantiate(config["latency"])
     signature = inspect.signature(ScreeningPruningCallback)
     assert config == {name: parameter.default for name, parameter in signature.parameters.items()}
