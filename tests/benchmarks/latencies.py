@@ -9,6 +9,7 @@ one, independently of the measurement by which `prune` decides.
 
 import copy
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -37,11 +38,14 @@ def run(name: str, batch_size: int, round_to: int, amount: float) -> dict[str, o
     batches = [(torch.randn(4, 3, side, side), torch.randint(10, (4,))) for _ in range(2)]
     dense, begun = copy.deepcopy(net), time.perf_counter()
     options = {"criterion": "magnitude", "bias": "zero", "progress": False, "round_to": round_to}
-    _, report = prune(net, batches, amount, budget="latency", latency=Latency(batch_size), **options)
+    found = {"network": name, "batch_size": batch_size, "round_to": round_to, "amount": amount}
+    try:
+        _, report = prune(net, batches, amount, budget="latency", latency=Latency(batch_size), **options)
+    except ValueError as error:
+        return found | {"most": float(re.search(r"lower amount to ([\d.]+)", str(error))[1])}
     seconds, x = time.perf_counter() - begun, torch.randn(batch_size, 3, side, side)
     times = [[measure_latency(each, (x,), None, [batch_size])[batch_size] for each in (dense, net)] for _ in range(7)]
     before, after = (median(each) for each in zip(*times, strict=True))
-    found = {"network": name, "batch_size": batch_size, "round_to": round_to, "amount": amount}
     found |= {"before": before, "left": after / before, "reported": report.latency.after / report.latency.before}
     return found | {"macs": report.after.macs / report.before.macs, "seconds": seconds}
 
@@ -54,7 +58,11 @@ def table(results: Path) -> str:
     ]
     for line in map(json.loads, results.read_text().splitlines()):
         wanted = 1 - line["amount"]
-        cells = [line["network"], line["batch_size"], line["round_to"], f"{line['before']:.1f} ms", f"{wanted:.0%}"]
+        cells = [line["network"], line["batch_size"], line["round_to"]]
+        if "most" in line:
+            rows.append(f"| {' | '.join(map(str, cells))} | | {wanted:.0%} | at most {line['most']:.0%} go | | | |")
+            continue
+        cells += [f"{line['before']:.1f} ms", f"{wanted:.0%}"]
         cells += [f"{line['left']:.1%}", f"{line['left'] / wanted - 1:+.1%}", f"{line['macs']:.0%}"]
         rows.append(f"| {' | '.join(map(str, cells))} | {line['seconds']:.0f} s |")
     return "\n".join(rows) + "\n"
