@@ -14,7 +14,7 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
-from lightning_fscreen.costs.timings import ANY, Latency
+from lightning_fscreen.costs.timings import DEFAULT, Latency
 from lightning_fscreen.fit import clock
 from lightning_fscreen.fit.copies import Copies, resize_held_copies
 from lightning_fscreen.fit.distributed import broadcast_buffers, check_strategy, gather
@@ -100,13 +100,13 @@ class ScreeningPruningCallback(Results):
             group; of attention the channels of all heads, which go as a whole. Layers with too few units stay. Where
             several batch norms select from a stream, channels that none of them reads may stay to make its width a
             multiple. `report().not_rounded` has what is no multiple, and why. Not for weights.
-        streams: under a budget of costs, also prune a channel of a residual stream, or of a
-            DenseNet's, as one with all that read it, where batch norms select from it, if that is worth less for its
-            cost than they are one by one. On ResNet-20 that was no better. Not for weights.
+        streams: under a budget of costs, also prune a channel of a residual stream, or of a DenseNet's, as one with all
+            that read it, where batch norms select from it, if that is worth less for its cost than they are one by one.
+            On ResNet-20 that was no better. Not for weights.
         latency: for budget="latency": `Latency(batch_size=1, device=None, table=None)`, how many instances at once, on
             which device ("cpu" while the network trains on a GPU; None: where it trains), and a file for the times that
-            were measured, to be measured once only. With `round_to=8` much more can be gained: most hardware is slow
-            where widths are odd.
+            were measured, to be measured once only. With `round_to=8` more of the network stays at the same latency
+            (ResNet-20 on a CPU, one image, 70 % left: 49 % of the multiply–adds, without it 28 %).
         soft: until the window ends, zero the lowest-ranked candidates after an epoch (of units, γ or the weights) but
             let them grow again (soft filter pruning, arXiv 1808.06866).
 
@@ -149,7 +149,7 @@ class ScreeningPruningCallback(Results):
         budget: Currency = "candidates",
         round_to: int = 1,
         streams: bool = False,
-        latency: Latency = ANY,
+        latency: Latency = DEFAULT,
     ) -> None:
         settings = Settings(
             granularity=granularity,

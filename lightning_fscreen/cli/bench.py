@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_fscreen
 from lightning_fscreen.cli.run import main as fscreen
 from lightning_fscreen.cli.tables import by_layer, curves, markdown, metric_of
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 from lightning_fscreen.saving.lines import read_lines
 
 log = logging.getLogger(__name__)

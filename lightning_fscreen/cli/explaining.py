@@ -17,7 +17,7 @@ from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.cli.figures import save_figures
 from lightning_fscreen.cli.layer_figures import units_figure
 from lightning_fscreen.cli.parts import check_writable, data_of, instantiate_all, network_of
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 from lightning_fscreen.slimming.state import resize_on_load
 from lightning_fscreen.trained.arguments import Ranking
 from lightning_fscreen.trained.explaining import Explanation, explain

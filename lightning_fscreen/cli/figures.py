@@ -29,7 +29,7 @@ from lightning_fscreen.cli.figure_style import (
     ratio,
     short,
 )
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -11,7 +11,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 
 Row = dict[str, Any]
 

@@ -23,9 +23,9 @@ from lightning_fscreen.candidates.granularity import GRANULARITIES
 from lightning_fscreen.cli.figures import connections_figure, save_figures, schedule_figure, weights_figure
 from lightning_fscreen.cli.layer_figures import layers_figure, units_figure
 from lightning_fscreen.costs.latency import measure_latency
+from lightning_fscreen.files import replacing
 from lightning_fscreen.fit.report import PruningReport
 from lightning_fscreen.ranking.schedule import scheduled_fraction
-from lightning_fscreen.saving.files import replacing
 from lightning_fscreen.saving.slimmed import save_slimmed
 
 _CURVE_POINTS = 200

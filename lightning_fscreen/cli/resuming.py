@@ -17,7 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_fscreen.cli.metrics import CSVLogger
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 
 
 class EpochSeed(Callback):

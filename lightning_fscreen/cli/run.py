@@ -36,8 +36,8 @@ from lightning_fscreen.cli.outputs import (
 )
 from lightning_fscreen.cli.parts import check_writable, data_of, instantiate_all, network_of
 from lightning_fscreen.cli.resuming import EpochSeed, KeepMetrics, WholeCheckpoints
+from lightning_fscreen.files import replacing
 from lightning_fscreen.fit.networks import Network
-from lightning_fscreen.saving.files import replacing
 from lightning_fscreen.saving.onnx import export_onnx
 
 # Advice that means nothing here: data in memory need no workers, the run folder holds the configuration already, and

@@ -14,7 +14,7 @@ from lightning_fscreen.modules import evaluating, with_instances
 
 BATCH_SIZES = (1, 64)
 _BLOCK = 0.02  # seconds of calls that are timed together: many clock ticks
-_BLOCKS = (3, 10)  # at least, at most; between them what fits into the time below
+_BLOCKS = (3, 10)
 _SECONDS = 0.3
 
 
@@ -29,7 +29,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises depends on the device
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} is not there: {reason}") from error
+        raise ValueError(f"device {str(name)!r} is not there; name one that is, or none: {reason}") from error
     return device
 
 
@@ -57,14 +57,21 @@ def measure_latency(
             given, named = with_instances((args, dict(kwargs or {})), batch_size, device)
             names = {"network": network, "args": given, "kwargs": named}
             timer = Timer("network(*args, **kwargs)", globals=names, num_threads=threads)
-            times[batch_size] = 1000 * _median_time(timer)
+            times[batch_size] = 1000 * median_time(timer, _BLOCK, _BLOCKS, _SECONDS)
     return times
 
 
-def _median_time(timer: Timer) -> float:
+def median_time(timer: Timer, block: float, blocks: tuple[int, int], seconds: float) -> float:
+    """Median seconds of a call.
+
+    Args:
+        timer: of the call.
+        block: seconds of calls that are timed together.
+        blocks: at least, at most; between them what fits into the time below.
+        seconds: of all blocks.
+    """
     # Not blocked_autorange: where a call takes microseconds it spends seconds on finding the size of a block.
     once = timer.timeit(1).mean
-    calls = max(1, int(_BLOCK / once))
-    least, most = _BLOCKS
-    blocks = min(most, max(least, int(_SECONDS / (calls * once))))
-    return median(timer.timeit(calls).mean for _ in range(blocks))
+    calls, (least, most) = max(1, int(block / once)), blocks
+    number = min(most, max(least, int(seconds / (calls * once))))
+    return median(timer.timeit(calls).mean for _ in range(number))

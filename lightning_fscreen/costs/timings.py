@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
-from lightning_fscreen.costs.latency import usable_device
+from lightning_fscreen.costs.latency import median_time, usable_device
+from lightning_fscreen.files import replacing
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 0.005  # seconds of calls that are timed together
-_BLOCKS = 5
+_BLOCKS = (5, 5)
 _WARM_UP = 3  # calls
 _NETWORK = "network of "
 
@@ -53,7 +53,7 @@ class Latency:
             usable_device(self.device)
 
 
-ANY = Latency()
+DEFAULT = Latency()
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,8 @@ class Timings:
         times = self._read()
         times[self._name] = {**times.get(self._name, {}), **self._known}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(times, indent=1))
-        beside.replace(self._path)
+        with replacing(self._path) as partial:
+            partial.write_text(json.dumps(times, indent=1))
         self._kept = len(self._known)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
@@ -189,8 +188,7 @@ class Timings:
         devices, kind = ([], "cuda") if on_cpu else ([self.device], self.device.type)
         with torch.inference_mode(), torch.random.fork_rng(devices, device_type=kind):
             timer.timeit(_WARM_UP)
-            calls = max(1, int(_BLOCK / timer.timeit(1).mean))
-            return 1000 * median(timer.timeit(calls).mean for _ in range(_BLOCKS))
+            return 1000 * median_time(timer, _BLOCK, _BLOCKS, 0.0)
 
     def _real(self, value: Any) -> Any:
         if isinstance(value, torch.device):

@@ -91,11 +91,22 @@ class Network:
             return replace(size, latency=round(1e6 * timings.of_network(known, lambda: self.time(timings))))
 
     def time(self, timings: Timings) -> float:
-        """Milliseconds of a forward pass on the device of some timings."""
+        """Milliseconds of a forward pass on the device of some timings.
+
+        Raises:
+            ValueError: it cannot run there, or not on so many instances.
+        """
         args, kwargs = self.inputs_on_device()
         there = next(self.module.parameters()).device == timings.device
         module = self.module if there else copy.deepcopy(self.module).to(timings.device)
-        return measure_latency(module, args, kwargs, [timings.batch_size])[timings.batch_size]
+        try:
+            return measure_latency(module, args, kwargs, [timings.batch_size])[timings.batch_size]
+        except Exception as error:  # whatever forward raises
+            where = f"with a batch of {timings.batch_size} on {timings.device}"
+            raise ValueError(
+                f'{self.describe()} cannot be timed {where} ({error}), as budget="latency" needs; give another '
+                "batch_size or device in Latency"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Name and inputs; these only if they are tensors and primitives in tuples, lists and dicts, as files need."""

@@ -14,7 +14,7 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
 from lightning_fscreen.candidates.weights import Connections
-from lightning_fscreen.costs.timings import ANY, Latency, Timings
+from lightning_fscreen.costs.timings import DEFAULT, Latency, Timings
 from lightning_fscreen.functional import check_num_classes
 from lightning_fscreen.ranking.amounts import Amount, check_range
 from lightning_fscreen.ranking.budgeted import Scope
@@ -58,7 +58,7 @@ class Settings:
     budget: Currency = "candidates"
     round_to: int = 1
     streams: bool = False
-    latency: Latency = ANY
+    latency: Latency = DEFAULT
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
@@ -101,12 +101,12 @@ class Settings:
             )
         if self.streams and self.budget == "candidates":
             raise ValueError(
-                'streams=True compares what units save, which budget="candidates" does not count; use budget="macs" or '
-                '"params", or leave it out'
+                'streams=True compares what units save, which budget="candidates" does not count; use budget="macs", '
+                '"params" or "latency", or leave it out'
             )
         if not isinstance(self.latency, Latency):
             raise ValueError(f"latency must be a lightning_fscreen.Latency, got {self.latency!r}")
-        if self.latency != ANY and self.budget != "latency":
+        if self.latency != DEFAULT and self.budget != "latency":
             raise ValueError(f'{self.latency} is for budget="latency", got budget={self.budget!r}')
         if self.rewind_weights and self.bias != "zero":
             raise ValueError(f'rewind_weights=True undoes bias={self.bias!r}; use bias="zero"')

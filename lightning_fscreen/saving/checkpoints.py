@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
-from lightning_fscreen.saving.files import is_safetensors
+from lightning_fscreen.files import is_safetensors
 from lightning_fscreen.slimming.plan import PlanError
 from lightning_fscreen.slimming.state import resize_on_load
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

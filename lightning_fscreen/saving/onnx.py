@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_fscreen.files import replacing
 from lightning_fscreen.modules import batch_size, evaluating, with_instances
-from lightning_fscreen.saving.files import replacing
 
 
 def export_onnx(

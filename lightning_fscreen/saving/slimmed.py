@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_fscreen.files import is_torch_save, replacing
 from lightning_fscreen.modules import join, named_tensors, uncompiled
-from lightning_fscreen.saving.files import is_torch_save, replacing
 from lightning_fscreen.saving.packed import pack, unpack
 from lightning_fscreen.saving.partial import left_out, without
 from lightning_fscreen.slimming.carried import contradictions, out_of_plan, plan_of

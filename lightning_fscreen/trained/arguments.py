@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
-from lightning_fscreen.costs.timings import ANY, Latency
+from lightning_fscreen.costs.timings import DEFAULT, Latency
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
@@ -50,7 +50,7 @@ def settings_of(
     feature: Feature = "activation",
     round_to: int = 1,
     streams: bool = False,
-    latency: Latency = ANY,
+    latency: Latency = DEFAULT,
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
 ) -> Settings:

@@ -33,7 +33,7 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
         return choice
     asked, missed, less, more = amount, dict[float, Choice](), (0.0, 0.0), (found.most(), math.inf)
     for attempt in range(_ATTEMPTS):
-        gone = 1 - found.latency_without(choice.kept)
+        gone = 1 - found.latency_under(choice)
         missed[abs(gone - amount)] = choice
         if attempt == _ATTEMPTS - 1 or abs(gone - amount) <= _CLOSE * (1 - amount):
             break
@@ -43,5 +43,4 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
         else:
             asked = min(asked * amount / max(gone, amount / 2), more[0])
         choice = found.choose(asked)
-    found.amount = amount
-    return missed[min(missed)]
+    return missed[min(missed)]._replace(amount=amount)

@@ -245,7 +245,7 @@ def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:
         for name, own in units.items()
     )
     left = {currency: round(each.of(least)) for currency, each in costs.items()}
-    prediction = None if choice is None else found.rehearse(choice.kept)
+    prediction = None if choice is None else found.rehearse(choice)
     assert size.macs is not None
     sizes = (size.params, left["params"]), (size.macs, left["macs"])
     return Explanation(layers, dict(granularity.not_pruned), *sizes, prediction)

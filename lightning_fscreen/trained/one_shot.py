@@ -52,10 +52,12 @@ class Choice(NamedTuple):
     Attributes:
         kept: layer → (units,) bool, False where a unit goes.
         scores: layer → (units,), of the criterion.
+        amount: what was asked for.
     """
 
     kept: dict[str, Tensor]
     scores: Mapping[str, Tensor]
+    amount: Amount
 
 
 def observed(
@@ -115,7 +117,6 @@ class OneShot:
     Attributes:
         granularity: the candidates.
         record: the size of the model.
-        amount: what was asked for, of which the report says how nearly it was met.
 
     Raises:
         ValueError: nothing to prune, with all reasons.
@@ -134,7 +135,6 @@ class OneShot:
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
         self._not_rounded: dict[str, str] = {}
-        self.amount = settings.amount
 
     def check(self) -> None:
         """Check, before anything is read, that the amount can be met.
@@ -172,18 +172,18 @@ class OneShot:
         Raises:
             ValueError: NaN scores; a budget that cannot be met.
         """
-        settings, masks, self.amount = replace(self._settings, amount=amount), self._masks(), amount
+        settings, masks = replace(self._settings, amount=amount), self._masks()
         spending = self._spending(settings)
         decision = Decision(settings, self.granularity, masks, spending, self._statistics, {}, self._unmatched)
         self.record.note(decision.explained)
         fraction, seed = spending.amount(masks), torch.initial_seed() % 2**63
-        return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed))
+        return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed), amount)
 
-    def latency_without(self, kept: Mapping[str, Tensor]) -> float:
-        """Latency without what is not kept, as a share of what it is now, both measured again."""
+    def latency_under(self, choice: Choice) -> float:
+        """Latency without what goes, as a share of what it is now, both measured again."""
         assert self._timings is not None, "a latency is measured"
         self._timings.forget_networks()
-        latency = self.rehearse(kept).report.after.latency
+        latency = self.rehearse(choice).report.after.latency
         self._measure(pruned=False)
         whole = self.record.before.latency
         assert latency is not None and whole is not None
@@ -219,7 +219,7 @@ class OneShot:
             put_back()
             raise
 
-    def rehearse(self, kept: Mapping[str, Tensor]) -> Pruned:
+    def rehearse(self, choice: Choice) -> Pruned:
         """What `slim` would do, with its report; everything is undone.
 
         Raises:
@@ -228,21 +228,21 @@ class OneShot:
         seen: list[Pruned] = []
 
         def look(plan: SlimmingPlan) -> NoReturn:
-            seen.append(self.report(kept, plan))
+            seen.append(self.report(choice, plan))
             raise _RehearsedError
 
         put_back = self._remember()
         try:
-            look(self.slim(kept, look))  # it returns where there is nothing to remove
+            look(self.slim(choice.kept, look))  # it returns where there is nothing to remove
         except _RehearsedError:
             pass
         finally:
             put_back()
         return seen[0]
 
-    def report(self, kept: Mapping[str, Tensor], plan: SlimmingPlan) -> Pruned:
+    def report(self, choice: Choice, plan: SlimmingPlan) -> Pruned:
         """The plan with the report, while the model is slim."""
-        before = self.granularity
+        before, kept = self.granularity, choice.kept
         self._measure(pruned=True)
         left = self._settings.find_candidates(self._model)
         left.restore(before.structure())
@@ -256,7 +256,7 @@ class OneShot:
             not_pruned=dict(before.not_pruned),
             not_removed=before.still_there(plan),
             not_rounded=self._not_rounded,
-            latency=self._spending(replace(self._settings, amount=self.amount)).latency(masks),
+            latency=self._spending(replace(self._settings, amount=choice.amount)).latency(masks),
         )
         return Pruned(plan, report)
 

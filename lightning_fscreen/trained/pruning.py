@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Bias, Feature
-from lightning_fscreen.costs.timings import ANY, Latency
+from lightning_fscreen.costs.timings import DEFAULT, Latency
 from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
@@ -49,7 +49,7 @@ def prune(
     max_drop: float = MAX_DROP,
     round_to: int = 1,
     streams: bool = False,
-    latency: Latency = ANY,
+    latency: Latency = DEFAULT,
     progress: bool = True,
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.
@@ -144,4 +144,4 @@ def prune(
     awaited = awaiting(before)
     plan = found.slim(choice.kept)
     warn_of_orphans(used, model, follow_plan(used, model, before, plan), awaited)
-    return found.report(choice.kept, plan)
+    return found.report(choice, plan)

@@ -44,10 +44,10 @@ def latency_of(network: nn.Module, x: Tensor, batch_size: int) -> int:
     return round(1e6 * sum(map(counted, operations_of(capture_for(network, (x,), {}, batch_size)))))
 
 
-def check(network: nn.Module, x: Tensor, batch_size: int, round_to: int) -> None:
+def check(network: nn.Module, x: Tensor, batch_size: int) -> None:
     clock = Clock(Latency(batch_size), torch.device("cpu"))
     dense = latency_of(network, x, batch_size) + 500
-    units = Units(network, None, None, round_to=round_to)
+    units = Units(network, None, None)
     units.learn(network, (x,), {})
     costs = units.costs(Size(0, 0, None, latency=dense), "latency", clock)
     assert costs is not None
@@ -70,14 +70,14 @@ def check(network: nn.Module, x: Tensor, batch_size: int, round_to: int) -> None
         (convnext, (1, 8, 8)),
         (resnet20, (3, 32, 32)),
         (lambda: vgg16_bn(width_mult=0.25), (3, 32, 32)),
-        (lambda: lenet300_100(), (1, 28, 28)),
+        (lenet300_100, (1, 28, 28)),
         (vit, (3, 32, 32)),
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 6])
 def test_it_is_that_of_the_slim_network(net: Callable[[], nn.Module], size: tuple[int, ...], batch_size: int) -> None:
     torch.manual_seed(0)
-    check(net(), torch.randn(2, *size), batch_size, round_to=1)
+    check(net(), torch.randn(2, *size), batch_size)
 
 
 def test_layers_are_measured_at_odd_multiples() -> None:

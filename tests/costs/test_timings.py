@@ -81,5 +81,5 @@ def test_a_batch_has_instances(size):
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
 def test_the_device_has_to_be_there(device):
-    with pytest.raises(ValueError, match=f"device '{device}' is not there: "):
+    with pytest.raises(ValueError, match=f"device '{device}' is not there; name one that is, or none: "):
         Latency(device=device)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lightning_fscreen import load_slimmed, save_slimmed
 from lightning_fscreen.cli.figures import save_figures
 from lightning_fscreen.cli.outputs import write_outputs
-from lightning_fscreen.saving.files import replacing
+from lightning_fscreen.files import replacing
 from lightning_fscreen.saving.onnx import export_onnx
 from tests.conftest import mlp
 
