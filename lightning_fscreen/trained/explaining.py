@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.candidates.granularity import Granularity, Patterns
 from lightning_fscreen.costs.size import Size
-from lightning_fscreen.modules import uncompiled
+from lightning_fscreen.modules import join, uncompiled
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.multiples import in_multiples
 from lightning_fscreen.ranking.per_cost import Costs
@@ -212,17 +212,16 @@ def explain(
             raise ValueError("explain() needs example_inputs or a dataloader")
         settings = settings_of(granularity, 0.0, include, exclude, bias="zero")
         found = OneShot(model, settings, settings.find_candidates(model), with_inputs(model, example_inputs))
-        return _explanation(found)
+        return _explanation(model, found)
     auto = amount == "auto"
     settings = settings_of(granularity, 0.0 if amount == "auto" else amount, include, exclude, **ranking)
     limit = limit_of(model, auto, metric, val_dataloader, max_drop, settings.labels, forward)
     found = observed(model, settings, dataloader, forward, example_inputs, progress=progress, title="explaining")
-    return _explanation(
-        found, decide(found, settings.amount, settings.budget) if limit is None else limit.largest(found, progress)
-    )
+    choice = decide(found, settings.amount, settings.budget) if limit is None else limit.largest(found, progress)
+    return _explanation(model, found, choice)
 
 
-def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:
+def _explanation(model: nn.Module, found: OneShot, choice: Choice | None = None) -> Explanation:
     granularity, size = found.granularity, found.record.before
     units, whole = found.units, {name: mask.cpu() for name, mask in found.whole.items()}
     costs = {currency: _costs(granularity, size, currency) for currency in ("params", "macs")}
@@ -248,7 +247,32 @@ def _explanation(found: OneShot, choice: Choice | None = None) -> Explanation:
     prediction = None if choice is None else found.rehearse(choice)
     assert size.macs is not None
     sizes = (size.params, left["params"]), (size.macs, left["macs"])
-    return Explanation(layers, dict(granularity.not_pruned), *sizes, prediction)
+    not_pruned = dict(granularity.not_pruned)
+    not_pruned |= _without_units(model, {*units, *not_pruned}, granularity.noun)
+    return Explanation(layers, not_pruned, *sizes, prediction)
+
+
+def _without_units(model: nn.Module, named: Collection[str], noun: str) -> dict[str, str]:
+    """Modules with parameters of which nothing has been said yet, such as norms without a gate, and why.
+
+    Args:
+        model: the model.
+        named: its layers, heads and parameters that have been spoken of.
+        noun: how candidates are called.
+    """
+    reasons = {}
+    for name, module in model.named_modules():
+        own = [join(name, attribute) for attribute, _ in module.named_parameters(recurse=False)]
+        if not own or any(each in named for each in (name, *own)):
+            continue
+        parts = name.split(".")
+        inside = any(".".join(parts[:end]) in named for end in range(1, len(parts)))
+        reasons[name] = (
+            "it is a part of a layer, or an attention, that is listed for itself"
+            if inside
+            else f"none of its own {noun} are candidates; it loses what goes from the layers around it"
+        )
+    return reasons
 
 
 def _cut(scores: Tensor, kept: Tensor, prunable: Tensor) -> tuple[float | None, float | None]:
