@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -151,6 +151,11 @@ class ScreeningPruningCallback(Results):
         streams: bool = False,
         latency: Latency = DEFAULT,
     ) -> None:
+        if bias not in get_args(Bias):
+            raise ValueError(
+                f'unknown bias {bias!r}; choose one of {list(get_args(Bias))} ("ridge" is for prune(), which is not '
+                "followed by training)"
+            )
         settings = Settings(
             granularity=granularity,
             amount=dict(amount) if isinstance(amount, Mapping) else amount,

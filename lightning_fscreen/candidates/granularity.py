@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
+from lightning_fscreen.candidates.regression import Regression
 from lightning_fscreen.costs.size import Size
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.members import Members
@@ -256,6 +257,10 @@ class Granularity(ABC, Generic[Layer]):
     def gradients(self) -> GradientSums:
         """Sums over the gradients of the candidates."""
         return GradientSums(self.members())
+
+    def regression(self) -> Regression | None:
+        """What predicts pruned candidates from the others; None if nothing does."""
+        return None
 
     def scoring_inputs(
         self,

@@ -24,6 +24,7 @@ from lightning_fscreen.statistics.probes import Probe
 
 Feature = Literal["activation", "activation_square", "output", "output_square"]
 Bias = Literal["zero", "fold", "mean"]
+Compensation = Literal["zero", "fold", "mean", "ridge"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,12 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.costs import Currency, NetworkCosts, UnitCosts, size_model
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
-from lightning_fscreen.candidates.latency import capture_for, latency_models
-from lightning_fscreen.candidates.magnitude import Reader, comparable, unit_magnitude
+from lightning_fscreen.candidates.latency import latency_models
+from lightning_fscreen.candidates.learned import Learned, numbered_from, readers_of
+from lightning_fscreen.candidates.magnitude import comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
     COLUMNS,
     INSIDE,
-    Bias,
+    Compensation,
     Feature,
     PrunableUnits,
     called,
@@ -27,6 +28,7 @@ from lightning_fscreen.candidates.prunable import (
     find_units,
     refine,
 )
+from lightning_fscreen.candidates.regression import Regression
 from lightning_fscreen.candidates.rounding import not_rounded, unit_blocks
 from lightning_fscreen.costs.size import Size
 from lightning_fscreen.costs.timings import Timings
@@ -46,38 +48,6 @@ from lightning_fscreen.statistics.gradients import GradientStatistics
 from lightning_fscreen.statistics.probes import FeatureStatistics
 
 
-@dataclass(frozen=True)
-class _Learned:
-    """What one network has shown: its layers that can be pruned, and why others cannot."""
-
-    network: nn.Module
-    captured: Capture
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    instances: int
-    layers: list[PrunableUnits]
-    excluded: dict[str, str]
-    _timed: dict[int, Capture] = field(default_factory=dict)
-
-    def timed(self, batch_size: int) -> Capture:
-        """The graph of eval mode with so many instances."""
-        if batch_size not in self._timed:
-            self._timed[batch_size] = capture_for(self.network, *self.inputs, batch_size)
-        return self._timed[batch_size]
-
-
-def _readers(network: nn.Module, gate: Gate) -> tuple[Reader, ...]:
-    if gate.kind != "neuron":
-        return ()
-    reading = gate.readers.items()
-    return tuple(Reader(network.get_parameter(name), dim, torch.tensor(labels)) for name, (dim, labels) in reading)
-
-
-def _numbered_from(layer: PrunableUnits, first: int) -> PrunableUnits:
-    """With other numbers of units: a network's own begin at 0."""
-    readers = tuple(replace(reader, labels=reader.labels + first) for reader in layer.readers)
-    return replace(layer, units=torch.where(layer.units == STAYS, STAYS, layer.units + first), readers=readers)
-
-
 @register_granularity("unit")
 class Units(Granularity[PrunableUnits]):
     """Channels of batch norms, outputs of those linear and convolution layers that no batch norm normalises, and heads.
@@ -87,7 +57,8 @@ class Units(Granularity[PrunableUnits]):
     Args:
         model: any module.
         include, exclude: glob patterns over names of such layers; "kind=head" and the like stand for all of a kind.
-        bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation).
+        bias: output of pruned units: "zero", "fold" (their shift or bias), "mean" (their mean activation), "ridge"
+            (zero, and what reads them predicts them from the others).
         feature: the feature of their activations that is screened, one of `FEATURES`.
         round_to: number of which widths of layers are left in multiples.
         streams: whether the units that read a channel of a stream may go together, where batch norms select from it;
@@ -109,7 +80,7 @@ class Units(Granularity[PrunableUnits]):
         model: nn.Module,
         include: Patterns,
         exclude: Patterns,
-        bias: Bias = "zero",
+        bias: Compensation = "zero",
         feature: Feature = "activation",
         round_to: int = 1,
         streams: bool = False,
@@ -118,8 +89,9 @@ class Units(Granularity[PrunableUnits]):
         self._streams, self._kinds = streams, (*self.gates, "input") if streams else self.gates
         self._found, self._fixed = find_units(model, self._kinds, include, exclude)
         self._wanted: Collection[str] | None = None  # None if all layers are
-        self._learned: dict[str, _Learned] = {}
+        self._learned: dict[str, Learned] = {}
         self._bias, self._feature, self._round_to = bias, feature, round_to
+        self._silent = bias in ("zero", "ridge")  # what is pruned is zero
         self._combine()
 
     def _combine(self) -> None:
@@ -172,13 +144,19 @@ class Units(Granularity[PrunableUnits]):
         left_out = {layer.name for layer in inside if join(layer.name, "weight") in unused}
         inside = [layer for layer in inside if layer.name not in left_out and layer.name not in self._fixed]
         layers, excluded = refine([*inside, *self._new_heads(name, gates)], gates, activations)
-        layers = [replace(layer, readers=_readers(network, gates[layer.name])) for layer in layers]
+        layers = [
+            replace(layer, readers=tuple(readers_of(network, [gates[layer.name]]).values()))
+            if layer.kind == "neuron"
+            else layer
+            for layer in layers
+        ]
         others = [layer for layer in self._layers if layer.name not in gates]
         first = 1 + max((int(layer.units.max()) for layer in others), default=STAYS)
-        numbered = [_numbered_from(layer, first) for layer in layers]
-        self._learned[name] = _Learned(
-            network, captured, (args, kwargs), batch_size((args, kwargs)) or 1, numbered, excluded
-        )
+        numbered = [numbered_from(layer, first) for layer in layers]
+        readers = readers_of(network, list(gates.values()), first).items()
+        once = [reader for weight, reader in readers if len(captured.users(weight)) == 1]
+        instances = batch_size((args, kwargs)) or 1
+        self._learned[name] = Learned(network, captured, (args, kwargs), instances, numbered, excluded, once)
         self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
         require_candidates(self._layers, where, called(self.gates), self.not_pruned)
@@ -215,7 +193,7 @@ class Units(Granularity[PrunableUnits]):
     ) -> SlimmingPlan:
         """Remove the units that are not kept, and all that only they need."""
         (captured,) = (learned.captured for learned in self._learned.values() if learned.network is network)
-        bias: Literal["zero", "fold"] = "zero" if self._bias == "zero" else "fold"
+        bias: Literal["zero", "fold"] = "zero" if self._silent else "fold"
         return slim_captured(network, captured, kept, args, kwargs, bias, copies, agree, round_to=self._round_to)
 
     def still_there(self, plan: SlimmingPlan) -> str | None:
@@ -261,7 +239,7 @@ class Units(Granularity[PrunableUnits]):
         return found
 
     def _widths_of(self, name: str, captured: Capture) -> Widths:
-        shifts = {"silent": self._bias == "zero", "new_shifts": self._bias == "mean"}
+        shifts = {"silent": self._silent, "new_shifts": self._bias == "mean"}
         return Widths(self._learned[name].network, captured, self._gates()[name], round_to=self._round_to, **shifts)
 
     def _widths(self) -> dict[str, Widths]:
@@ -293,6 +271,14 @@ class Units(Granularity[PrunableUnits]):
         collector.unmatched |= {name: INSIDE for name, probe in probes.items() if probe is None}
         return collector
 
+    def regression(self) -> Regression | None:
+        """For `bias="ridge"`, over all networks that have been learned from."""
+        if self._bias != "ridge":
+            return None
+        readers = [reader for learned in self._learned.values() for reader in learned.readers]
+        heads = [layer.units for layer in self._layers if layer.kind == "head"]
+        return Regression(readers, torch.cat([torch.zeros(0, dtype=torch.long), *heads]))
+
     def scoring_inputs(
         self,
         kept: Mapping[str, Tensor],
@@ -305,7 +291,7 @@ class Units(Granularity[PrunableUnits]):
         return {name: replace(layer, weight=values[name]) for name, layer in inputs.items()}
 
     def _members_of(self, layer: PrunableUnits) -> Members:
-        return layer.members(zeroed=self._bias == "zero")
+        return layer.members(zeroed=self._silent)
 
     def _per_candidate(self, layer: PrunableUnits, values: Tensor) -> Tensor:
         """Of a head, the mean over its channels."""

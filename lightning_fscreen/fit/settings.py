@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
-from lightning_fscreen.candidates.prunable import Bias, Feature
+from lightning_fscreen.candidates.prunable import Compensation, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.costs.timings import DEFAULT, Latency, Timings
 from lightning_fscreen.functional import check_num_classes
@@ -47,7 +47,7 @@ class Settings:
     collect_every: int | Literal["auto"]
     collect_epochs: int
     connections: Connections = "factored"  # with defaults: those that not all granularities have
-    bias: Bias = "zero"
+    bias: Compensation = "zero"
     feature: Feature = "activation"
     rewind_lr: bool
     rewind_weights: bool
@@ -64,7 +64,7 @@ class Settings:
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
         _check_choice("scope", self.scope, get_args(Scope))
         _check_choice("connections", self.connections, get_args(Connections))
-        _check_choice("bias", self.bias, get_args(Bias))
+        _check_choice("bias", self.bias, get_args(Compensation))
         _check_choice("feature", self.feature, get_args(Feature))
         _check_choice("budget", self.budget, get_args(Currency))
         resolve_criterion(self.criterion)
@@ -191,7 +191,7 @@ class Settings:
     @functools.cached_property  # asked for in every step
     def needs_activations(self) -> bool:
         """Whether statistics of activations are needed, for the criterion or for the bias."""
-        return self.resolved_criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+        return self.resolved_criterion.needs_statistics(self.screening_weight) or self.bias in ("mean", "ridge")
 
     @functools.cached_property
     def needs_gradients(self) -> bool:
@@ -245,7 +245,7 @@ class HasSettings:
     collect_every = Setting[int | Literal["auto"]]()
     collect_epochs = Setting[int]()
     connections = Setting[Connections]()
-    bias = Setting[Bias]()
+    bias = Setting[Compensation]()
     feature = Setting[Feature]()
     rewind_lr = Setting[bool]()
     rewind_weights = Setting[bool]()

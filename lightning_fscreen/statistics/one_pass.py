@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_fscreen.modules import evaluating
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import class_labels, describe
 from lightning_fscreen.statistics.padding import find_tokens
+from lightning_fscreen.statistics.second_moments import SecondMoments
 
 Forward = Callable[[nn.Module, Any], Any]
 """(model, batch) → anything, runs the model."""
@@ -27,6 +29,7 @@ def observe(
     forward: Forward | None = None,
     progress: bool = True,
     title: str = "screening",
+    moments: SecondMoments | None = None,
 ) -> ActivationCollector:
     """Sums over the activations of all batches, in eval mode and without gradients; padding does not count.
 
@@ -38,6 +41,7 @@ def observe(
         forward: runs the model; by default calls it with the batch's first item, or with what is not the labels.
         progress: show a progress bar.
         title: of that.
+        moments: gathered along with these.
 
     Raises:
         ValueError: an empty loader, labels not found or out of range, NaN or inf activations.
@@ -52,8 +56,10 @@ def observe(
                 batch_labels = class_labels(given)
                 if collector is None:
                     collector = make_collector(batch_labels)
-                collector.attach(find_tokens(batch))
-                call(model, batch, given, forward)
+                tokens = find_tokens(batch)
+                collector.attach(tokens)
+                with nullcontext() if moments is None else moments.counting(tokens):
+                    call(model, batch, given, forward)
                 collector.remove()
                 collector.update(batch_labels)
     finally:

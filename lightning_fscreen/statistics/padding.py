@@ -27,6 +27,11 @@ class Tokens:
         found = [each for each in positions if activation.shape[each] == length]
         return found[0] if len(activation) == instances and len(found) == 1 else None
 
+    def counted(self, values: Tensor) -> Tensor:
+        """(tokens that count, features) of values (N, T, features); all of them where it is not clear which count."""
+        positions = range(1, values.ndim - 1)
+        return values[~self._ignored] if self.dimension(values, positions) == 1 and values.ndim == 3 else values
+
     def mean(self, values: Tensor, positions: Sequence[int], dimension: int) -> Tensor:
         """Mean over the positions of the tokens that count; zero for an instance without any.
 

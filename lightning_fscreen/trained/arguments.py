@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
-from lightning_fscreen.candidates.prunable import Bias, Feature
+from lightning_fscreen.candidates.prunable import Compensation, Feature
 from lightning_fscreen.costs.timings import DEFAULT, Latency
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import Amount
@@ -26,7 +26,7 @@ class Ranking(TypedDict, total=False):
     screening_weight: float
     scope: Scope
     min_channels: int
-    bias: Bias
+    bias: Compensation
     feature: Feature
     round_to: int
     streams: bool
@@ -46,7 +46,7 @@ def settings_of(
     screening_weight: float = 0.25,
     scope: Scope = "global",
     min_channels: int = 1,
-    bias: Bias = "mean",
+    bias: Compensation = "ridge",
     feature: Feature = "activation",
     round_to: int = 1,
     streams: bool = False,

@@ -13,6 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.granularity import Granularity
+from lightning_fscreen.candidates.regression import Regression
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
@@ -134,6 +135,7 @@ class OneShot:
         self._measure(pruned=False)
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
+        self._regression: Regression | None = None
         self._not_rounded: dict[str, str] = {}
 
     def check(self) -> None:
@@ -151,7 +153,10 @@ class OneShot:
         def make_collector(labels: Tensor) -> ActivationCollector:
             return granularity.collector(num_classes or find_num_classes(self._model, labels=labels))
 
-        collector = observe(self._model, batches, make_collector, self._settings.labels, forward, progress, title)
+        self._regression = regression = granularity.regression()
+        moments = None if regression is None else regression.moments
+        labels = self._settings.labels
+        collector = observe(self._model, batches, make_collector, labels, forward, progress, title, moments)
         self._statistics, self._unmatched = dict(collector.statistics()), dict(collector.unmatched)
         unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
         granularity.leave_out(dict.fromkeys(unseen, _UNSEEN))
@@ -273,12 +278,15 @@ class OneShot:
         masks = self._masks()
         masks.set(kept)
         pruned = {name: ~mask for name, mask in masks.present.items()}
+        if self._regression is not None:
+            self._regression.apply(torch.cat([own[~kept[name].cpu()] for name, own in self.units.items()]).unique())
         self.granularity.after_pruning(pruned, self._statistics)
 
     def _remember(self) -> Callable[[], None]:
-        """What puts the parameters of the candidates back as they are now."""
+        """What puts the parameters back that are changed when candidates are switched off."""
         members = self.granularity.members().values()
         parameters = {parameter for own in members for parameter in (own.weight, *own.others)}
+        parameters |= set(self._regression.parameters) if self._regression is not None else set()
         values = {parameter: parameter.detach().clone() for parameter in parameters}
 
         @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
-from lightning_fscreen.candidates.prunable import Bias, Feature
+from lightning_fscreen.candidates.prunable import Compensation, Feature
 from lightning_fscreen.costs.timings import DEFAULT, Latency
 from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.ranking.amounts import Amount
@@ -38,7 +38,7 @@ def prune(
     min_channels: int = 1,
     include: Patterns = None,
     exclude: Patterns = None,
-    bias: Bias = "mean",
+    bias: Compensation = "ridge",
     feature: Feature = "activation",
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
@@ -54,8 +54,8 @@ def prune(
 ) -> Pruned:
     """Make a trained network smaller in place, in one call: statistics in one pass, ranking, exact removal.
 
-    What remains computes what the whole network does with the pruned units at a constant (see `slim`). Fine-tune it
-    afterwards; or prune little by little, each time a share of what the network is then:
+    What remains computes what the whole network does with the pruned units at a constant (see `slim`), or predicted
+    from the others. Fine-tune it afterwards; or prune little by little, each time a share of what the network is then:
 
         for _ in range(5):
             prune(model, train_loader, amount=0.15, optimizers=optimizer)
@@ -67,7 +67,7 @@ def prune(
     Args:
         model: any module that `torch.export` can capture with the inputs of the first batch.
         dataloader: batches, which the model gets in eval mode; consumed once, and no further than the first batch if
-            the criterion looks at weights alone and no mean activations are needed.
+            the criterion looks at weights alone and `bias` at no activations.
         amount: what goes of the multiply–adds, the parameters or the candidates that the model has now; of candidates
             also one for every pattern. "auto": the largest whose `metric` right after pruning, before any fine-tuning,
             is worse by `max_drop` at most; bisection, by ten evaluations of the masked network and one before.
@@ -79,8 +79,9 @@ def prune(
         min_channels: units that every layer keeps at least.
         include: glob patterns over module names, one of which a layer must match.
         exclude: glob patterns over module names, none of which a layer may match.
-        bias: output of what is pruned: "mean", its mean activation, best where no training follows; "fold", its shift;
-            "zero".
+        bias: what stands for the output of what is pruned: "ridge", what a ridge regression on what stays predicts,
+            inside the weights that read both (where that cannot be, zero); "mean", its mean activation; "fold", its
+            shift; "zero".
         feature: what is screened.
         num_classes: number of classes; by default looked for in the model (`num_classes`, the last linear layer).
         labels: batch → class indices (N,) or class weights (N, C); by default found in (x, y), dicts, ….

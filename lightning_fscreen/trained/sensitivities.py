@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_fscreen.candidates.granularity import Patterns
-from lightning_fscreen.candidates.prunable import Bias, Feature
+from lightning_fscreen.candidates.prunable import Compensation, Feature
 from lightning_fscreen.modules import coupled_layers, named_tensors, uncompiled
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.saving.lines import Runs
@@ -99,7 +99,7 @@ def sensitivity(
     screening_weight: float = 0.25,
     include: Patterns = None,
     exclude: Patterns = None,
-    bias: Bias = "mean",
+    bias: Compensation = "ridge",
     feature: Feature = "activation",
     num_classes: int | None = None,
     labels: Callable[[Any], Tensor] = find_labels,
@@ -126,7 +126,7 @@ def sensitivity(
         screening_weight: λ of the criteria that join F and magnitude.
         include: glob patterns over module names, one of which a layer must match.
         exclude: glob patterns over module names, none of which a layer may match.
-        bias: output of what is masked: "mean", "fold" or "zero".
+        bias: what stands for the output of what is masked: "ridge", "mean", "fold" or "zero".
         feature: what is screened.
         num_classes: number of classes.
         labels: batch → class indices (N,) or class weights (N, C).

@@ -72,7 +72,7 @@ def test_the_mean_activation_stands_in_for_what_is_gone(masks):
     """Means over instances and positions, behind the activation functions, of the network before anything is pruned."""
     network, (images, _) = trained(mixed_net), digits()
     dense = copy.deepcopy(network)
-    prune(network, loader(), 0.4, progress=False)
+    prune(network, loader(), 0.4, bias="mean", progress=False)
     with torch.no_grad():
         channels, units = dense[:3](images), dense[:7](images)
         channels[:, ~masks["1"]] = channels.mean((0, 2, 3))[~masks["1"], None, None]
@@ -143,10 +143,10 @@ def test_batches_of_other_forms():
     network = trained(plain_net)
     wrapped = Named()
     wrapped.net.load_state_dict(network.state_dict())
-    options = {"num_classes": 10, "progress": False}
+    options = {"num_classes": 10, "bias": "mean", "progress": False}
     _, report = prune(wrapped, batches, 0.3, forward=lambda model, batch: model(image=batch["image"]), **options)
     assert "does not use it" in report.not_pruned["unused"]
-    prune(network, loader(), 0.3, progress=False)
+    prune(network, loader(), 0.3, bias="mean", progress=False)
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), wrapped.net.parameters(), strict=True))
 
 

@@ -1,0 +1,65 @@
+"""What a captured network has shown of its units."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fscreen.candidates.latency import capture_for
+from lightning_fscreen.candidates.magnitude import Reader
+from lightning_fscreen.candidates.prunable import PrunableUnits
+from lightning_fscreen.slimming.capture import Capture
+from lightning_fscreen.slimming.gates import STAYS, Gate
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One network: its layers that can be pruned, and why others cannot.
+
+    Attributes:
+        network: the network.
+        captured: its graph.
+        inputs: those that it was captured with.
+        instances: how many these are.
+        layers: those that can be pruned.
+        excluded: others, and why they cannot.
+        readers: weights that multiply units, and are used once.
+    """
+
+    network: nn.Module
+    captured: Capture
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    instances: int
+    layers: list[PrunableUnits]
+    excluded: dict[str, str]
+    readers: list[Reader]
+    _timed: dict[int, Capture] = field(default_factory=dict)
+
+    def timed(self, batch_size: int) -> Capture:
+        """The graph of eval mode with so many instances."""
+        if batch_size not in self._timed:
+            self._timed[batch_size] = capture_for(self.network, *self.inputs, batch_size)
+        return self._timed[batch_size]
+
+
+def readers_of(network: nn.Module, gates: Collection[Gate], first: int = 0) -> dict[str, Reader]:
+    """The weights that multiply units of some gates, by name; the units are numbered from `first` on."""
+    reading = {name: own for gate in gates for name, own in gate.readers.items()}
+    return {
+        name: Reader(network.get_parameter(name), dim, _numbered(torch.tensor(labels), first))
+        for name, (dim, labels) in reading.items()
+    }
+
+
+def numbered_from(layer: PrunableUnits, first: int) -> PrunableUnits:
+    """With other numbers of units: a network's own begin at 0."""
+    readers = tuple(replace(reader, labels=_numbered(reader.labels, first)) for reader in layer.readers)
+    return replace(layer, units=_numbered(layer.units, first), readers=readers)
+
+
+def _numbered(units: Tensor, first: int) -> Tensor:
+    return torch.where(units == STAYS, STAYS, units + first)

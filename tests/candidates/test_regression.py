@@ -1,0 +1,108 @@
+"""What stays does the work of what goes: against scikit-learn, and on networks of which the answer is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.covariance import oas
+from sklearn.linear_model import Ridge
+from torch import nn
+
+from lightning_fscreen import prune
+from lightning_fscreen.candidates.regression import ridge
+from tests.conftest import digits, loader
+
+
+def correlated(instances: int, features: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(features, features, generator=generator)
+    return torch.randn(instances, features, generator=generator) @ mixing * torch.logspace(-3, 3, features)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(5, 400), st.integers(2, 60), st.integers(0, 1000), st.data())
+def test_coefficients_are_those_of_a_ridge_regression(instances, features, seed, data):
+    values = correlated(instances, features, seed).double()
+    pruned = torch.tensor(data.draw(st.lists(st.booleans(), min_size=features, max_size=features)))
+    pruned[0], pruned[-1] = True, False
+    found = ridge(values.mT @ values, pruned, instances)
+    scale = values.square().mean(0).sqrt()
+    scaled = values / scale
+    squares = float((scaled.mT @ scaled / instances).square().sum())
+    above, below = (1 - 2 / features) * squares + features**2, (instances + 1 - 2 / features) * (squares - features)
+    shrinkage = min(above / below, 1.0)
+    _, known = oas(scaled.numpy(), assume_centered=True)  # leaves out the formula's terms 2 / features
+    assert shrinkage == pytest.approx(known, rel=4 / features + 4 / instances)
+    strength = instances * shrinkage / max(1 - shrinkage, 1e-12)
+    expected = Ridge(alpha=strength, fit_intercept=False).fit(scaled[:, ~pruned], scaled[:, pruned]).coef_
+    found = found * scale[~pruned] / scale[pruned][:, None]
+    torch.testing.assert_close(found, torch.from_numpy(expected).view_as(found), rtol=1e-4, atol=1e-7)
+
+
+def test_features_that_are_never_active_have_no_part():
+    values = torch.randn(50, 4)
+    values[:, 1], values[:, 2] = 0, 0
+    found = ridge(values.mT @ values, torch.tensor([False, True, False, True]), 50)
+    assert found.isfinite().all()
+    assert (found[0] == 0).all()
+    assert (found[:, 1] == 0).all()
+
+
+class Twins(nn.Module):
+    """Every unit comes twice, and the second of each pair counts for little."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.next = nn.Linear(8 * 64, 12) if flat else nn.Conv2d(8, 12, 3, padding=1)
+        self.last = nn.Linear(12, 10)
+        with torch.no_grad():
+            for layer, reader in ((self.conv, self.next), (self.next, self.last)):
+                half = len(layer.weight) // 2
+                layer.weight[half:], layer.bias[half:] = layer.weight[:half], layer.bias[:half]
+                reader.weight[:, reader.weight.shape[1] // 2 :] *= 0.5
+
+    def forward(self, images):
+        x = self.conv(images).relu()
+        x = self.next(x.flatten(1)) if isinstance(self.next, nn.Linear) else self.next(x).relu().mean((2, 3))
+        return self.last(nn.functional.gelu(x))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_copy_of_what_stays_goes_without_a_trace(flat):
+    torch.manual_seed(0)
+    network, images = Twins(flat).eval(), digits(64)[0]
+    small = {bias: copy.deepcopy(network) for bias in ("ridge", "mean")}
+    arguments = {"budget": "candidates", "criterion": "magnitude", "scope": "layer", "progress": False}
+    for bias, each in small.items():
+        prune(each, loader(), 0.5, bias=bias, **arguments)
+    assert [len(layer.weight) for layer in (small["ridge"].conv, small["ridge"].next)] == [4, 6]
+    with torch.no_grad():
+        error = {bias: (each(images) - network(images)).abs().max() for bias, each in small.items()}
+    assert error["ridge"] < 0.2 * error["mean"]  # 64 instances do not tell more
+
+
+def test_a_weight_that_is_used_twice_is_left_alone():
+    """It may multiply two inputs."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.last = nn.Linear(64, 16), nn.Linear(16, 10)
+
+        def forward(self, images):
+            hidden = self.hidden(images.flatten(1)).relu()
+            return self.last(hidden) + self.last(hidden**2)
+
+    torch.manual_seed(0)
+    network, images = Twice().eval(), digits(64)[0]
+    small = {bias: copy.deepcopy(network) for bias in ("ridge", "zero")}
+    for bias, each in small.items():
+        prune(each, loader(), 0.3, bias=bias, budget="candidates", progress=False)
+    assert len(small["ridge"].hidden.weight) == 11
+    with torch.no_grad():
+        torch.testing.assert_close(small["ridge"](images), small["zero"](images))

@@ -1,0 +1,62 @@
+"""Second moments of what weights multiply, against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_fscreen.statistics.padding import Tokens
+from lightning_fscreen.statistics.second_moments import SecondMoments
+
+
+def once(features: int) -> torch.Tensor:
+    return torch.arange(features)[None]
+
+
+@pytest.mark.parametrize(
+    ("multiply", "shape", "channels", "weight"),
+    [
+        (F.linear, (7, 3, 4), -1, (5, 4)),
+        (lambda x, w: x @ w, (7, 4), -1, (4, 5)),
+        (lambda x, w: torch.addmm(torch.zeros(5), x, w), (7, 4), -1, (4, 5)),
+        (lambda x, w: F.conv2d(x, weight=w, padding=1), (2, 4, 3, 3), 1, (5, 4, 3, 3)),
+        (F.conv1d, (4, 6), 0, (5, 4, 3)),
+        (F.conv_transpose1d, (2, 4, 6), 1, (4, 5, 3)),
+    ],
+)
+def test_every_position_is_an_instance(multiply, shape, channels, weight):
+    torch.manual_seed(0)
+    weight, other = nn.Parameter(torch.randn(weight)), nn.Parameter(torch.randn(weight))
+    moments, batches = SecondMoments({weight: once(4)}), [torch.randn(shape) for _ in range(3)]
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for values in batches:
+        output = multiply(values, weight)
+        with moments.counting(None):
+            assert torch.equal(multiply(values, weight), output)
+            multiply(values, other)
+        for row in values.movedim(channels, -1).reshape(-1, 4).double():
+            expected += torch.outer(row, row)
+    found, instances = moments.of(weight)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert instances == 3 * shape[0]
+    assert moments.of(other) is None
+
+
+def test_positions_of_a_flattened_channel_are_instances():
+    weight, values = nn.Parameter(torch.randn(5, 12)), torch.randn(7, 3, 4)
+    places = torch.arange(12).view(3, 4).mT
+    with SecondMoments({weight: places}) as moments:
+        F.linear(values.flatten(1), weight)
+    rows = values.mT.reshape(-1, 3)
+    torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
+
+
+def test_padding_does_not_count():
+    weight, values, mask = nn.Parameter(torch.randn(5, 4)), torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    moments = SecondMoments({weight: once(4)})
+    with moments.counting(Tokens(mask)):
+        F.linear(values.masked_fill(mask[..., None] == 0, torch.nan), weight)
+    rows = values[mask == 1]
+    torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
