@@ -114,3 +114,26 @@ def test_units_that_would_stay_cost_nothing(bias: Literal["zero", "fold", "mean"
     plan = units.slim(network, (x,), {}, masks)
     free = {name for name, price in prices.items() if not bool(price.any())}
     assert free == set(plan.kept_for) == (set() if bias == "zero" else {"0"})
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_channel_goes_though_the_constant_that_is_left_of_it_stays(streams: bool) -> None:
+    """A convolution with groups cannot carry it; but the batch norm takes another channel for one that is off."""
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1, groups=2))
+    network.append(nn.Flatten()).append(nn.Linear(8 * 16, 2))
+    nn.init.uniform_(network[1].bias, 0.1, 0.2)  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 6, 6)
+    units = Units(network, None, None, bias="fold", streams=streams)
+    units.learn(network, (x,), {})
+    numbers = units.units()
+    assert numbers is not None
+    masks = {name: own != numbers["1"][0] for name, own in numbers.items()}
+    found = {}
+    for currency in ("params", "macs"):
+        costs = units.costs(measure_size(network, ((x,), {}), len(x)), currency)  # type: ignore[arg-type]
+        assert costs is not None
+        full, prices, _ = costs.priced({name: torch.ones_like(own) for name, own in masks.items()})
+        found[currency] = costs.of(masks)
+        assert full - found[currency] == prices["1"][~masks["1"]].sum() > 0
+    plan = units.slim(network, (x,), {}, masks)
+    assert found == count(network, x) and "1" in plan.kept_for
