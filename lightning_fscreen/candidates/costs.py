@@ -56,14 +56,14 @@ def size_model(
     if currency == "params":
         factors: dict[str, float] = dict.fromkeys((tensor for tensor, _ in network.named_parameters()), 1.0)
     else:  # an auxiliary head runs in train mode alone, and is not measured
-        idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
+        parts = [part for part, _ in network.named_modules()]  # by their first names, as they are measured
+        idle = [part for part in parts if _is_idle(size, join(name, part))]
         factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
         for weight in factors.keys() & widths.products.keys():  # once for every head
             dims[weight, len(tensors[weight])] = widths.products[weight]
         # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
-        unseen = [
-            part for part, macs in by_module(captured).items() if not _sees(size, join(name, part), macs / instances)
-        ]
+        done = by_module(captured)
+        unseen = [part for part in parts if not _sees(size, join(name, part), done[part] / instances)]
         for call, macs in products(captured, [*idle, *unseen]).items():
             if (classes := widths.products.get(call)) is not None:
                 tensors[call], dims[call, 0] = (len(classes),), classes
@@ -76,8 +76,8 @@ def _is_idle(size: Size, layer: str) -> bool:
 
 
 def _sees(size: Size, layer: str, macs: float) -> bool:
-    own = size.layers.get(layer)
-    return own is None or own.macs is None or own.macs >= macs - 1
+    seen = size.layers[layer].macs if layer in size.layers else 0  # without parameters or operations it is not there
+    return seen is None or seen >= macs - 1
 
 
 class NetworkCosts:

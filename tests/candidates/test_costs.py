@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fscreen.candidates.units import Units
@@ -70,6 +71,25 @@ def test_heads(seed: int) -> None:
         network = random_block(seed).to(dtype)
         width = network.before.normalized_shape[0]
         check(network, torch.randn(2, 5, width, dtype=dtype), "zero", seed)
+
+
+class Attending(nn.Module):
+    """Multiplies activations in a module that has no parameters itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), x.shape[1], 3, -1, 3).permute(2, 0, 3, 1, 4)
+        result: Tensor = self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_count_if_torch_counts_them(dtype: torch.dtype) -> None:
+    for seed in range(3):
+        check(Attending().to(dtype), torch.randn(2, 5, 12, dtype=dtype), "zero", seed)
 
 
 @pytest.mark.parametrize("net", [residual_net, resnet20, densenet40])
