@@ -216,3 +216,25 @@ def test_the_size_before_is_that_of_the_dense_network(granularity):
     dense = sum(int((p != 0).sum()) for p in Parts().parameters())
     _, callback = fit(Parts, granularity=granularity)
     assert callback.report().before.nonzero == dense > callback.report().after.nonzero
+
+
+class Branches(Parts):
+    """Nothing of the network that is called first can be pruned: all of it reaches the other, a single layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8))
+        self.second = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.backbone, self.head = nn.Identity(), nn.Linear(16, 10)
+
+    def outputs(self, x):
+        return self.head(torch.cat([self.first(x), self.second(x)], 1))
+
+
+def test_a_budget_is_checked_when_all_networks_are_known():
+    model, callback = fit(Branches, granularity="unit", budget="params", num_classes=10)
+    report = callback.report()
+    assert report.after.params == pytest.approx(0.5 * report.before.params, rel=0.02)
+    assert model.second[1].out_features < 64
+    with pytest.raises(ValueError, match=r"amount=0.95 of the cost cannot go: .*lower amount to 0\.8"):
+        fit(Branches, granularity="unit", budget="params", num_classes=10, amount=0.95)
