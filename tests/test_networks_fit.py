@@ -104,6 +104,23 @@ class Distilled(Parts):
         return torch.optim.SGD([*self.backbone.parameters(), *self.head.parameters()], lr=0.05)
 
 
+class Assisted(Parts):
+    """The head has a second output, wider than all else, in training alone."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.aside = nn.Sequential(*block(8, 10)), nn.Sequential(nn.Linear(8, 256), nn.ReLU())
+            self.aside.append(nn.Linear(256, 10))
+
+        def forward(self, x):
+            return self.main(x) + (self.aside(x) if self.training else 0)
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Flatten(), *block(64, 8)), self.Head()
+
+
 def fit(model, slim=True, **arguments):
     torch.manual_seed(0)
     made = model()
@@ -124,6 +141,9 @@ def test_every_network_becomes_smaller_and_trains_on_as_if_it_were_masked(model,
     torch.testing.assert_close(slim.eval().outputs(x), masked.eval().outputs(x), rtol=1e-8, atol=1e-8)
     report = callback.report()
     assert report.pruned_fraction == pytest.approx(arguments["amount"], abs=0.03)
+    own = {name: sum(p.numel() for p in part.parameters(recurse=False)) for name, part in slim.named_modules()}
+    assert all(size.params == own[name] for name, size in report.after.layers.items())
+    assert {layer.name for layer in report.layers} <= {*report.after.layers}
     if granularity == "channel":
         assert report.not_removed is None
         assert {name.split(".")[0] for name, count in callback.plan.removed.items() if count} == {"backbone", "head"}
@@ -131,6 +151,13 @@ def test_every_network_becomes_smaller_and_trains_on_as_if_it_were_masked(model,
         assert {name for name in report.not_pruned if name.startswith("teacher")}
         assert "none of the parameters of module 'teacher' is in an optimizer" in report.not_pruned.values()
         assert all(bool((p != 0).all()) for p in slim.teacher[1].parameters())
+
+
+def test_what_runs_in_training_alone_costs_nothing():
+    _, callback = fit(Assisted, granularity="unit", budget="macs")
+    report = callback.report()
+    assert report.after.macs == pytest.approx(0.5 * report.before.macs, rel=0.1)
+    assert report.before.layers["head.aside.0"].macs == 0 < report.before.layers["head.main.0"].macs == 8 * WIDTH
 
 
 def test_what_several_networks_pass_to_each_other_keeps_its_size():
@@ -189,3 +216,25 @@ def test_the_size_before_is_that_of_the_dense_network(granularity):
     dense = sum(int((p != 0).sum()) for p in Parts().parameters())
     _, callback = fit(Parts, granularity=granularity)
     assert callback.report().before.nonzero == dense > callback.report().after.nonzero
+
+
+class Branches(Parts):
+    """Nothing of the network that is called first can be pruned: all of it reaches the other, a single layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8))
+        self.second = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.backbone, self.head = nn.Identity(), nn.Linear(16, 10)
+
+    def outputs(self, x):
+        return self.head(torch.cat([self.first(x), self.second(x)], 1))
+
+
+def test_a_budget_is_checked_when_all_networks_are_known():
+    model, callback = fit(Branches, granularity="unit", budget="params", num_classes=10)
+    report = callback.report()
+    assert report.after.params == pytest.approx(0.5 * report.before.params, rel=0.02)
+    assert model.second[1].out_features < 64
+    with pytest.raises(ValueError, match=r"amount=0.95 of the cost cannot go: .*lower amount to 0\.8"):
+        fit(Branches, granularity="unit", budget="params", num_classes=10, amount=0.95)

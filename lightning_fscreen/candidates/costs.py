@@ -56,14 +56,14 @@ def size_model(
     if currency == "params":
         factors: dict[str, float] = dict.fromkeys((tensor for tensor, _ in network.named_parameters()), 1.0)
     else:  # an auxiliary head runs in train mode alone, and is not measured
-        idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
+        parts = [part for part, _ in network.named_modules()]  # by their first names, as they are measured
+        idle = [part for part in parts if _is_idle(size, join(name, part))]
         factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
         for weight in factors.keys() & widths.products.keys():  # once for every head
             dims[weight, len(tensors[weight])] = widths.products[weight]
         # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
-        unseen = [
-            part for part, macs in by_module(captured).items() if not _sees(size, join(name, part), macs / instances)
-        ]
+        done = by_module(captured)
+        unseen = [part for part in parts if not _sees(size, join(name, part), done[part] / instances)]
         for call, macs in products(captured, [*idle, *unseen]).items():
             if (classes := widths.products.get(call)) is not None:
                 tensors[call], dims[call, 0] = (len(classes),), classes
@@ -76,8 +76,8 @@ def _is_idle(size: Size, layer: str) -> bool:
 
 
 def _sees(size: Size, layer: str, macs: float) -> bool:
-    own = size.layers.get(layer)
-    return own is None or own.macs is None or own.macs >= macs - 1
+    seen = size.layers[layer].macs if layer in size.layers else 0  # without parameters or operations it is not there
+    return seen is None or seen >= macs - 1
 
 
 class NetworkCosts:
@@ -97,8 +97,6 @@ class NetworkCosts:
     def __init__(self, widths: Widths, model: CostOfWidths, counts_biases: bool, streams: bool = True) -> None:
         self.widths, self.model, self._counts_biases = widths, model, counts_biases
         held = self.widths.held.unique(dim=0)
-        staying = held[self.widths.stuck[held[:, 1]], 0]
-        held = held[~torch.isin(held[:, 0], staying)]
         self._streams, numbers = held[:, 0].unique(return_inverse=True)
         self._pairs, self._together = torch.stack([numbers, held[:, 1]]), streams
         self.num_streams = len(self._streams)
@@ -117,18 +115,20 @@ class NetworkCosts:
         """The same, gate → (units,) float64, what each of its units costs beside those that are kept, and `streams`.
 
         The last, (streams,), is what a channel costs beside the units that read it, if several are left; of the only
-        one it is a part. Units that would stay, since their constants cannot be carried, cost nothing.
+        one it is a part. Units that would stay, since their constants cannot be carried, cost nothing themselves; but
+        where a batch norm is switched off, the channel that it normalises goes.
         """
         kept, biases = self.widths.remaining(keep)
         prices = self.model.prices(kept)
         streams, (numbers, readers) = prices[self._streams], self._pairs
+        prices = torch.where(self.widths.stuck, 0.0, prices)
         on = torch.zeros(self.widths.count, dtype=torch.bool)
         for gate, classes in self.widths.units.items():
             on[classes[keep[gate]]] = True
         left = torch.bincount(numbers[on[readers]], minlength=self.num_streams)
         shares = (left <= 1).double() if self._together else 1 / torch.bincount(numbers, minlength=self.num_streams)
         prices = prices.index_add(0, readers, (streams * shares)[numbers])
-        own = torch.where(self.widths.stuck, 0.0, prices / self._sharing)
+        own = prices / self._sharing
         own_prices = {gate: own[classes] for gate, classes in self.widths.units.items()}
         return self._cost(kept, biases), own_prices, streams * (1 - shares)
 

@@ -64,6 +64,11 @@ class Discovery:
         return not self.granularity.slims_in_fit or self.recorder.is_ready
 
     @property
+    def is_final(self) -> bool:
+        """Whether the candidates are known, and no network that is yet to be called can change them."""
+        return self.is_ready and not (self.granularity.slims_in_fit and self.recorder.awaits_others)
+
+    @property
     def collectors(self) -> dict[str, MakeCollector]:
         """How the sums of activations are made, by network; one for all where networks need not be known."""
         if not self.granularity.slims_in_fit:

@@ -57,12 +57,16 @@ class TrainingHooks(HasSettings, Callback):
         self._restored: dict[str, Any] = {}  # the state that the next fit goes on from
         self._loading = ExitStack()  # its end is that of listening to what is loaded
 
-    def _set_total(self) -> None:
-        """Tell the budget its total; if the candidates are final, check that the floors leave enough to prune."""
+    def _set_total(self, step_ended: bool = False) -> None:
+        """Tell the budget its total; if the candidates are final, check that the floors leave enough to prune.
+
+        Args:
+            step_ended: whether a step has called all networks, as far as can be seen; else others may be called yet.
+        """
         pruner = self._fit_pruner
         self._budget.amount = pruner.spending.amount(pruner.masks)
         self._budget.total = pruner.spending.total(pruner.masks)
-        if pruner.found.is_ready and pruner.plan is None:
+        if (pruner.found.is_final or (step_ended and pruner.found.is_ready)) and pruner.plan is None:
             pruner.spending.check(pruner.masks)
 
     @property
@@ -186,6 +190,8 @@ class TrainingHooks(HasSettings, Callback):
         if self._progress.step.observes:
             self._close()
             self._add(trainer)
+        if self._progress.step.record and self._progress.batches == 1 and pl_module.automatic_optimization:
+            self._set_total(step_ended=True)  # modules that step by themselves may call networks in turns
         if self._progress.unit == "step" and self._round_is_over(trainer):
             self._end_round(trainer)
             self._log(pl_module)

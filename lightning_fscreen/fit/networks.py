@@ -84,7 +84,7 @@ class Network:
         """Its size; without operations if its inputs are not known, and with its latency if that is asked for."""
         inputs = None if self.inputs is None else self.inputs_on_device()
         with self.examining(model):
-            size = measure_size(self.module, inputs, self.instances)
+            size = measure_size(self.module, inputs, self.instances, self.name)
             if timings is None or inputs is None:
                 return size
             known = f"{self.name or type(self.module).__name__}, {size.params} parameters, {size.macs} multiply–adds"

@@ -15,6 +15,7 @@ from lightning_fscreen.modules import is_within, named_tensors, uncompiled
 from lightning_fscreen.statistics.collector import examined
 
 OnCall = Callable[[Network], Any]
+_NOT_CALLED = "no module that holds it is called as a whole in training_step"
 
 
 def common_parent(model: nn.Module, names: Sequence[str]) -> str:
@@ -86,12 +87,17 @@ class Recorder:
         return self._complete
 
     @property
+    def awaits_others(self) -> bool:
+        """Whether a module that was not called yet may be one more network."""
+        return not self.closed and _NOT_CALLED in self.unreached.values()
+
+    @property
     def unreached(self) -> dict[str, str]:
         """Layers with candidates that no network holds, and why."""
         reasons = {}
         for name in self._names:
             if not any(network.holds(name) for network in self.networks.values()):
-                reasons[name] = "no module that holds it is called as a whole in training_step"
+                reasons[name] = _NOT_CALLED
                 if any(is_within(name, network) for network in self.networks):
                     reasons[name] = "the training step does not use it"
                 for module, reason in self.left_out.items():

@@ -156,7 +156,11 @@ def cast(walk: Walk, node: Any) -> Value:
 
 
 def prelu(walk: Walk, node: Any) -> Value:
-    """One slope for all channels, or one for each."""
+    """One slope for all channels, or one for each.
+
+    A constant goes with the slope of its channel. If one slope is for all, what every channel puts into it trains it,
+    so that only zeros can go.
+    """
     source, slope = node.args
     name = walk.name(slope)
     if name is None:
@@ -168,7 +172,9 @@ def prelu(walk: Walk, node: Any) -> Value:
         return Value(value.shape, value.labels, torch.zeros_like(value.constant), silent)
     labels, constant, known = walk.slots.along(value, 1)
     walk.slots.cut(name, 0, labels)
-    return by_channel(node, 1, labels, torch.zeros_like(constant), known & (constant == 0))
+    if walk.training:  # whatever their signs, so that it is known which can go before their values are
+        walk.slots.trained.append(labels[known])
+    return by_channel(node, 1, labels, torch.where(constant < 0, walk.tensor(name), 1.0) * constant, known)
 
 
 def dropout(walk: Walk, node: Any, keeps_zero: bool = True) -> Value:

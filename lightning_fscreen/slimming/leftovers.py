@@ -67,8 +67,9 @@ def _reasons(
         constant = reader.known & (reader.constant != 0)
         note(
             reader.inputs[read & ~reader.known],
-            f"{reader.layer!r} reads it multiplied by what depends on the input (squeeze-and-excitation), or after the "
-            "zero padding of a depthwise convolution, so that it is no constant there; bias='zero' removes it",
+            f"{reader.layer!r} reads it multiplied by what depends on the input (squeeze-and-excitation), behind a "
+            "PReLU with one slope for all channels, or after the zero padding of a depthwise convolution, so that it "
+            "is no constant there; bias='zero' removes it",
         )
         if isinstance(reader, DenseReader) and reader.padded:
             note(

@@ -155,7 +155,8 @@ def explain(
     """Look at what could be pruned, without changing anything.
 
     The costs of a unit are what slimming removes with it alone, from the whole network; beside others that go as well
-    it is less.
+    it is less. A channel of a stream goes when nothing reads it any more (a DenseNet's, behind several batch norms):
+    each of the units that read it is said to save its share of that.
 
     With a dataloader, also what `prune` would do with it and with the same arguments: it is done, and undone. Random
     numbers are then as before, so that a loader that shuffles by them gives `prune` the same batches.

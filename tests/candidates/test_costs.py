@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fscreen.candidates.units import Units
@@ -72,6 +73,25 @@ def test_heads(seed: int) -> None:
         check(network, torch.randn(2, 5, width, dtype=dtype), "zero", seed)
 
 
+class Attending(nn.Module):
+    """Multiplies activations in a module that has no parameters itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), x.shape[1], 3, -1, 3).permute(2, 0, 3, 1, 4)
+        result: Tensor = self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_count_if_torch_counts_them(dtype: torch.dtype) -> None:
+    for seed in range(3):
+        check(Attending().to(dtype), torch.randn(2, 5, 12, dtype=dtype), "zero", seed)
+
+
 @pytest.mark.parametrize("net", [residual_net, resnet20, densenet40])
 def test_a_stream_costs_what_goes_with_its_readers(net: Callable[[], nn.Module]) -> None:
     network = net()
@@ -114,3 +134,26 @@ def test_units_that_would_stay_cost_nothing(bias: Literal["zero", "fold", "mean"
     plan = units.slim(network, (x,), {}, masks)
     free = {name for name, price in prices.items() if not bool(price.any())}
     assert free == set(plan.kept_for) == (set() if bias == "zero" else {"0"})
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_channel_goes_though_the_constant_that_is_left_of_it_stays(streams: bool) -> None:
+    """A convolution with groups cannot carry it; but the batch norm takes another channel for one that is off."""
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1, groups=2))
+    network.append(nn.Flatten()).append(nn.Linear(8 * 16, 2))
+    nn.init.uniform_(network[1].bias, 0.1, 0.2)  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 6, 6)
+    units = Units(network, None, None, bias="fold", streams=streams)
+    units.learn(network, (x,), {})
+    numbers = units.units()
+    assert numbers is not None
+    masks = {name: own != numbers["1"][0] for name, own in numbers.items()}
+    found = {}
+    for currency in ("params", "macs"):
+        costs = units.costs(measure_size(network, ((x,), {}), len(x)), currency)  # type: ignore[arg-type]
+        assert costs is not None
+        full, prices, _ = costs.priced({name: torch.ones_like(own) for name, own in masks.items()})
+        found[currency] = costs.of(masks)
+        assert full - found[currency] == prices["1"][~masks["1"]].sum() > 0
+    plan = units.slim(network, (x,), {}, masks)
+    assert found == count(network, x) and "1" in plan.kept_for

@@ -342,6 +342,17 @@ def test_slopes_are_counted() -> None:
     assert network[2].weight.shape == (6,) and network[2].num_parameters == 6
 
 
+@pytest.mark.parametrize(("slopes", "padding", "left"), [(8, 0, 5), (8, 1, 7), (1, 0, 7), (1, 1, 7)])
+def test_constants_pass_slopes(slopes: int, padding: int, left: int) -> None:
+    """But not one for all channels, which they train, nor padding past which one of them would carry the others."""
+    network: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.PReLU(slopes), nn.Conv2d(8, 2, 3, padding=padding)
+    )
+    network[1].bias.data[:3] = torch.tensor([0.0, 1.0, -1.0])
+    slim(network, {"1": mask(8, 0, 1, 2)}, torch.randn(2, 3, 6, 6), "fold")
+    assert network[3].in_channels == left
+
+
 def test_hooks_of_a_batch_norm_that_selects_see_the_whole_stream_first() -> None:
     class Net(Stem):
         def forward(self, x: Tensor) -> Any:
