@@ -343,6 +343,11 @@ def latent(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(torch.cat((q, q[..., :2]), -1), k, v)
 
 
+def shifted(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values of other positions."""
+    return nn.functional.softmax(q @ k.roll(1, 2).mT, -1) @ v.flip(2)
+
+
 class Written(Block):
     """Attention as a function of queries, keys and values."""
 
@@ -356,7 +361,7 @@ class Written(Block):
         return self.head(self.mlp(self.attention.projection(attended)).mean(1))
 
 
-@pytest.mark.parametrize("attend", [sliding, retentive, cumulative, latent])
+@pytest.mark.parametrize("attend", [sliding, retentive, cumulative, latent, shifted])
 def test_attention_of_other_kinds_loses_heads(attend: Any) -> None:
     block = Written(attend).double()
     (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
@@ -401,9 +406,12 @@ class Free(nn.Module):
         super().__init__()
         self.qkv, self.projection, self.head = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 3)
 
+    def spread(self, part: Tensor) -> Tensor:
+        return part.repeat_interleave(2, dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         q, *kv = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).split([16, 8, 8], -1))
-        k, v = (part.repeat_interleave(2, dim=1) for part in kv)
+        k, v = map(self.spread, kv)
         values = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         logits: Tensor = self.head((x + self.projection(values)).mean(1))
         return logits
@@ -422,6 +430,24 @@ def test_heads_that_no_module_combines_are_named_by_their_projection(alone: bool
     save_slimmed(network, tmp_path / "slim.safetensors")
     fresh = load_slimmed(Free().double(), tmp_path / "slim.safetensors")
     assert difference([fresh(x)], [network(x)]) < 1e-12 and plan_of(fresh).kept_for == plan.kept_for
+
+
+class Tiled(Free):
+    """Keys and values are for every second head."""
+
+    def spread(self, part: Tensor) -> Tensor:
+        return part.repeat(1, 2, 1, 1)
+
+
+def test_keys_and_values_may_be_tiled() -> None:
+    torch.manual_seed(0)
+    network, x = Tiled().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    (heads,) = (gate for gate in find_gates(network, x) if gate.kind == "head")
+    assert heads.units[:2] == heads.units[2:] and heads.units[0] != heads.units[1]
+    keep = {heads.name: torch.tensor([False, True, False, True])}
+    reference = masked(network, [heads], keep)
+    assert not slim(network, keep, x).kept_for and network.qkv.out_features == 16
+    assert difference([reference(x)], [network(x)]) < 1e-9
 
 
 def test_two_calls_with_the_same_input_are_told_apart() -> None:
