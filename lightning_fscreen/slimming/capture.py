@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import first_names, in_mode, uncompiled
-from lightning_fscreen.slimming.multihead import by_sizes
+from lightning_fscreen.slimming.multihead import by_sizes, without_hints
 
 
 class CaptureError(RuntimeError):
@@ -70,6 +70,7 @@ def capture(
             _without_cumulative_averages(network),
             _as_written(network),
             by_sizes(network),
+            without_hints(network),
             plain_outputs(network),
             torch.no_grad(),
         ):

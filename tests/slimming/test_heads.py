@@ -321,6 +321,21 @@ def test_an_encoder_with_padding_is_right_on_all_its_paths() -> None:
         assert difference([expected[~padding]], [found[~padding]]) < 1e-9
 
 
+def test_a_transformer_with_masks_as_torch_makes_them() -> None:
+    """torch looks whether masks are causal, which no capture can follow."""
+    torch.manual_seed(0)
+    network = nn.Transformer(16, 4, 1, 1, 24, dropout=0.0, batch_first=True).double()
+    source, target = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    later = [nn.Transformer.generate_square_subsequent_mask(size, dtype=torch.float64) for size in (6, 5)]
+    inputs = {"src": source, "tgt": target, "src_mask": later[0], "tgt_mask": later[1]}
+    gates = find_gates(network, inputs)
+    assert sum(gate.kind == "head" and gate.excluded is None for gate in gates) == 3
+    keep = random_keep(gates, 0)
+    reference = masked(network, gates, keep)
+    assert slim(network, keep, inputs) and "forward" not in vars(network.encoder) | vars(network.decoder)
+    assert difference([reference(**inputs)], [network(**inputs)]) < 1e-9
+
+
 def sliding(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every query attends to three positions."""
     k, v = (nn.functional.pad(part, (0, 0, 1, 1)).unfold(2, 3, 1) for part in (k, v))
