@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import first_names, in_mode, uncompiled
 from lightning_fscreen.slimming.multihead import by_sizes, without_hints
+from lightning_fscreen.slimming.transposed import use_linear
 
 
 class CaptureError(RuntimeError):
@@ -84,6 +85,7 @@ def capture(
     signature = program.graph_signature
     names = first_names(network)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    use_linear(program.graph, tensors)
     return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training)
 
 

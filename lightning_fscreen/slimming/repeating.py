@@ -83,7 +83,7 @@ def _broadcast(value: Value, node: Any) -> Value:
 
 
 HANDLERS: dict[str, Handler] = {
-    "expand": expand,
+    **dict.fromkeys(("expand", "broadcast_to"), expand),
     "expand_as": expand_as,
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
