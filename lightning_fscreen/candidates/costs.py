@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
@@ -58,16 +59,19 @@ def size_model(
     else:  # an auxiliary head runs in train mode alone, and is not measured
         idle = [part for part, _ in network.named_modules() if _is_idle(size, join(name, part))]
         factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
+        for weight in [weight for weight, count in factors.items() if math.isnan(count)]:  # it depends on values
+            macs = size.layers[join(name, weight.rpartition(".")[0])].macs or 0
+            factors[weight] = macs / math.prod(tensors[weight])
         for weight in factors.keys() & widths.products.keys():  # once for every head
             dims[weight, len(tensors[weight])] = widths.products[weight]
         # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
         unseen = [
             part for part, macs in by_module(captured).items() if not _sees(size, join(name, part), macs / instances)
         ]
-        for call, macs in products(captured, [*idle, *unseen]).items():
-            if (classes := widths.products.get(call)) is not None:
+        for call, count in products(captured, [*idle, *unseen]).items():
+            if (classes := widths.products.get(call)) is not None and not math.isnan(count):
                 tensors[call], dims[call, 0] = (len(classes),), classes
-                factors[call] = macs / len(classes) / instances
+                factors[call] = count / len(classes) / instances
     return CostModel(tensors, factors, dims, widths.count)
 
 
@@ -77,7 +81,7 @@ def _is_idle(size: Size, layer: str) -> bool:
 
 def _sees(size: Size, layer: str, macs: float) -> bool:
     own = size.layers.get(layer)
-    return own is None or own.macs is None or own.macs >= macs - 1
+    return own is None or own.macs is None or not own.macs < macs - 1  # nor where macs is not a number
 
 
 class NetworkCosts:
