@@ -476,3 +476,16 @@ def test_two_calls_with_the_same_input_are_told_apart() -> None:
     plan = slim(network, keep, x)
     assert network.qkv.out_features == 24 and network.projection.in_features == 8 and not plan.kept_for
     assert difference([reference(x)], [network(x)]) < 1e-9
+
+
+def test_heads_that_are_normalised_together_stay() -> None:
+    """An RMSNorm over the queries of all heads, as in OLMo 2, would miss those of a head that is not read."""
+
+    def attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = norm(q.transpose(1, 2).flatten(2)).unflatten(-1, (4, -1)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    block = Written(attend)
+    block.norm = norm = nn.RMSNorm(16)
+    (gate,) = (gate for gate in find_gates(block.double(), inputs(block)) if gate.kind == "head")
+    assert gate.excluded == "'norm' averages it with all other channels, and it is not zero when off"
