@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
@@ -59,15 +60,18 @@ def size_model(
         parts = [part for part, _ in network.named_modules()]  # by their first names, as they are measured
         idle = [part for part in parts if _is_idle(size, join(name, part))]
         factors = {weight: count / instances for weight, count in positions(captured, idle).items()}
+        for weight in [weight for weight, count in factors.items() if math.isnan(count)]:  # it depends on values
+            macs = size.layers[join(name, weight.rpartition(".")[0])].macs or 0
+            factors[weight] = macs / math.prod(tensors[weight])
         for weight in factors.keys() & widths.products.keys():  # once for every head
             dims[weight, len(tensors[weight])] = widths.products[weight]
         # The counter of torch does not see all kinds of attention on all devices: what counts is what is measured.
         done = by_module(captured)
-        unseen = [part for part in parts if not _sees(size, join(name, part), done[part] / instances)]
-        for call, macs in products(captured, [*idle, *unseen]).items():
-            if (classes := widths.products.get(call)) is not None:
+        unseen = [part for part in parts if not _sees(size, join(name, part), done.get(part, 0) / instances)]
+        for call, count in products(captured, [*idle, *unseen]).items():
+            if (classes := widths.products.get(call)) is not None and not math.isnan(count):
                 tensors[call], dims[call, 0] = (len(classes),), classes
-                factors[call] = macs / len(classes) / instances
+                factors[call] = count / len(classes) / instances
     return CostModel(tensors, factors, dims, widths.count)
 
 
@@ -77,7 +81,7 @@ def _is_idle(size: Size, layer: str) -> bool:
 
 def _sees(size: Size, layer: str, macs: float) -> bool:
     seen = size.layers[layer].macs if layer in size.layers else 0  # without parameters or operations it is not there
-    return seen is None or seen >= macs - 1
+    return seen is None or not seen < macs - 1  # nor where macs is not a number
 
 
 class NetworkCosts:

@@ -75,8 +75,7 @@ def measure_size(
     macs = None
     if inputs is not None:
         counter = FlopCounterMode(display=False)
-        # With gradients, because the counter looks for those of parameters that are passed to modules.
-        with evaluating(network), torch.enable_grad(), counter, _counting_by_module(network, counter, operations):
+        with evaluating(network), _constant(parameters), counter, _counting_by_module(network, counter, operations):
             network(*inputs[0], **inputs[1])
         macs = round(counter.get_total_flops() / 2 / instances)
     seen: set[nn.Parameter] = set()
@@ -90,6 +89,26 @@ def measure_size(
         if size.params or size.macs:
             layers[join(name, layer)] = size
     return Size(sum(p.numel() for p in parameters), sum(int((p != 0).sum()) for p in parameters), macs, layers)
+
+
+@contextlib.contextmanager
+def _constant(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradients: forward might keep a part of their graph, and the counter looks for those of passed parameters.
+
+    Nor the kernels and nested tensors that attention of torch uses then, which the counter cannot look into.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import first_names, in_mode, uncompiled
-from lightning_fscreen.slimming.multihead import by_sizes
+from lightning_fscreen.slimming.multihead import by_sizes, without_hints
+from lightning_fscreen.slimming.transposed import use_linear
 
 
 class CaptureError(RuntimeError):
@@ -70,6 +71,7 @@ def capture(
             _without_cumulative_averages(network),
             _as_written(network),
             by_sizes(network),
+            without_hints(network),
             plain_outputs(network),
             torch.no_grad(),
         ):
@@ -83,6 +85,7 @@ def capture(
     signature = program.graph_signature
     names = first_names(network)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    use_linear(program.graph, tensors)
     return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training)
 
 

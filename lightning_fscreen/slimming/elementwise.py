@@ -28,8 +28,9 @@ ACTIVATIONS = """
     clamp clamp_ clamp_min clamp_max threshold
 """.split()
 _POINTWISE = """
-    abs neg exp sqrt rsqrt reciprocal square pow floor erf sub sub_ div div_ rsub maximum minimum clone contiguous alias
-    detach detach_
+    abs neg exp expm1 log log1p sqrt rsqrt reciprocal square pow floor erf sin cos tan asin acos atan sinh cosh sign
+    absolute negative sub sub_ subtract subtract_ div div_ divide divide_ true_divide rsub maximum minimum clone
+    contiguous alias detach detach_
 """.split()
 _VIEWS = ("view", "reshape", "unsqueeze")
 
@@ -254,7 +255,7 @@ def _with_rank(tensor: Tensor, rank: int) -> Tensor:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys((*ACTIVATIONS, *_POINTWISE), pointwise),
     **dict.fromkeys(("add", "add_"), partial(pointwise, adds=True)),
-    **dict.fromkeys(("mul", "mul_"), partial(pointwise, zero_absorbs=True)),
+    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_"), partial(pointwise, zero_absorbs=True)),
     "addcmul": addcmul,
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
     **dict.fromkeys(("masked_fill", "masked_fill_", "where"), masked),

@@ -249,8 +249,12 @@ def _why_not(network: nn.Module, slots: SlotGraph, root: Tensor) -> dict[int, st
     for labels, reason in slots.pins:
         for label in root[labels].unique().tolist():
             reasons.setdefault(label, reason)
+    whole = torch.cat([own.labels for own in slots.heads.values() if own.kind == "head"] or [torch.empty(0)])
     for reader in slots.readers:
-        missed = reader.inputs[~reader.silent()] if isinstance(reader, MeanReader) else reader.inputs[:0]
+        if not isinstance(reader, MeanReader):
+            continue
+        # What makes a head is not zero when nothing reads the head.
+        missed = reader.inputs[~reader.silent() | torch.isin(root[reader.inputs], root[whole.long()])]
         for label in root[missed].unique().tolist():
             reasons.setdefault(
                 label, f"{reader.layer!r} averages it with all other channels, and it is not zero when off"

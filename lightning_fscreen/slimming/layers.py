@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fscreen.slimming.elementwise import operand_of
-from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, module_of
 from lightning_fscreen.slimming.readers import DenseReader, GroupedReader, NormReader
 from lightning_fscreen.slimming.select import SELECT, selected
 from lightning_fscreen.slimming.slots import PINNED, Stream, Value
@@ -180,6 +180,7 @@ def _dense(
             nonzero=nonzero,
             padded=padded,
             input_dim=input_dim,
+            called=module_of(node) in owners,
         )
     )
     return by_channel(node, channel_dim, outputs, out_constant, out_known)

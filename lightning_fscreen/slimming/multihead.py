@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +126,34 @@ def by_sizes(network: nn.Module) -> Iterator[None]:
     modules = [module for module in network.modules() if is_plain(module) and "forward" not in vars(module)]
     for module in modules:
         module.forward = Multihead(module)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextlib.contextmanager
+def without_hints(network: nn.Module) -> Iterator[None]:
+    """Encoders and decoders of torch take masks as they are inside.
+
+    Else they look whether a mask is causal, which `torch.export` cannot follow, for a hint that changes no result.
+    """
+    hints = {nn.TransformerEncoder.forward: "is_causal", nn.TransformerDecoder.forward: "tgt_is_causal"}
+    modules = [part for part in network.modules() if type(part).forward in hints and "forward" not in vars(part)]
+
+    def plain(forward: Callable[..., Tensor], hint: str) -> Callable[..., Tensor]:
+        signature = inspect.signature(forward)
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            given = signature.bind(*args, **kwargs).arguments
+            return forward(**{**given, hint: given.get(hint) or False})
+
+        return run
+
+    for module in modules:
+        module.forward = plain(module.forward, hints[type(module).forward])
     try:
         yield
     finally:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from lightning_fscreen.slimming import attention, averages, elementwise, layers, normalising, parts, pooling, shapes
+from lightning_fscreen.slimming import (
+    attention,
+    averages,
+    elementwise,
+    layers,
+    normalising,
+    parts,
+    pooling,
+    repeating,
+    shapes,
+)
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.heads import find_heads, mute
 from lightning_fscreen.slimming.inputs import find_inputs
@@ -16,6 +26,7 @@ from lightning_fscreen.slimming.slots import SlotGraph
 HANDLERS: dict[str, Handler] = {
     **elementwise.HANDLERS,
     **shapes.HANDLERS,
+    **repeating.HANDLERS,
     **parts.HANDLERS,
     **pooling.HANDLERS,
     **layers.HANDLERS,
@@ -61,7 +72,7 @@ def register_operator(name: str) -> Callable[[Handler], Handler]:
     wrong handler leads to a `VerificationError`, not to a wrong network.
 
     Args:
-        name: the operator with its namespace, all overloads: `"mine::gate"`, or `"aten::roll"` for one of torch.
+        name: the operator with its namespace, all overloads: `"mine::gate"`, or `"aten::sinc"` for one of torch.
 
     Raises:
         ValueError: no namespace, or an operator that has a handler.

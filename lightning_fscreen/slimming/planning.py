@@ -130,8 +130,9 @@ def carriable(network: nn.Module, slots: SlotGraph) -> list[Reader]:
             return replace(reader, known=reader.silent())
         if reader.padded:
             return replace(reader, known=reader.known & (reader.silent() | ~trained[root[reader.inputs]]))
-        own_bias = reader.bias is None or (biases[reader.bias] == 1 and len(places[reader.bias]) == 1)
-        return replace(reader, foldable=reader.module is not None and own_bias)
+        alone = reader.bias is not None and biases[reader.bias] == 1 and len(places[reader.bias]) == 1
+        takes_one = reader.called if reader.bias is None else alone
+        return replace(reader, foldable=reader.module is not None and takes_one)
 
     return [restricted(reader) for reader in slots.readers]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel
+from lightning_fscreen.slimming.elementwise import pointwise
+from lightning_fscreen.slimming.interpreter import Handler, Unsupported, Walk, arguments, by_channel, operator_name
 from lightning_fscreen.slimming.slots import Value
 
 
@@ -61,6 +62,27 @@ def reduce(walk: Walk, node: Any, adds: bool = False) -> Value:
     return Value(tuple(node.meta["val"].shape), *parts)
 
 
+def extremum(walk: Walk, node: Any) -> Value | list[Value]:
+    """Of two tensors; or over positions, with the places where it was found if it is along one dimension."""
+    given = arguments(node)
+    if "other" in given:
+        return pointwise(walk, node)
+    value = walk.value(node.args[0])
+    rank = len(value.shape)
+    dims = [given["dim"] % rank] if "dim" in given else list(range(rank))
+    if any(value.labels.shape[dim] > 1 for dim in dims):
+        raise Unsupported("it mixes channels")
+    known, constant = torch.broadcast_tensors(value.known, value.constant)
+    over = torch.amax if operator_name(node) == "max" else torch.amin
+    labels, constant, known = value.labels, over(constant, dims, keepdim=True), known.all(dims, keepdim=True)
+    if not given.get("keepdim"):
+        labels, constant, known = (field.squeeze(dims) for field in (labels, constant, known))
+    if "dim" not in given:
+        return Value((), labels, constant, known)
+    shape = tuple(node.meta["val"][0].shape)
+    return [Value(shape, labels, constant, known), Value(shape, labels, constant, torch.zeros_like(known))]
+
+
 def length(walk: Walk, node: Any) -> Value:
     """The norm over positions, or over what goes as one; zero where all of them are, whatever their number."""
     value, given = walk.value(node.args[0]), arguments(node)
@@ -96,6 +118,7 @@ HANDLERS: dict[str, Handler] = {
     **_pools("avg_pool{}d", averages=True),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), partial(pool, rank=2)),
     **dict.fromkeys(("amax", "amin"), reduce),
+    **dict.fromkeys(("max", "min"), extremum),
     "sum": partial(reduce, adds=True),
     "linalg_vector_norm": length,
     **dict.fromkeys(("softmax", "log_softmax"), softmax),

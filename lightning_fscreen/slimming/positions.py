@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ def positions(captured: Capture, idle: Collection[str] = ()) -> dict[str, float]
 
     These are the rows that a linear layer gets and the output positions of a convolution (those of the input, if it is
     transposed), over all instances and all calls: a layer takes positions · (elements of its weight) multiply–adds,
-    grouped or not, whatever it has lost. Of a weight that is taken apart for several calls, it is the mean.
+    grouped or not, whatever it has lost. Of a weight that is taken apart for several calls, it is the mean. Where their
+    number depends on values (rows that an expert gets), it is not a number.
 
     Args:
         captured: the network.
@@ -38,9 +39,9 @@ def positions(captured: Capture, idle: Collection[str] = ()) -> dict[str, float]
     return found
 
 
-def by_module(captured: Capture) -> Counter[str]:
-    """Module → the multiply–adds of its own calls, without those of the modules that it calls."""
-    found: Counter[str] = Counter()
+def by_module(captured: Capture) -> dict[str, float]:
+    """Module → the multiply–adds of its own calls, without those of the modules that it calls; see `positions`."""
+    found: dict[str, float] = defaultdict(float)
     for node, _, macs in _multiplied(captured, ()):
         found[module_of(node)] += macs
     both = products(captured)
@@ -54,7 +55,7 @@ class _Weight(NamedTuple):
     node: Any
 
 
-def _multiplied(captured: Capture, idle: Collection[str]) -> Iterator[tuple[Any, _Weight, int]]:
+def _multiplied(captured: Capture, idle: Collection[str]) -> Iterator[tuple[Any, _Weight, float]]:
     """Calls that multiply a weight, or a part of one: the node, the weight, the multiply–adds."""
     for node in captured.graph.nodes:
         name = operator_name(node)
@@ -71,7 +72,7 @@ def _multiplied(captured: Capture, idle: Collection[str]) -> Iterator[tuple[Any,
             count = math.prod(met[-(len(shape) - 2) :]) * (met[0] if len(met) == len(shape) else 1)
         else:
             count = math.prod(met[:-1])
-        yield node, weight, count * math.prod(shape)
+        yield node, weight, _number(count * math.prod(shape))
 
 
 def _weight_of(node: Any, captured: Capture) -> _Weight | None:
@@ -82,7 +83,7 @@ def _weight_of(node: Any, captured: Capture) -> _Weight | None:
     return None if name is None else _Weight(name, node)
 
 
-def products(captured: Capture, idle: Collection[str] = ()) -> dict[str, int]:
+def products(captured: Capture, idle: Collection[str] = ()) -> dict[str, float]:
     """Call that multiplies activations, as in attention → its multiply–adds.
 
     Args:
@@ -94,8 +95,12 @@ def products(captured: Capture, idle: Collection[str] = ()) -> dict[str, int]:
     for node in captured.graph.nodes:
         count = _PRODUCTS.get(operator_name(node))
         if count is not None and node not in of_weights and module_of(node) not in idle:
-            found[node.name] = count(node)
+            found[node.name] = _number(count(node))
     return found
+
+
+def _number(count: Any) -> float:
+    return count if isinstance(count, int | float) else math.nan
 
 
 def _shape(node: Any) -> tuple[int, ...]:

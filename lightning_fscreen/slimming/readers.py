@@ -47,6 +47,7 @@ class DenseReader(Reader):
         nonzero: (out, in) bool, whether any weight of the kernel is not zero; None where zeros count like all others.
         padded: zero padding meets the input, so that a constant is not the same at the border.
         input_dim: dimension of the weight that runs over inputs.
+        called: whether the layer itself makes the call, so that it would add a bias that it is given.
         foldable: whether constants can go into the bias; only planning knows (see `carriable`).
         muted: (in,) bool, inputs whose weights are switched off; None if no gate does that here.
         switches: (in,) slot labels of the units that do.
@@ -58,6 +59,7 @@ class DenseReader(Reader):
     nonzero: Tensor | None
     padded: bool
     input_dim: int = 1
+    called: bool = False
     foldable: bool = False
     muted: Tensor | None = None
     switches: Tensor | None = None

@@ -65,49 +65,7 @@ def squeeze(walk: Walk, node: Any) -> Value:
 def resize(walk: Walk, node: Any) -> Value:
     """As `move`, to sizes that forward gives for all dimensions."""
     result = move(walk, node)
-    _respect_sizes(walk, node, result, list(node.args[1]), first=0)
-    return result
-
-
-def expand(walk: Walk, node: Any) -> Value:
-    """As `resize`; what is repeated for every head has as many copies as there are heads."""
-    value, sizes = vector(walk, node.args[0]), list(node.args[1])
-    new = len(sizes) - len(value.shape)
-    copied = [dim for dim, size in enumerate(sizes) if size > 1 and (dim < new or value.shape[dim - new] == 1)]
-    copies = _copies(walk, node, value, copied)
-    result = _broadcast(value, node) if copies is None else copies
-    _respect_sizes(walk, node, result, sizes, first=0)
-    return result
-
-
-def repeat_interleave(walk: Walk, node: Any) -> Value:
-    """Every element of a dimension several times in a row; the only one of a dimension as in `expand`."""
-    value, given = walk.value(node.args[0]), arguments(node)
-    dim, times = given["dim"], given["repeats"]
-    if not isinstance(times, int) or dim is None:
-        raise Unsupported("it repeats elements by different numbers, or of no dimension in particular")
-    dim %= len(value.shape)
-    copies = _copies(walk, node, value, [dim]) if value.shape[dim] == 1 else None
-    if copies is not None:
-        _respect_sizes(walk, node, copies, [times], first=dim, dim=dim - len(value.shape))
-        return copies
-    fields = (part if part.shape[dim] == 1 else part.repeat_interleave(times, dim) for part in value.fields())
-    return Value(tuple(node.meta["val"].shape), *fields)
-
-
-def _copies(walk: Walk, node: Any, value: Value, copied: list[int]) -> Value | None:
-    """What is repeated for every head, along one of these dimensions; None if it is not, as far as is known."""
-    if walk.heads.dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
-        (dim,) = copied
-    elif walk.heads.dims and walk.heads.dims.get(node.name) in copied:
-        dim = walk.heads.dims[node.name]
-        walk.slots.pin(value.labels, "all heads share it")
-    else:
-        return None
-    result = Value.pinned(tuple(node.meta["val"].shape))
-    shape = [-1 if place == dim else 1 for place in range(len(result.shape))]
-    result.labels = walk.slots.new(result.shape[dim]).reshape(shape)
-    walk.heads.note(result.labels)
+    respect_sizes(walk, node, result, list(node.args[1]), first=0)
     return result
 
 
@@ -115,11 +73,11 @@ def unflatten(walk: Walk, node: Any) -> Value:
     """As `move`, to sizes that forward gives for the parts of one dimension."""
     result = move(walk, node)
     rank = len(walk.value(node.args[0]).shape)
-    _respect_sizes(walk, node, result, list(node.args[2]), node.args[1] % rank, node.args[1] % rank - rank)
+    respect_sizes(walk, node, result, list(node.args[2]), node.args[1] % rank, node.args[1] % rank - rank)
     return result
 
 
-def _respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first: int, dim: int | None = None) -> None:
+def respect_sizes(walk: Walk, node: Any, result: Value, sizes: list[int], first: int, dim: int | None = None) -> None:
     """Sizes in forward: written as numbers, they stay; computed, all of a split dimension's parts keep the same.
 
     Args:
@@ -170,6 +128,14 @@ def _channel_dim(node: Any) -> int | None:
     return None
 
 
+def moved_along(walk: Walk, node: Any) -> Value:
+    """As `move`: positions change their places, along dimensions that are none of channels."""
+    value, dims = walk.value(node.args[0]), arguments(node)["dims"]
+    if walk.heads.dims is not None and any(value.labels.shape[dim] > 1 for dim in dims or range(len(value.shape))):
+        raise Unsupported("it moves channels to other places")
+    return move(walk, node, shuffled)
+
+
 def windows(walk: Walk, node: Any) -> Value:
     """As `move`: overlapping windows of positions, along a new last dimension."""
     value = walk.value(node.args[0])
@@ -204,17 +170,6 @@ def reshape_as(walk: Walk, node: Any) -> Value:
     result = Value(shape, *(reshaped(node, value, part) for part in value.fields()))
     walk.slots.unify(result.labels, other.labels)
     return result
-
-
-def expand_as(walk: Walk, node: Any) -> Value:
-    """Broadcast to the shape of another tensor, whatever that is."""
-    return _broadcast(walk.value(node.args[0]), node)
-
-
-def _broadcast(value: Value, node: Any) -> Value:
-    shape = tuple(node.meta["val"].shape)
-    new = [1] * (len(shape) - len(value.shape))
-    return Value(shape, *(part.reshape(new + list(part.shape)) for part in value.fields()))
 
 
 def channel_shuffle(walk: Walk, node: Any) -> Value:
@@ -283,7 +238,7 @@ def check(walk: Walk, node: Any) -> None:
 
 
 _TRANSPOSES = """
-    permute transpose t numpy_T movedim swapaxes swapdims
+    permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims
 """.split()
 _NEW = """
     rand randn arange scalar_tensor
@@ -294,11 +249,9 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(_TRANSPOSES, partial(move, arrange=transposed)),
     **dict.fromkeys(("squeeze", "squeeze_"), squeeze),
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), resize),
-    "expand": expand,
-    "repeat_interleave": repeat_interleave,
     "unflatten": unflatten,
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
-    "expand_as": expand_as,
+    **dict.fromkeys(("roll", "flip"), moved_along),
     "unfold": windows,
     "view_as_complex": as_complex,
     "view_as_real": as_real,
@@ -307,7 +260,7 @@ HANDLERS: dict[str, Handler] = {
     "pixel_unshuffle": pixel_unshuffle,
     "pad": pad,
     **dict.fromkeys(_NEW, new),
-    **dict.fromkeys(("empty", "zeros", "ones", "full"), filled),
+    **dict.fromkeys(("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full"), filled),
     **dict.fromkeys(("empty_like", "rand_like", "randn_like"), new_like),
     "zeros_like": partial(new_like, constant=0.0),
     "ones_like": partial(new_like, constant=1.0),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-SIZED = ("view", "reshape", "unflatten", "expand", "split", "repeat_interleave")
+SIZED = ("view", "reshape", "unflatten", "expand", "broadcast_to", "split", "repeat", "repeat_interleave")
 """The calls that are given sizes."""
 
 

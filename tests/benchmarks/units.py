@@ -47,6 +47,13 @@ CODERS |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model"
 CODERS |= {"max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "num_labels": 3}
 T5 |= {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+GPT = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "num_labels": 3}
+GPT |= {"pad_token_id": 0}
+STAGES = {"image_size": 32, "num_labels": 3, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+STAGES |= {"num_attention_heads": [1, 2, 4, 4], "sr_ratios": [4, 2, 1, 1]}
+SOUND = {**SMALL, "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+SOUND |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16}
+SOUND |= {"vocab_size": 32, "apply_spec_augment": False, "layerdrop": 0.0}
 TRANSFORMERS = {
     "Bert": TEXT,
     "Roberta": TEXT,
@@ -59,8 +66,27 @@ TRANSFORMERS = {
     "ModernBert": {**TEXT, "cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "bos_token_id": 1},
     "DistilBert": {"vocab_size": 100, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": 3}
     | {"max_position_embeddings": 32},
-    "GPT2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "num_labels": 3}
+    "RemBert": {**TEXT, "input_embedding_size": 16, "output_embedding_size": 16},
+    "RoFormer": {**TEXT, "embedding_size": 32},
+    "ConvBert": {**TEXT, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3},
+    "MobileBert": {**TEXT, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16}
+    | {"intermediate_size": 32},
+    "Esm": {**TEXT, "mask_token_id": 4, "position_embedding_type": "rotary"},
+    "BigBird": {**TEXT, "attention_type": "original_full"},
+    "Yoso": {**TEXT, "use_expectation": True},
+    "XLNet": {"vocab_size": 100, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "num_labels": 3}
     | {"pad_token_id": 0},
+    "Funnel": {"vocab_size": 100, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64}
+    | {"num_labels": 3, "num_decoder_layers": 1},
+    "Xmod": {**TEXT, "languages": ["en_XX"], "default_language": "en_XX"},
+    "GPT2": GPT,
+    "GPTJ": {**GPT, "rotary_dim": 4},
+    "GPTBigCode": GPT,
+    "OpenAIGPT": GPT,
+    "CTRL": {**GPT, "dff": 64},
+    "GPTNeo": {**TEXT, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    | {"window_size": 4},
+    "Falcon": {**TEXT, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
     "Bloom": {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4, "num_labels": 3, "pad_token_id": 0},
     "OPT": {**TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "GPTNeoX": TEXT,
@@ -69,8 +95,18 @@ TRANSFORMERS = {
     "Mistral": GROUPED,
     "Qwen2": GROUPED,
     "Qwen3": {**GROUPED, "head_dim": 8},
+    "StableLm": GROUPED,
+    "Phi3": GROUPED,
+    "Gemma2": {**GROUPED, "head_dim": 8},
+    "Olmo2": GROUPED,
+    "Starcoder2": GROUPED,
+    "Nemotron": GROUPED,
+    "Persimmon": TEXT,
+    "Glm": {**GROUPED, "head_dim": 8},
+    "DiffLlama": GROUPED,
     "Gemma": {**TEXT, "num_key_value_heads": 1, "head_dim": 8},
     "Bart": CODERS,
+    "MBart": CODERS,
     "T5": T5,
     "ViT": VISION,
     "DeiT": VISION,
@@ -78,6 +114,18 @@ TRANSFORMERS = {
     "Dinov2": VISION,
     "Swin": {**WINDOWS, "num_labels": 3},
     "Swinv2": {**WINDOWS, "num_labels": 3},
+    "DonutSwin": {**WINDOWS, "num_labels": 3},
+    "Dinov2WithRegisters": VISION,
+    "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": 3, "image_size": 32},
+    "PvtV2": STAGES,
+    "Segformer": STAGES,
+    "Hiera": {"num_labels": 3, "embed_dim": 16, "image_size": [32, 32], "depths": [1, 1], "num_heads": [2, 4]}
+    | {"patch_size": [3, 3], "patch_stride": [4, 4], "masked_unit_size": [4, 4], "patch_padding": [1, 1]}
+    | {"num_query_pool": 1},
+    "Levit": {"image_size": 64, "num_labels": 3, "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 4, 4]}
+    | {"depths": [1, 1, 1], "key_dim": [8, 8, 8]},
+    "Wav2Vec2": SOUND,
+    "Hubert": SOUND,
 }
 
 
@@ -94,12 +142,15 @@ def build(library: str, name: str) -> tuple[nn.Module, Any]:
         net = getattr(transformers, f"{name}For{task}")(config)
         tokens = torch.randint(3, 100, (2, 9))
         tokens[:, -1] = 2
-        mask = (torch.arange(9) < torch.tensor([[9], [9 if name in ("Bart", "T5") else 7]])).long()
+        mask = (torch.arange(9) < torch.tensor([[9], [9 if name in ("Bart", "MBart", "T5") else 7]])).long()
         inputs = {"input_ids": tokens, "attention_mask": mask}
         if "use_cache" in inspect.signature(net.forward).parameters:
             inputs["use_cache"] = False
         if images:
-            inputs = {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64)}
+            size = 64 if settings["image_size"] == 64 else 32
+            inputs = {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
+        if "conv_dim" in settings:
+            inputs = {"input_values": torch.randn(2, 400, dtype=torch.float64)}
     elif library == "torchvision":
         from torchvision import models
 
@@ -122,7 +173,14 @@ def build(library: str, name: str) -> tuple[nn.Module, Any]:
             for attribute in ("p", "drop_prob", "drop_path"):
                 if hasattr(module, attribute):
                     setattr(module, attribute, 0.0)
-        for attribute in ("dropout", "attention_dropout", "attn_pdrop", "dropout_prob", "activation_dropout"):
+        for attribute in (
+            "dropout",
+            "attention_dropout",
+            "attn_dropout",
+            "attn_pdrop",
+            "dropout_prob",
+            "activation_dropout",
+        ):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
         if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm) and module.weight is not None:

@@ -90,6 +90,19 @@ def test_a_fused_layer_is_counted_by_its_parts() -> None:
     assert layers["linear1"].macs == layers["linear2"].macs == 5 * 8 * 16
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_encoder_with_padding_is_counted(frozen: bool) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).requires_grad_(
+        not frozen
+    )
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+    macs = [
+        measure_size(encoder, ((torch.randn(2, 5, 8),), {"src_key_padding_mask": mask}), 2).macs
+        for mask in (padding, None)
+    ]
+    assert macs[0] == macs[1]
+
+
 def test_parameters_may_be_passed_to_modules() -> None:
     class Token(nn.Module):
         def __init__(self) -> None:
@@ -97,8 +110,10 @@ def test_parameters_may_be_passed_to_modules() -> None:
             self.token, self.inner = nn.Parameter(torch.ones(1, 6)), nn.Linear(6, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + self.inner(self.token)
+            self.last = self.inner(self.token)
+            return self.inner(x) + self.last
 
     network = Token()
     assert measure_size(network, ((torch.randn(2, 6),), {}), 2).macs == 36
-    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+    assert not network.last.requires_grad  # what forward keeps can be copied

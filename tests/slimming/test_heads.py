@@ -321,6 +321,21 @@ def test_an_encoder_with_padding_is_right_on_all_its_paths() -> None:
         assert difference([expected[~padding]], [found[~padding]]) < 1e-9
 
 
+def test_a_transformer_with_masks_as_torch_makes_them() -> None:
+    """torch looks whether masks are causal, which no capture can follow."""
+    torch.manual_seed(0)
+    network = nn.Transformer(16, 4, 1, 1, 24, dropout=0.0, batch_first=True).double()
+    source, target = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    later = [nn.Transformer.generate_square_subsequent_mask(size, dtype=torch.float64) for size in (6, 5)]
+    inputs = {"src": source, "tgt": target, "src_mask": later[0], "tgt_mask": later[1]}
+    gates = find_gates(network, inputs)
+    assert sum(gate.kind == "head" and gate.excluded is None for gate in gates) == 3
+    keep = random_keep(gates, 0)
+    reference = masked(network, gates, keep)
+    assert slim(network, keep, inputs) and "forward" not in vars(network.encoder) | vars(network.decoder)
+    assert difference([reference(**inputs)], [network(**inputs)]) < 1e-9
+
+
 def sliding(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every query attends to three positions."""
     k, v = (nn.functional.pad(part, (0, 0, 1, 1)).unfold(2, 3, 1) for part in (k, v))
@@ -343,6 +358,11 @@ def latent(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(torch.cat((q, q[..., :2]), -1), k, v)
 
 
+def shifted(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values of other positions."""
+    return nn.functional.softmax(q @ k.roll(1, 2).mT, -1) @ v.flip(2)
+
+
 class Written(Block):
     """Attention as a function of queries, keys and values."""
 
@@ -356,7 +376,7 @@ class Written(Block):
         return self.head(self.mlp(self.attention.projection(attended)).mean(1))
 
 
-@pytest.mark.parametrize("attend", [sliding, retentive, cumulative, latent])
+@pytest.mark.parametrize("attend", [sliding, retentive, cumulative, latent, shifted])
 def test_attention_of_other_kinds_loses_heads(attend: Any) -> None:
     block = Written(attend).double()
     (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
@@ -401,9 +421,12 @@ class Free(nn.Module):
         super().__init__()
         self.qkv, self.projection, self.head = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 3)
 
+    def spread(self, part: Tensor) -> Tensor:
+        return part.repeat_interleave(2, dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         q, *kv = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).split([16, 8, 8], -1))
-        k, v = (part.repeat_interleave(2, dim=1) for part in kv)
+        k, v = map(self.spread, kv)
         values = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         logits: Tensor = self.head((x + self.projection(values)).mean(1))
         return logits
@@ -424,6 +447,24 @@ def test_heads_that_no_module_combines_are_named_by_their_projection(alone: bool
     assert difference([fresh(x)], [network(x)]) < 1e-12 and plan_of(fresh).kept_for == plan.kept_for
 
 
+class Tiled(Free):
+    """Keys and values are for every second head."""
+
+    def spread(self, part: Tensor) -> Tensor:
+        return part.repeat(1, 2, 1, 1)
+
+
+def test_keys_and_values_may_be_tiled() -> None:
+    torch.manual_seed(0)
+    network, x = Tiled().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    (heads,) = (gate for gate in find_gates(network, x) if gate.kind == "head")
+    assert heads.units[:2] == heads.units[2:] and heads.units[0] != heads.units[1]
+    keep = {heads.name: torch.tensor([False, True, False, True])}
+    reference = masked(network, [heads], keep)
+    assert not slim(network, keep, x).kept_for and network.qkv.out_features == 16
+    assert difference([reference(x)], [network(x)]) < 1e-9
+
+
 def test_two_calls_with_the_same_input_are_told_apart() -> None:
     torch.manual_seed(0)
     network, x = Windows().double(), torch.randn(2, 4, 4, 16, dtype=torch.float64)
@@ -435,3 +476,16 @@ def test_two_calls_with_the_same_input_are_told_apart() -> None:
     plan = slim(network, keep, x)
     assert network.qkv.out_features == 24 and network.projection.in_features == 8 and not plan.kept_for
     assert difference([reference(x)], [network(x)]) < 1e-9
+
+
+def test_heads_that_are_normalised_together_stay() -> None:
+    """An RMSNorm over the queries of all heads, as in OLMo 2, would miss those of a head that is not read."""
+
+    def attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = norm(q.transpose(1, 2).flatten(2)).unflatten(-1, (4, -1)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    block = Written(attend)
+    block.norm = norm = nn.RMSNorm(16)
+    (gate,) = (gate for gate in find_gates(block.double(), inputs(block)) if gate.kind == "head")
+    assert gate.excluded == "'norm' averages it with all other channels, and it is not zero when off"

@@ -122,6 +122,8 @@ def test_a_handler_that_cannot_tell_says_why(monkeypatch: pytest.MonkeyPatch) ->
     [
         (lambda x: x.view(torch.int64).view(torch.float64), "another dtype"),
         (lambda x: x + x.sum(), "it mixes channels"),
+        (lambda x: x * x.max(), "it mixes channels"),
+        (lambda x: x.roll(1, 1), "it moves channels to other places"),
         (lambda x: F.pad(x, [0, 0, 0, 0, 1, -1]), "it adds channels"),
         (lambda x: x * x.mean().item(), "computed from values"),
         (lambda x: x.index_select(1, torch.arange(8)), "not known to keep channels apart"),
@@ -138,6 +140,21 @@ def test_reasons_of_operators_that_keep_all_channels(function: Callable[[Tensor]
     assert any(reason in text for text in plan.pinned.values())
     network, error = slimmed(network)
     assert network.norm.num_features == 8 and error < 1e-9
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mT.multiply(2).sin(),
+        lambda x: x.roll(1, -1) + x.flip(2),
+        lambda x: x.repeat(1, 1, 2, 1),
+        lambda x: x.max(2, keepdim=True).values + x.min(-1, True)[0],
+        lambda x: torch.max(x, x * 2) * x.new_ones(1),
+    ],
+)
+def test_units_go_through_operators_on_positions(function: Callable[[Tensor], Tensor]) -> None:
+    network, error = slimmed(Network(function))
+    assert network.first.out_channels == network.last.in_channels == 6 and error < 1e-9
 
 
 def test_a_linear_function_of_a_vector_keeps_all_units() -> None:
@@ -284,9 +301,9 @@ def test_a_handler_that_returns_no_value_is_an_error(handlers: None) -> None:
 
 
 def test_operators_of_torch_can_be_added(handlers: None) -> None:
-    assert "'sin'" in str(find_gates(Network(torch.sin), X)[0].excluded)
-    register_operator("aten::sin")(pointwise)
-    network, error = slimmed(Network(torch.sin))
+    assert "'sinc'" in str(find_gates(Network(torch.sinc), X)[0].excluded)
+    register_operator("aten::sinc")(pointwise)
+    network, error = slimmed(Network(torch.sinc))
     assert network.first.out_channels == 6 and error < 1e-9
 
 

@@ -428,3 +428,40 @@ def test_entries_of_a_table_stay_also_where_an_output_layer_shares_it() -> None:
 
     gates = {gate.name: gate for gate in find_gates(Tied(), torch.randint(12, (2, 5)))}
     assert gates["out"].excluded is not None and "looked up by its number" in gates["out"].excluded
+
+
+class Turned(nn.Linear):
+    """A layer that is written as a product with its transposed weight; as transformers' Falcon is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Written(nn.Module):
+    """Functions read the weights of layers, without their forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(functional.gelu(self.first(x)), self.second.weight)
+        return functional.linear(functional.gelu(self.first(x)), self.first.weight.permute(1, 0), self.first.bias[:6])
+
+
+@pytest.mark.parametrize("bias", ["zero", "fold"])
+@pytest.mark.parametrize("own", [True, False])
+def test_products_with_transposed_weights_are_linear_layers(bias: str, own: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Turned(6, 16, own), nn.GELU(), Turned(16, 12, own), nn.GELU(), Turned(12, 3, own)).double()
+    assert check(net, torch.randn(5, 6).double(), 0.5, 0, bias) > 0
+    assert net[2].weight.shape[1] == net[0].out_features < 16 and net[4].weight.shape[1] == net[2].out_features < 12
+
+
+def test_a_layer_that_is_not_called_takes_no_new_bias() -> None:
+    """Nobody would add it: units stay whose constants it would have to carry, and all others go."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Written(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double(), torch.randn(5, 6).double()
+    assert check(net, x, 0.5, 0, "fold") > 0
+    assert net[0].first.out_features == 16 and net[1].out_features < 8

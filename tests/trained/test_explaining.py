@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fscreen import explain, find_gates, prune, slim
@@ -123,3 +124,24 @@ def test_it_can_be_read_and_kept():
     assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in explanation.layers]
     with pytest.raises(ValueError, match='"unit" or "channel", got \'weight\''):
         explain(post_net(), digits(4)[0], "weight")
+
+
+class Experts(nn.Module):
+    """Rows go to one of two layers, so that their numbers depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for place, expert in enumerate(self.experts):
+            rows = (x[:, 0] > 0) == bool(place)
+            result[rows] = expert(x[rows])
+        return result
+
+
+def test_layers_on_rows_whose_number_depends_on_values_count_as_measured() -> None:
+    x = torch.tensor([1.0, -1.0])[:, None] * torch.ones(2, 6)
+    costs = {layer.name: layer.macs for layer in explain(Experts(), x).layers}
+    assert costs == {"experts.0.0": 6, "experts.1.0": 6}  # half of the instances, and 12 weights
