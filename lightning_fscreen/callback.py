@@ -26,6 +26,7 @@ from lightning_fscreen.fit.results import Results
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
+from lightning_fscreen.ranking.criteria import resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule
 from lightning_fscreen.slimming.optimizers import check_optimizers
 from lightning_fscreen.slimming.state import resize_on_load
@@ -155,6 +156,10 @@ class ScreeningPruningCallback(Results):
             raise ValueError(
                 f'unknown bias {bias!r}; choose one of {list(get_args(Bias))} ("ridge" is for prune(), which is not '
                 "followed by training)"
+            )
+        if resolve_criterion(criterion).needs_errors:
+            raise ValueError(
+                f"criterion={criterion!r} is for prune(), which looks at all activations of a trained network"
             )
         settings = Settings(
             granularity=granularity,

@@ -259,7 +259,7 @@ class Granularity(ABC, Generic[Layer]):
         return GradientSums(self.members())
 
     def regression(self) -> Regression | None:
-        """What predicts pruned candidates from the others; None if nothing does."""
+        """What predicts candidates from each other; None if nothing does."""
         return None
 
     def scoring_inputs(

@@ -27,7 +27,7 @@ class Learned:
         instances: how many these are.
         layers: those that can be pruned.
         excluded: others, and why they cannot.
-        readers: weights that multiply units, and are used once.
+        readers: weights that multiply units.
     """
 
     network: nn.Module
@@ -46,13 +46,13 @@ class Learned:
         return self._timed[batch_size]
 
 
-def readers_of(network: nn.Module, gates: Collection[Gate], first: int = 0) -> dict[str, Reader]:
-    """The weights that multiply units of some gates, by name; the units are numbered from `first` on."""
+def readers_of(network: nn.Module, captured: Capture, gates: Collection[Gate], first: int = 0) -> list[Reader]:
+    """The weights that multiply units of some gates; the units are numbered from `first` on."""
     reading = {name: own for gate in gates for name, own in gate.readers.items()}
-    return {
-        name: Reader(network.get_parameter(name), dim, _numbered(torch.tensor(labels), first))
+    return [
+        Reader(network.get_parameter(name), dim, _numbered(torch.tensor(labels), first), len(captured.users(name)))
         for name, (dim, labels) in reading.items()
-    }
+    ]
 
 
 def numbered_from(layer: PrunableUnits, first: int) -> PrunableUnits:

@@ -19,11 +19,13 @@ class Reader:
         weight: of a linear or convolution layer.
         dim: its dimension over the inputs.
         labels: (inputs,) int64: the unit that each of them carries, numbered as the units are.
+        uses: how often a pass uses it.
     """
 
     weight: nn.Parameter
     dim: int
     labels: Tensor
+    uses: int = 1
 
 
 def unit_magnitude(members: Members, units: Tensor, readers: Sequence[Reader]) -> Tensor:

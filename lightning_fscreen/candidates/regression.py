@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.magnitude import Reader
+from lightning_fscreen.candidates.reconstruction import Reading, elimination_errors
 from lightning_fscreen.statistics.second_moments import SecondMoments
 
 
 class Regression:
     """The weights that multiply some units, and what they multiply.
 
+    Those that are used several times in a pass are left alone, because their inputs may differ.
+
     Args:
-        readers: the weights, each used once in a pass.
+        readers: the weights.
         apart: (units,) int64, units of several inputs that are no copies of each other: heads.
     """
 
     def __init__(self, readers: Sequence[Reader], apart: Tensor) -> None:
-        self._readers = [(reader, _copies(reader.labels, apart)) for reader in readers]
+        self._readers = [(reader, _copies(reader.labels, apart)) for reader in readers if reader.uses == 1]
+        self._others = [reader.labels for reader in readers if reader.uses != 1]
         self.moments = SecondMoments({reader.weight: places for reader, places in self._readers})
 
     @property
@@ -41,21 +45,66 @@ class Regression:
                 moments, instances = found
                 _fold(reader.weight, reader.dim, places, pruned, ridge(moments.cpu(), pruned, instances))
 
+    @torch.no_grad()
+    def errors(self, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each unit's absence adds to the errors of all that read it, see `elimination_errors`.
 
-def ridge(moments: Tensor, pruned: Tensor, instances: int) -> Tensor:
-    """Coefficients B that predict some features from the others: x_pruned ≈ B x_kept.
+        Args:
+            units: layer → (units,) int64, negative for those that stay.
 
-    B = M_pk (M_kk + λ·I)⁻¹, with M the second moments, scaled so that each feature has 1, and λ = ρ / (1 − ρ). The
-    shrinkage ρ is the one that estimates a covariance from so many instances best (OAS, Chen et al. 2010, equation 23);
-    the fewer there are, the less is predicted. Without an intercept: zeros that a convolution pads with stay zeros.
+        Returns:
+            layer → (units,) float64; not a number where that is not known.
+        """
+        prunable = torch.cat(list(units.values())).unique()
+        prunable = prunable[prunable >= 0]
+        found, unknown = torch.full((len(prunable),), torch.nan, dtype=torch.float64), list(self._others)
+        readings = []
+        for reader, places in self._readers:
+            labels = reader.labels[places[0]]
+            counts = labels[torch.isin(labels, prunable)].unique(return_counts=True)[1]
+            if len(counts) == 0:
+                continue
+            moments = self.moments.of(reader.weight)
+            if moments is None or int(counts.min()) != int(counts.max()):
+                unknown.append(labels)
+                continue
+            shrunk, scale = _scaled(moments[0].cpu(), moments[1])
+            weight = reader.weight.detach().cpu().movedim(reader.dim, -1)[..., places].double() * scale
+            readings.append(Reading(shrunk, (flat := weight.flatten(0, -2)).mT @ flat, labels))
+        for own, members in _together(prunable, readings):
+            found[torch.searchsorted(prunable, own)] = elimination_errors(own, members)
+        for labels in unknown:
+            found[torch.isin(prunable, labels)] = torch.nan
+        return {
+            name: torch.where(own < 0, 0.0, found[torch.searchsorted(prunable, own.clamp(min=int(prunable[0])))])
+            for name, own in units.items()
+        }
+
+
+def _together(units: Tensor, readings: Sequence[Reading]) -> list[tuple[Tensor, list[Reading]]]:
+    """Units that are read together, directly or through others, and the readings of each such set."""
+    sets: list[tuple[Tensor, list[Reading]]] = []
+    for reading in readings:
+        own, members = units[torch.isin(units, reading.labels)], [reading]
+        apart = []
+        for others in sets:
+            if bool(torch.isin(others[0], own).any()):
+                own, members = torch.cat([own, others[0]]).unique(), [*others[1], *members]
+            else:
+                apart.append(others)
+        sets = [*apart, (own, members)]
+    return sets
+
+
+def _scaled(moments: Tensor, instances: int) -> tuple[Tensor, Tensor]:
+    """Second moments of features that are scaled so that each has 1, shrunk towards independence; and their scales.
+
+    The shrinkage ρ, (1 − ρ) M + ρ I, is the one that estimates a covariance from so many instances best (OAS, Chen et
+    al. 2010, equation 23).
 
     Args:
         moments: (features, features), Σ x xᵀ.
-        pruned: (features,) bool.
         instances: number of independent instances.
-
-    Returns:
-        (pruned, kept) float64.
     """
     moments = moments.double()
     scale = moments.diagonal().sqrt()
@@ -65,11 +114,29 @@ def ridge(moments: Tensor, pruned: Tensor, instances: int) -> Tensor:
     squares = float(scaled.square().sum())
     excess = (instances + 1 - 2 / features) * (squares - features)
     shrinkage = min(((1 - 2 / features) * squares + features**2) / excess, 1.0) if excess > 0 else 1.0
-    kept = ~pruned
-    among = (1 - shrinkage) * scaled[kept][:, kept]
-    among.diagonal().add_(max(shrinkage, torch.finfo(torch.float32).eps))
-    predicted = torch.linalg.solve(among, (1 - shrinkage) * scaled[kept][:, pruned]).mT
-    coefficients: Tensor = scale[pruned][:, None] * predicted * inverse[kept]
+    shrunk = (1 - shrinkage) * scaled
+    shrunk.diagonal().add_(max(shrinkage, torch.finfo(torch.float32).eps))
+    return shrunk, scale
+
+
+def ridge(moments: Tensor, pruned: Tensor, instances: int) -> Tensor:
+    """Coefficients B that predict some features from the others: x_pruned ≈ B x_kept.
+
+    B = M_pk (M_kk + λ·I)⁻¹, with M the second moments, scaled so that each feature has 1, and λ = ρ / (1 − ρ), ρ the
+    shrinkage of `_scaled`: the fewer instances there are, the less is predicted. Without an intercept: zeros that a
+    convolution pads with stay zeros.
+
+    Args:
+        moments: (features, features), Σ x xᵀ.
+        pruned: (features,) bool.
+        instances: number of independent instances.
+
+    Returns:
+        (pruned, kept) float64.
+    """
+    (shrunk, scale), kept = _scaled(moments, instances), ~pruned
+    predicted = torch.linalg.solve(shrunk[kept][:, kept], shrunk[kept][:, pruned]).mT
+    coefficients: Tensor = scale[pruned][:, None] * predicted * torch.where(scale > 0, 1 / scale, 0.0)[kept]
     return coefficients
 
 

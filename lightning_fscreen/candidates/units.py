@@ -145,7 +145,7 @@ class Units(Granularity[PrunableUnits]):
         inside = [layer for layer in inside if layer.name not in left_out and layer.name not in self._fixed]
         layers, excluded = refine([*inside, *self._new_heads(name, gates)], gates, activations)
         layers = [
-            replace(layer, readers=tuple(readers_of(network, [gates[layer.name]]).values()))
+            replace(layer, readers=tuple(readers_of(network, captured, [gates[layer.name]])))
             if layer.kind == "neuron"
             else layer
             for layer in layers
@@ -153,10 +153,8 @@ class Units(Granularity[PrunableUnits]):
         others = [layer for layer in self._layers if layer.name not in gates]
         first = 1 + max((int(layer.units.max()) for layer in others), default=STAYS)
         numbered = [numbered_from(layer, first) for layer in layers]
-        readers = readers_of(network, list(gates.values()), first).items()
-        once = [reader for weight, reader in readers if len(captured.users(weight)) == 1]
-        instances = batch_size((args, kwargs)) or 1
-        self._learned[name] = Learned(network, captured, (args, kwargs), instances, numbered, excluded, once)
+        instances, readers = batch_size((args, kwargs)) or 1, readers_of(network, captured, gates.values(), first)
+        self._learned[name] = Learned(network, captured, (args, kwargs), instances, numbered, excluded, readers)
         self._combine()
         where = f"module {name!r}" if name else f"{type(network).__name__}.forward"
         require_candidates(self._layers, where, called(self.gates), self.not_pruned)
@@ -271,10 +269,8 @@ class Units(Granularity[PrunableUnits]):
         collector.unmatched |= {name: INSIDE for name, probe in probes.items() if probe is None}
         return collector
 
-    def regression(self) -> Regression | None:
-        """For `bias="ridge"`, over all networks that have been learned from."""
-        if self._bias != "ridge":
-            return None
+    def regression(self) -> Regression:
+        """Over all networks that have been learned from."""
         readers = [reader for learned in self._learned.values() for reader in learned.readers]
         heads = [layer.units for layer in self._layers if layer.kind == "head"]
         return Regression(readers, torch.cat([torch.zeros(0, dtype=torch.long), *heads]))

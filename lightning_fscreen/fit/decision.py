@@ -47,11 +47,13 @@ class Decision:
         statistics: Mapping[str, FeatureStatistics],
         gradients: Mapping[str, GradientStatistics],
         unmatched: Mapping[str, str],
+        errors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
         self._spending = spending
         inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
         inputs |= {name: replace(inputs[name], unmatched=why) for name, why in unmatched.items() if name in inputs}
+        inputs |= {name: replace(inputs[name], error=own) for name, own in (errors or {}).items() if name in inputs}
         context, explain = ScoringContext(inputs, settings.screening_weight), settings.resolved_criterion.explain
         self.explained: Mapping[str, Explained] = {} if explain is None else explain(context)
         self._context = replace(context, explained=self.explained)

@@ -32,6 +32,9 @@ class ScoringInputs:
         spread: F-statistics of the activations' squared deviations from their means, like `f`.
         variance: variance of the activations, like `f`.
         learned: whether trained weight matrices had a part in these activations.
+        error: of units, what their absence adds to the errors of the layers that read them, as a share of the outputs,
+            if the others make up for it as well as they can; not a number where it is not known. None if it was not
+            asked for.
         unmatched: why there are no statistics of activations although they were gathered: on how many instances the
             layer ran, other than there are labels. None if there are.
     """
@@ -46,6 +49,7 @@ class ScoringInputs:
     spread: Tensor | None = None
     variance: Tensor | None = None
     learned: bool = False
+    error: Tensor | None = None
     unmatched: str | None = None
 
 
@@ -94,6 +98,7 @@ class Criterion:
         needs_statistics: whether it wants what activations say (`f`, `degrees`, `mean_square`), for a given
             screening_weight.
         needs_gradients: whether it wants `gradient` and `taylor`.
+        needs_errors: whether it wants `error`, and its scores are such: they add up, over layers too.
         explain: context → {layer: why it is ranked so}, for reports; may be None.
     """
 
@@ -101,6 +106,7 @@ class Criterion:
     needs_statistics: Callable[[float], bool]
     needs_gradients: bool = False
     explain: Explain | None = None
+    needs_errors: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "score", _of_context(self.score))
@@ -123,6 +129,7 @@ def register_criterion(
     needs_statistics: Callable[[float], bool] = lambda screening_weight: False,
     needs_gradients: bool = False,
     explain: Explain | None = None,
+    needs_errors: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorator that makes a scoring function available as `criterion=name`; see `Criterion` for the arguments.
 
@@ -142,7 +149,7 @@ def register_criterion(
     def register(score: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"a criterion named {name!r} is registered already; choose another name")
-        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain)
+        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain, needs_errors)
         return score
 
     return register
@@ -206,6 +213,22 @@ def activation(context: ScoringContext) -> Scores:
         * required(layer.mean_square, "activations", name).to(layer.weight.device, scoring_dtype(layer)).sqrt()
         for name, layer in context.layers.items()
     }
+
+
+@register_criterion("reconstruction", needs_errors=True)
+def reconstruction(context: ScoringContext) -> Scores:
+    """R = what the absence of a unit adds to the errors of the layers that read it, if the others make up for it.
+
+    Shares of the mean squared outputs, see `elimination_errors`: the Optimal Brain Surgeon for units. Where they are
+    not known, the unit's share of the squared magnitudes of its layer, R = w² / Σ w².
+    """
+    scores = {}
+    for name, layer in context.layers.items():
+        squares = layer.weight.to(scoring_dtype(layer)).square()
+        shares = squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
+        error = required(layer.error, "errors without each unit", name).to(shares)
+        scores[name] = torch.where(error.isnan(), shares, error)
+    return scores
 
 
 def scoring_dtype(layer: ScoringInputs) -> torch.dtype:

@@ -55,6 +55,7 @@ def prune_to_cost(
     min_kept: int = 1,
     kinds: Mapping[str, str] | None = None,
     blocks: Blocks | None = None,
+    additive: bool = False,
 ) -> dict[str, Tensor]:
     """Prune the units that are worth least for their cost, until a cost is met; those pruned before stay pruned.
 
@@ -83,6 +84,7 @@ def prune_to_cost(
         min_kept: units that every layer keeps (all of them, in a layer with fewer).
         kinds: layer → its kind, for scope "kind".
         blocks: of which units whole multiples are left, see `in_multiples`.
+        additive: whether scores are what units are worth, over all layers: errors that add up, for instance.
 
     Returns:
         layer → new boolean mask, on the device of the old one.
@@ -96,10 +98,15 @@ def prune_to_cost(
     devices = {name: mask.device for name, mask in kept.items()}
     scores, kept, units = ({name: value.cpu() for name, value in each.items()} for each in (scores, kept, units))
     together = ranked_together(kept, scope, units, kinds)
-    own = {name: shares(score, kept[name]) for name, score in scores.items()}
+    if additive:
+        own = {name: torch.where(kept[name], score.double(), 0.0) for name, score in scores.items()}
+    else:
+        own = {name: shares(score, kept[name]) for name, score in scores.items()}
     scores = scores if blocks is None else own  # so that the best group of a block is the same in both
     found_units = Units(scores, kept, in_multiples(own, kept, units, blocks), min_kept)
     worth = found_units.total(own)
+    if additive:  # a unit's candidates all have what the unit is worth
+        worth = worth / found_units.sizes.clamp(min=1)
     queues, streams = queues_of(found_units, blocks), costs.streams(found_units.members())
     search = _Search(found_units, worth, queues, streams.unique(dim=1), costs, target, _CLOSE * dense)
     found = search.by_stages() if scope == "global" else search.by_fraction(kept, together)

@@ -42,7 +42,7 @@ def settings_of(
     exclude: Patterns = None,
     *,
     budget: Currency = "macs",
-    criterion: str = "screening",
+    criterion: str = "reconstruction",
     screening_weight: float = 0.25,
     scope: Scope = "global",
     min_channels: int = 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -153,9 +154,10 @@ class OneShot:
         def make_collector(labels: Tensor) -> ActivationCollector:
             return granularity.collector(num_classes or find_num_classes(self._model, labels=labels))
 
-        self._regression = regression = granularity.regression()
-        moments = None if regression is None else regression.moments
-        labels = self._settings.labels
+        settings, labels = self._settings, self._settings.labels
+        if settings.bias == "ridge" or settings.resolved_criterion.needs_errors:
+            self._regression = granularity.regression()
+        moments = None if self._regression is None else self._regression.moments
         collector = observe(self._model, batches, make_collector, labels, forward, progress, title, moments)
         self._statistics, self._unmatched = dict(collector.statistics()), dict(collector.unmatched)
         unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
@@ -179,10 +181,19 @@ class OneShot:
         """
         settings, masks = replace(self._settings, amount=amount), self._masks()
         spending = self._spending(settings)
-        decision = Decision(settings, self.granularity, masks, spending, self._statistics, {}, self._unmatched)
+        decision = Decision(
+            settings, self.granularity, masks, spending, self._statistics, {}, self._unmatched, self._errors
+        )
         self.record.note(decision.explained)
         fraction, seed = spending.amount(masks), torch.initial_seed() % 2**63
         return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed), amount)
+
+    @functools.cached_property  # the same for every amount
+    def _errors(self) -> Mapping[str, Tensor]:
+        if self._regression is None or not self._settings.resolved_criterion.needs_errors:
+            return {}
+        errors = self._regression.errors(self.units)
+        return {name: errors[name].to(layer.weight.device) for name, layer in self.granularity.members().items()}
 
     def latency_under(self, choice: Choice) -> float:
         """Latency without what goes, as a share of what it is now, both measured again."""
@@ -278,7 +289,7 @@ class OneShot:
         masks = self._masks()
         masks.set(kept)
         pruned = {name: ~mask for name, mask in masks.present.items()}
-        if self._regression is not None:
+        if self._regression is not None and self._settings.bias == "ridge":
             self._regression.apply(torch.cat([own[~kept[name].cpu()] for name, own in self.units.items()]).unique())
         self.granularity.after_pruning(pruned, self._statistics)
 

@@ -32,7 +32,7 @@ def prune(
     *,
     budget: Currency = "macs",
     granularity: Literal["unit", "channel"] = "unit",
-    criterion: str = "screening",
+    criterion: str = "reconstruction",
     screening_weight: float = 0.25,
     scope: Scope = "global",
     min_channels: int = 1,
@@ -73,7 +73,8 @@ def prune(
             is worse by `max_drop` at most; bisection, by ten evaluations of the masked network and one before.
         budget: "macs", "params", "latency" or "candidates".
         granularity: "unit": channels of batch norms, outputs of all other layers, heads; "channel": the first alone.
-        criterion: any that needs no gradients.
+        criterion: any that needs no gradients. "reconstruction": by how much the layers that read a unit are off
+            without it, if the other units make up for it.
         screening_weight: λ of the criteria that join F and magnitude.
         scope: "global", "kind" or "layer".
         min_channels: units that every layer keeps at least.

@@ -95,7 +95,7 @@ def sensitivity(
     val_dataloader: Iterable[Any] | None = None,
     results: str | os.PathLike[str] | None = None,
     granularity: Literal["unit", "channel"] = "unit",
-    criterion: str = "screening",
+    criterion: str = "reconstruction",
     screening_weight: float = 0.25,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -122,7 +122,8 @@ def sensitivity(
         results: a file of JSON lines that every evaluation is added to. What is there already, for the same weights and
             masks, is not evaluated again; use one file for one metric and one data set.
         granularity: "unit" or "channel".
-        criterion: any that needs no gradients.
+        criterion: any that needs no gradients. "reconstruction": by how much the layers that read a unit are off
+            without it, if the other units make up for it.
         screening_weight: λ of the criteria that join F and magnitude.
         include: glob patterns over module names, one of which a layer must match.
         exclude: glob patterns over module names, none of which a layer may match.
