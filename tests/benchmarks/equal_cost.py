@@ -59,7 +59,7 @@ def ours(network, left, batches, **arguments):
 
 
 def candidates(network, left, batches):
-    """The same scores, without regard to what a unit costs."""
+    """The same errors, without regard to what a unit costs."""
 
     def pruned(smaller, amount):
         prune(smaller, batches, amount, budget="candidates", progress=False)
@@ -82,9 +82,10 @@ def peer(network, left, importance, pruner="BasePruner"):
 
 
 METHODS = {
-    "score per cost": ours,
-    "score per cost, streams": lambda network, left, batches: ours(network, left, batches, streams=True),
-    "score alone": candidates,
+    "errors per cost": ours,
+    "errors per cost, streams": lambda network, left, batches: ours(network, left, batches, streams=True),
+    "errors alone": candidates,
+    "screening per cost": lambda network, left, batches: ours(network, left, batches, criterion="screening"),
     "Torch-Pruning, norms of groups": lambda network, left, batches: peer(network, left, "GroupMagnitudeImportance"),
     "Torch-Pruning, scales": lambda network, left, batches: peer(network, left, "BNScaleImportance", "BNScalePruner"),
 }
