@@ -191,9 +191,7 @@ class Settings:
     @functools.cached_property  # asked for in every step
     def needs_activations(self) -> bool:
         """Whether statistics of activations are needed, for the criterion or for the bias."""
-        criterion = self.resolved_criterion
-        wanted = criterion.needs_errors or criterion.needs_statistics(self.screening_weight)
-        return wanted or self.bias in ("mean", "ridge")
+        return self.resolved_criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
 
     @functools.cached_property
     def needs_gradients(self) -> bool:

@@ -24,19 +24,20 @@ Forward = Callable[[nn.Module, Any], Any]
 def observe(
     model: nn.Module,
     dataloader: Iterable[Any],
-    make_collector: Callable[[Tensor], ActivationCollector],
+    make_collector: Callable[[Tensor], ActivationCollector] | None,
     labels: Callable[[Any], Tensor],
     forward: Forward | None = None,
     progress: bool = True,
     title: str = "screening",
     moments: SecondMoments | None = None,
-) -> ActivationCollector:
+) -> ActivationCollector | None:
     """Sums over the activations of all batches, in eval mode and without gradients; padding does not count.
 
     Args:
         model: the model; on the device of its parameters.
         dataloader: batches; consumed once.
-        make_collector: labels of the first batch → what sums the activations.
+        make_collector: labels of the first batch → what sums the activations. None if nothing does; then no labels are
+            needed.
         labels: batch → class indices (N,) or class weights (N, C).
         forward: runs the model; by default calls it with the batch's first item, or with what is not the labels.
         progress: show a progress bar.
@@ -47,27 +48,41 @@ def observe(
         ValueError: an empty loader, labels not found or out of range, NaN or inf activations.
     """
     collector: ActivationCollector | None = None
-    device = device_of(model)
+    device, empty = device_of(model), True
     try:
         with evaluating(model), torch.no_grad():
             for batch in tqdm(dataloader, desc=title, unit="batch", disable=not progress):
-                batch = move_data_to_device(batch, device)
-                given = labels(batch)
-                batch_labels = class_labels(given)
-                if collector is None:
-                    collector = make_collector(batch_labels)
-                tokens = find_tokens(batch)
-                collector.attach(tokens)
+                batch, empty = move_data_to_device(batch, device), False
+                given, tokens = labels_of(batch, labels, make_collector is not None), find_tokens(batch)
+                if make_collector is not None:
+                    assert given is not None
+                    collector = collector or make_collector(class_labels(given))
+                    collector.attach(tokens)
                 with nullcontext() if moments is None else moments.counting(tokens):
                     call(model, batch, given, forward)
-                collector.remove()
-                collector.update(batch_labels)
+                if collector is not None and given is not None:
+                    collector.remove()
+                    collector.update(class_labels(given))
     finally:
         if collector is not None:
             collector.remove()
-    if collector is None:
+    if empty:
         raise ValueError(EMPTY)
     return collector
+
+
+def labels_of(batch: Any, labels: Callable[[Any], Tensor], required: bool) -> Tensor | None:
+    """The labels of a batch; None if it has none and they are not required.
+
+    Raises:
+        ValueError: they are, and are not found.
+    """
+    try:
+        return labels(batch)
+    except ValueError:
+        if required:
+            raise
+        return None
 
 
 EMPTY = "the dataloader is empty: no batch to screen; check the data set, batch_size and drop_last"
@@ -78,7 +93,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def call(model: nn.Module, batch: Any, labels: Tensor, forward: Forward | None = None) -> Any:
+def call(model: nn.Module, batch: Any, labels: Tensor | None, forward: Forward | None = None) -> Any:
     """Run a model on a batch.
 
     Raises:
@@ -91,4 +106,6 @@ def call(model: nn.Module, batch: Any, labels: Tensor, forward: Forward | None =
         return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
     if isinstance(batch, Sequence):
         return model(batch[0])
+    if labels is None and isinstance(batch, Tensor):
+        return model(batch)
     raise ValueError(f"cannot tell the model's input in the batch: {describe(batch)}; pass forward=")

@@ -44,8 +44,17 @@ class SecondMoments(TorchFunctionMode):
         return self
 
     def of(self, weight: Tensor) -> tuple[Tensor, int] | None:
-        """(features, features), at least float32, and the number of instances, without their positions; or None."""
+        """(features, features), at least float32, and the number of instances, without their positions; or None.
+
+        Raises:
+            ValueError: NaN or inf among them.
+        """
         found = self._sums.get(id(weight))
+        if found is not None and not bool(found.isfinite().all()):
+            raise ValueError(
+                f"inputs of a weight of shape {tuple(weight.shape)}, or their squares, are NaN or inf; check the weights "
+                "and the data"
+            )
         return None if found is None else (found, self._instances[id(weight)])
 
     def __torch_function__(

@@ -28,7 +28,7 @@ from lightning_fscreen.slimming.apply import Agree, unanimous
 from lightning_fscreen.slimming.gates import call_arguments
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_num_classes
-from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, observe
+from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, labels_of, observe
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.trained.randomness import same_random_numbers
 
@@ -93,12 +93,12 @@ def observed(
         if (first := next(batches, None)) is None:
             raise ValueError(EMPTY)
         if example_inputs is None:
-            network = _network(model, first, settings.labels, forward)
+            network = _network(model, first, settings, forward)
         else:
             network = with_inputs(model, example_inputs)
         found = OneShot(model, settings, granularity, network)
         found.check()
-        if settings.needs_activations:
+        if settings.needs_activations or settings.bias == "ridge" or settings.resolved_criterion.needs_errors:
             found.observe(itertools.chain([first], batches), forward, progress, title)
     return found
 
@@ -148,20 +148,28 @@ class OneShot:
         self._spending(self._settings).check(self._masks())
 
     def observe(self, batches: Iterable[Any], forward: Forward | None, progress: bool, title: str) -> None:
-        """Gather statistics of activations; layers without any are left out."""
-        granularity, num_classes = self.granularity, self._settings.num_classes
-
-        def make_collector(labels: Tensor) -> ActivationCollector:
-            return granularity.collector(num_classes or find_num_classes(self._model, labels=labels))
-
-        settings, labels = self._settings, self._settings.labels
+        """Gather statistics of activations; layers that want some and have none are left out."""
+        granularity, settings = self.granularity, self._settings
         if settings.bias == "ridge" or settings.resolved_criterion.needs_errors:
             self._regression = granularity.regression()
-        moments = None if self._regression is None else self._regression.moments
-        collector = observe(self._model, batches, make_collector, labels, forward, progress, title, moments)
-        self._statistics, self._unmatched = dict(collector.statistics()), dict(collector.unmatched)
-        unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
-        granularity.leave_out(dict.fromkeys(unseen, _UNSEEN))
+
+        def make_collector(labels: Tensor) -> ActivationCollector:
+            return granularity.collector(settings.num_classes or find_num_classes(self._model, labels=labels))
+
+        collector = observe(
+            self._model,
+            batches,
+            make_collector if settings.needs_activations else None,
+            settings.labels,
+            forward,
+            progress,
+            title,
+            None if self._regression is None else self._regression.moments,
+        )
+        if collector is not None:
+            self._statistics, self._unmatched = dict(collector.statistics()), dict(collector.unmatched)
+            unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
+            granularity.leave_out(dict.fromkeys(unseen, _UNSEEN))
 
     @property
     def units(self) -> dict[str, Tensor]:
@@ -315,7 +323,7 @@ def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
     return network
 
 
-def _network(model: nn.Module, batch: Any, labels: Callable[[Any], Tensor], forward: Forward | None) -> Network:
+def _network(model: nn.Module, batch: Any, settings: Settings, forward: Forward | None) -> Network:
     """The model and the inputs that it gets."""
     network = Network("", model)
 
@@ -327,7 +335,7 @@ def _network(model: nn.Module, batch: Any, labels: Callable[[Any], Tensor], forw
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         with evaluating(model), torch.no_grad():
-            call(model, batch, labels(batch), forward)
+            call(model, batch, labels_of(batch, settings.labels, settings.needs_activations), forward)
     finally:
         handle.remove()
     if network.inputs is None:

@@ -73,6 +73,7 @@ def screen(
         return ActivationCollector(probes, num_classes or find_num_classes(model, labels=first))
 
     collector = observe(model, dataloader, make_collector, labels, forward, progress)
+    assert collector is not None, "one is made for the first batch"
     found = {name: statistics.f for name, statistics in collector.statistics().items()}
     if collector.unmatched:
         name, reason = next(iter(collector.unmatched.items()))

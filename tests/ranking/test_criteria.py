@@ -24,7 +24,9 @@ def layers(seed=0, dtype=torch.float64):
         f = torch.rand(f_shape, generator=rng, dtype=torch.float64).exp() * 50
         mean_square = torch.rand(f_shape, generator=rng, dtype=torch.float64)
         gradient = torch.rand(shape, generator=rng)
-        return ScoringInputs(weight * kept, kept, f, (9.0, 990.0), mean_square, gradient, gradient * weight.abs())
+        return ScoringInputs(
+            weight * kept, kept, f, (9.0, 990.0), mean_square, gradient, gradient * weight.abs(), error=weight**2
+        )
 
     return {"fc": ranked((5, 4), (1, 4)), "conv": ranked((3, 2, 3, 3), (3, 2, 3, 3))}
 
@@ -98,6 +100,12 @@ def test_every_criterion_scores_every_candidate_and_changes_no_argument(name):
         assert scores[n].shape == layer.weight.shape
         after = (layer.weight, layer.kept, layer.f)
         assert all(torch.equal(tensor, old) for tensor, old in zip(after, before[n], strict=True))
+
+
+def test_where_errors_are_not_known_shares_of_magnitudes_stand_for_them():
+    weight, error = torch.tensor([3.0, -4.0, 0.0]), torch.tensor([0.5, torch.nan, 0.1])
+    found = score("reconstruction", {"layer": ScoringInputs(weight, weight != 0, error=error)}, 0.0)["layer"]
+    torch.testing.assert_close(found, torch.tensor([0.5, 16 / 25, 0.1]))
 
 
 def test_an_unknown_criterion_is_an_error_that_lists_the_known():

@@ -175,7 +175,7 @@ EMPTY = DataLoader(TensorDataset(torch.empty(0, 1, 8, 8), torch.empty(0, dtype=t
         ({"criterion": "taylor"}, ValueError, "'taylor' needs gradients"),
         ({"include": "nothing"}, ValueError, "include='nothing' matches no layer"),
         ({"dataloader": EMPTY}, ValueError, "the dataloader is empty"),
-        ({"labels": lambda batch: batch[1] * 100}, ValueError, "label"),
+        ({"criterion": "screening", "labels": lambda batch: batch[1] * 100}, ValueError, "label"),
         ({"forward": lambda model, batch: batch}, ValueError, "forward= does not call the Sequential"),
         ({"optimizers": torch.optim.SGD([torch.zeros(1)])}, ValueError, "optimizer"),
     ],
@@ -188,7 +188,7 @@ def test_what_cannot_be_is_refused_and_nothing_changes(options, error, message):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize("bias", ["zero", "mean"])
+@pytest.mark.parametrize("bias", ["zero", "mean", "ridge"])
 def test_nothing_changes_where_slimming_fails(bias, monkeypatch):
     network = trained(wide_net)
     before = copy.deepcopy(network.state_dict())
@@ -198,3 +198,28 @@ def test_nothing_changes_where_slimming_fails(bias, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     with pytest.raises(CaptureError):
         prune(Branching(), loader(), 0.4, progress=False)
+
+
+def test_the_default_needs_no_labels():
+    """Nor a class: units are ranked by what the others can replace."""
+    images, _ = digits(64)
+    pruned = []
+    for batches in (
+        images.split(16),
+        [(part,) for part in images.split(16)],
+        [(part, part) for part in images.split(16)],
+    ):
+        network = trained(plain_net)
+        prune(network, batches, 0.5, progress=False)
+        pruned.append(network)
+    assert count(pruned[0], "macs") <= 0.51 * count(plain_net(), "macs")
+    for other in pruned[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(pruned[0].parameters(), other.parameters(), strict=True))
+
+
+def test_inputs_that_are_no_numbers_change_nothing():
+    network, batches = trained(mixed_net), [(torch.full((4, 1, 8, 8), torch.nan), torch.arange(4))]
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="NaN or inf"):
+        prune(network, batches, 0.5, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
