@@ -52,8 +52,8 @@ class SecondMoments(TorchFunctionMode):
         found = self._sums.get(id(weight))
         if found is not None and not bool(found.isfinite().all()):
             raise ValueError(
-                f"inputs of a weight of shape {tuple(weight.shape)}, or their squares, are NaN or inf; check the weights "
-                "and the data"
+                f"inputs of a weight of shape {tuple(weight.shape)}, or their squares, are NaN or inf; check them "
+                "and the weights before it"
             )
         return None if found is None else (found, self._instances[id(weight)])
 
