@@ -99,14 +99,16 @@ def _together(units: Tensor, readings: Sequence[Reading]) -> list[tuple[Tensor, 
 def _scaled(moments: Tensor, instances: int) -> tuple[Tensor, Tensor]:
     """Second moments of features that are scaled so that each has 1, shrunk towards independence; and their scales.
 
-    The shrinkage ρ, (1 − ρ) M + ρ I, is the one that estimates a covariance from so many instances best (OAS, Chen et
-    al. 2010, equation 23).
+    One more instance is thought to be there, in which all features are independent and as large as they are on average:
+    what was never active in a few instances may be so in others. The shrinkage ρ, (1 − ρ) M + ρ I, is the one that
+    estimates a covariance from so many instances best (OAS, Chen et al. 2010, equation 23).
 
     Args:
         moments: (features, features), Σ x xᵀ.
         instances: number of independent instances.
     """
-    moments = moments.double()
+    moments = moments.to(torch.float64, copy=True)
+    moments.diagonal().add_(moments.diagonal().mean() / instances)
     scale = moments.diagonal().sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     scaled = inverse[:, None] * moments * inverse

@@ -30,13 +30,21 @@ def test_coefficients_are_those_of_a_ridge_regression(instances, features, seed,
     pruned = torch.tensor(data.draw(st.lists(st.booleans(), min_size=features, max_size=features)))
     pruned[0], pruned[-1] = True, False
     found = ridge(values.mT @ values, pruned, instances)
-    scale = values.square().mean(0).sqrt()
-    scaled = values / scale
-    squares = float((scaled.mT @ scaled / instances).square().sum())
-    above, below = (1 - 2 / features) * squares + features**2, (instances + 1 - 2 / features) * (squares - features)
-    shrinkage = min(above / below, 1.0)
-    _, known = oas(scaled.numpy(), assume_centered=True)  # leaves out the formula's terms 2 / features
-    assert shrinkage == pytest.approx(known, rel=4 / features + 4 / instances)
+
+    def shrinkage(values):
+        scaled = values / values.square().sum(0).sqrt()
+        squares = float((scaled.mT @ scaled).square().sum())
+        above, below = (1 - 2 / features) * squares + features**2, (instances + 1 - 2 / features) * (squares - features)
+        return min(above / below, 1.0)
+
+    _, known = oas(
+        (values / values.square().mean(0).sqrt()).numpy(), assume_centered=True
+    )  # without terms 2 / features
+    assert shrinkage(values) == pytest.approx(known, rel=4 / features + 4 / instances)
+    one_more = torch.eye(features, dtype=torch.float64) * values.square().sum(0).mean().div(instances).sqrt()
+    values = torch.cat([values, one_more])
+    scale = (values.square().sum(0) / instances).sqrt()
+    scaled, shrinkage = values / scale, shrinkage(values)
     strength = instances * shrinkage / max(1 - shrinkage, 1e-12)
     expected = Ridge(alpha=strength, fit_intercept=False).fit(scaled[:, ~pruned], scaled[:, pruned]).coef_
     found = found * scale[~pruned] / scale[pruned][:, None]
@@ -83,7 +91,7 @@ def test_a_copy_of_what_stays_goes_without_a_trace(flat):
     assert [len(layer.weight) for layer in (small["ridge"].conv, small["ridge"].next)] == [4, 6]
     with torch.no_grad():
         error = {bias: (each(images) - network(images)).abs().max() for bias, each in small.items()}
-    assert error["ridge"] < 0.2 * error["mean"]  # 64 instances do not tell more
+    assert error["ridge"] < 0.3 * error["mean"]  # 64 instances do not tell more
 
 
 def test_a_weight_that_is_used_twice_is_left_alone():
