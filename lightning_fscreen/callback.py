@@ -154,12 +154,13 @@ class ScreeningPruningCallback(Results):
     ) -> None:
         if bias not in get_args(Bias):
             raise ValueError(
-                f'unknown bias {bias!r}; choose one of {list(get_args(Bias))} ("ridge" is for prune(), which is not '
-                "followed by training)"
+                f'unknown bias {bias!r}; choose one of {list(get_args(Bias))} ("ridge" is for prune(), which no '
+                "training need follow)"
             )
         if resolve_criterion(criterion).needs_errors:
             raise ValueError(
-                f"criterion={criterion!r} is for prune(), which looks at all activations of a trained network"
+                f"criterion={criterion!r} is for prune(), which looks at all activations of a trained network; "
+                'here use another one, such as "screening"'
             )
         settings = Settings(
             granularity=granularity,

@@ -120,6 +120,8 @@ TABLE: list[Row] = [
     ("unknown connections", using(connections="all"), ValueError, "connections 'all'", "choose one of.*exact"),
     ("connections of channels", using(connections="exact"), ValueError, "connections='exact'", 'granularity="weight"'),
     ("unknown bias", using(bias="one"), ValueError, "bias 'one'", "choose one of.*fold"),
+    ("bias of prune", using(bias="ridge"), ValueError, "bias 'ridge'", "choose one of.*fold"),
+    ("criterion of prune", using(criterion="reconstruction"), ValueError, "='reconstruction'", "use another one"),
     ("bias of weights", using(granularity="weight", bias="fold"), ValueError, "bias='fold'", '"unit" or "channel"'),
     ("unknown feature", using(feature="max"), ValueError, "feature 'max'", "choose one of.*output_square"),
     ("feature of weights", using(granularity="weight", feature="output"), ValueError, "feature='output'", "channel"),

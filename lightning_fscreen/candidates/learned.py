@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_fscreen.candidates.latency import capture_for
 from lightning_fscreen.candidates.magnitude import Reader
 from lightning_fscreen.candidates.prunable import PrunableUnits
+from lightning_fscreen.modules import named_tensors
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.gates import STAYS, Gate
 
@@ -47,10 +48,10 @@ class Learned:
 
 
 def readers_of(network: nn.Module, captured: Capture, gates: Collection[Gate], first: int = 0) -> list[Reader]:
-    """The weights that multiply units of some gates; the units are numbered from `first` on."""
-    reading = {name: own for gate in gates for name, own in gate.readers.items()}
+    """The weights, buffers too, that multiply units of some gates; the units are numbered from `first` on."""
+    reading, tensors = {name: own for gate in gates for name, own in gate.readers.items()}, named_tensors(network)
     return [
-        Reader(network.get_parameter(name), dim, _numbered(torch.tensor(labels), first), len(captured.users(name)))
+        Reader(tensors[name], dim, _numbered(torch.tensor(labels), first), len(captured.users(name)))
         for name, (dim, labels) in reading.items()
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fscreen.members import Members
 
@@ -16,13 +16,13 @@ class Reader:
     """A weight that multiplies units.
 
     Attributes:
-        weight: of a linear or convolution layer.
+        weight: of a linear or convolution layer, or a buffer.
         dim: its dimension over the inputs.
         labels: (inputs,) int64: the unit that each of them carries, numbered as the units are.
         uses: how often a pass uses it.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     dim: int
     labels: Tensor
     uses: int = 1
@@ -52,7 +52,8 @@ def unit_magnitude(members: Members, units: Tensor, readers: Sequence[Reader]) -
     numbers = torch.cat([units, *(reader.labels.to(weight.device) for reader in readers)]).unique()
     outgoing = incoming.new_zeros(len(numbers))
     for reader in readers:
-        columns = Members(reader.weight, dim=reader.dim).total(reader.weight.detach().to(incoming).square())
+        squares = reader.weight.detach().to(incoming).square()
+        columns = squares.sum([dim for dim in range(squares.ndim) if dim != reader.dim])
         outgoing.index_add_(0, torch.searchsorted(numbers, reader.labels.to(weight.device)), columns)
     return incoming * outgoing[torch.searchsorted(numbers, units)].sqrt()
 

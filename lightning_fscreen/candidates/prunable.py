@@ -25,6 +25,8 @@ from lightning_fscreen.statistics.probes import Probe
 Feature = Literal["activation", "activation_square", "output", "output_square"]
 Bias = Literal["zero", "fold", "mean"]
 Compensation = Literal["zero", "fold", "mean", "ridge"]
+SILENT = ("zero", "ridge")
+"""Under these, pruned units are zero."""
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 
 

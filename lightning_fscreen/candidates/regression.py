@@ -15,7 +15,7 @@ from lightning_fscreen.statistics.second_moments import SecondMoments
 class Regression:
     """The weights that multiply some units, and what they multiply.
 
-    Those that are used several times in a pass are left alone, because their inputs may differ.
+    Those that are used several times in a pass are left alone, because their inputs may differ, and so are buffers.
 
     Args:
         readers: the weights.
@@ -23,12 +23,14 @@ class Regression:
     """
 
     def __init__(self, readers: Sequence[Reader], apart: Tensor) -> None:
-        self._readers = [(reader, _copies(reader.labels, apart)) for reader in readers if reader.uses == 1]
-        self._others = [reader.labels for reader in readers if reader.uses != 1]
+        can = [reader.uses == 1 and isinstance(reader.weight, nn.Parameter) for reader in readers]
+        own = [reader for reader, it_can in zip(readers, can, strict=True) if it_can]
+        self._readers = [(reader, _copies(reader.labels, apart)) for reader in own]
+        self._others = [reader.labels for reader, it_can in zip(readers, can, strict=True) if not it_can]
         self.moments = SecondMoments({reader.weight: places for reader, places in self._readers})
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Those that `apply` changes."""
         return [reader.weight for reader, _ in self._readers]
 

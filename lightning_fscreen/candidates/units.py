@@ -19,6 +19,7 @@ from lightning_fscreen.candidates.magnitude import comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
     COLUMNS,
     INSIDE,
+    SILENT,
     Compensation,
     Feature,
     PrunableUnits,
@@ -91,7 +92,7 @@ class Units(Granularity[PrunableUnits]):
         self._wanted: Collection[str] | None = None  # None if all layers are
         self._learned: dict[str, Learned] = {}
         self._bias, self._feature, self._round_to = bias, feature, round_to
-        self._silent = bias in ("zero", "ridge")  # what is pruned is zero
+        self._silent = bias in SILENT
         self._combine()
 
     def _combine(self) -> None:

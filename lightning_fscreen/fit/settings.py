@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import GRANULARITIES, Granularity, Patterns
-from lightning_fscreen.candidates.prunable import Compensation, Feature
+from lightning_fscreen.candidates.prunable import SILENT, Compensation, Feature
 from lightning_fscreen.candidates.weights import Connections
 from lightning_fscreen.costs.timings import DEFAULT, Latency, Timings
 from lightning_fscreen.functional import check_num_classes
@@ -192,6 +192,16 @@ class Settings:
     def needs_activations(self) -> bool:
         """Whether statistics of activations are needed, for the criterion or for the bias."""
         return self.resolved_criterion.needs_statistics(self.screening_weight) or self.bias == "mean"
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments of what weights multiply are needed, for the criterion or for the bias."""
+        return self.resolved_criterion.needs_errors or self.bias == "ridge"
+
+    @property
+    def silences(self) -> bool:
+        """Whether what is pruned is zero, so that no constants are left of it."""
+        return self.bias in SILENT
 
     @functools.cached_property
     def needs_gradients(self) -> bool:

@@ -99,7 +99,7 @@ class Spending:
             try:
                 check_target(full, costs, target, dense, units, settings.min_channels, blocks)
             except ValueError as error:
-                if settings.bias in ("zero", "ridge"):
+                if settings.silences:
                     raise
                 raise ValueError(
                     f'{error}; if units stay because of their constants, bias="zero" lets them go'
@@ -150,7 +150,7 @@ class Spending:
         if self._settings.budget == "candidates":
             return None
         key = self._granularity, tuple(self._granularity.names), self._record.after
-        if key != self._known[0] or (afresh and self._settings.bias not in ("zero", "ridge")):
+        if key != self._known[0] or (afresh and not self._settings.silences):
             self._known = key, self._granularity.costs(self._record.after, self._settings.budget, self._timings)
             if self._timings is not None:
                 self._timings.keep()

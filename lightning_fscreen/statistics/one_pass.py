@@ -54,15 +54,15 @@ def observe(
             for batch in tqdm(dataloader, desc=title, unit="batch", disable=not progress):
                 batch, empty = move_data_to_device(batch, device), False
                 given, tokens = labels_of(batch, labels, make_collector is not None), find_tokens(batch)
-                if make_collector is not None:
-                    assert given is not None
-                    collector = collector or make_collector(class_labels(given))
+                if make_collector is not None and given is not None:
+                    batch_labels = class_labels(given)
+                    collector = collector or make_collector(batch_labels)
                     collector.attach(tokens)
                 with nullcontext() if moments is None else moments.counting(tokens):
                     call(model, batch, given, forward)
-                if collector is not None and given is not None:
+                if collector is not None:
                     collector.remove()
-                    collector.update(class_labels(given))
+                    collector.update(batch_labels)
     finally:
         if collector is not None:
             collector.remove()

@@ -98,7 +98,7 @@ def observed(
             network = with_inputs(model, example_inputs)
         found = OneShot(model, settings, granularity, network)
         found.check()
-        if settings.needs_activations or settings.bias == "ridge" or settings.resolved_criterion.needs_errors:
+        if settings.needs_activations or settings.needs_moments:
             found.observe(itertools.chain([first], batches), forward, progress, title)
     return found
 
@@ -150,7 +150,7 @@ class OneShot:
     def observe(self, batches: Iterable[Any], forward: Forward | None, progress: bool, title: str) -> None:
         """Gather statistics of activations; layers that want some and have none are left out."""
         granularity, settings = self.granularity, self._settings
-        if settings.bias == "ridge" or settings.resolved_criterion.needs_errors:
+        if settings.needs_moments:
             self._regression = granularity.regression()
 
         def make_collector(labels: Tensor) -> ActivationCollector:
@@ -304,7 +304,7 @@ class OneShot:
     def _remember(self) -> Callable[[], None]:
         """What puts the parameters back that are changed when candidates are switched off."""
         members = self.granularity.members().values()
-        parameters = {parameter for own in members for parameter in (own.weight, *own.others)}
+        parameters: set[Tensor] = {parameter for own in members for parameter in (own.weight, *own.others)}
         parameters |= set(self._regression.parameters) if self._regression is not None else set()
         values = {parameter: parameter.detach().clone() for parameter in parameters}
 

@@ -114,3 +114,23 @@ def test_a_weight_that_is_used_twice_is_left_alone():
     assert len(small["ridge"].hidden.weight) == 11
     with torch.no_grad():
         torch.testing.assert_close(small["ridge"](images), small["zero"](images))
+
+
+def test_what_a_buffer_multiplies_is_pruned_and_the_buffer_keeps_its_values():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(12, 10)
+            self.register_buffer("basis", torch.randn(12, 16))
+
+        def forward(self, images):
+            hidden = self.norm(self.first(images.flatten(1))).relu()
+            return self.last(nn.functional.linear(hidden, self.basis).relu())
+
+    torch.manual_seed(0)
+    network = Fixed().eval()
+    basis = network.basis.clone()
+    plan, _ = prune(network, loader(), 0.4, progress=False)
+    rows, columns = (torch.tensor(plan.cuts["basis"].get(dim, range(basis.shape[dim]))) for dim in (0, 1))
+    assert len(columns) < 16
+    assert torch.equal(network.basis, basis[rows][:, columns])
