@@ -43,6 +43,11 @@ class SecondMoments(TorchFunctionMode):
         self._tokens = tokens
         return self
 
+    @property
+    def instances(self) -> int:
+        """How many have been seen, of the weight that has seen most."""
+        return max(self._instances.values(), default=0)
+
     def of(self, weight: Tensor) -> tuple[Tensor, int] | None:
         """(features, features), at least float32, and the number of instances, without their positions; or None.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,11 @@ from lightning_fscreen.statistics.labels import find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, labels_of, observe
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.trained.randomness import same_random_numbers
+
+log = logging.getLogger(__name__)
+
+_FEW = 64
+"""Under so many instances errors of reconstruction ranked worse than screening did."""
 
 _UNUSED = "the model does not use it on these inputs"
 _UNSEEN = "it never ran on an instance with a label, so that nothing is known of its activations"
@@ -170,6 +176,13 @@ class OneShot:
             self._statistics, self._unmatched = dict(collector.statistics()), dict(collector.unmatched)
             unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
             granularity.leave_out(dict.fromkeys(unseen, _UNSEEN))
+        if self._regression is not None and settings.resolved_criterion.needs_errors:
+            if 0 < (instances := self._regression.moments.instances) < _FEW:
+                log.warning(
+                    "%d instances are few for this criterion: give it some hundred, or pass criterion='screening', "
+                    "which ranked better from so few",
+                    instances,
+                )
 
     @property
     def units(self) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def prune(
         model: any module that `torch.export` can capture with the inputs of the first batch.
         dataloader: batches, which the model gets in eval mode; consumed once, and no further than the first batch if
             the criterion looks at weights alone and `bias` at no activations. Some hundred instances are needed for the
-            defaults to be good, more for wide layers; under a few dozen, `criterion="screening"` was better.
+            defaults to be good, more for wide layers; from under 64, `criterion="screening"` ranked better: a warning.
         amount: what goes of the multiply–adds, the parameters or the candidates that the model has now; of candidates
             also one for every pattern. "auto": the largest whose `metric` right after pruning, before any fine-tuning,
             is worse by `max_drop` at most; bisection, by ten evaluations of the masked network and one before.

@@ -217,6 +217,13 @@ def test_the_default_needs_no_labels():
         assert all(torch.equal(p, q) for p, q in zip(pruned[0].parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("instances", [16, 64])
+def test_few_instances_are_warned_of(instances, caplog):
+    images, labels = digits()
+    prune(plain_net(), [(images[:instances], labels[:instances])], 0.3, progress=False)
+    assert (f"{instances} instances are few" in caplog.text) is (instances < 64)
+
+
 def test_inputs_that_are_no_numbers_change_nothing():
     network, batches = trained(mixed_net), [(torch.full((4, 1, 8, 8), torch.nan), torch.arange(4))]
     before = copy.deepcopy(network.state_dict())
