@@ -65,7 +65,7 @@ class Verification:
         training: whether its outputs in train mode must stay the same as well (without dropout), if it runs in it.
 
     Raises:
-        VerificationError: the network does not run on its own example.
+        VerificationError: the network does not run on its own example, or all that it gives is NaN.
     """
 
     def __init__(
@@ -87,13 +87,19 @@ class Verification:
             self._device = None  # the network's own
             try:
                 self._before = self._run_where_there_is_room({})
-                return
+                break
             except Exception as error:  # whatever forward raises
                 let_go(error)
                 reason = error
                 modes = " and ".join(dict.fromkeys(run.mode for run in self._runs))
                 log.info("%s does not run in %s mode in %s: %s", type(network).__name__, modes, self._way, error)
-        raise VerificationError(f"{type(network).__name__} fails on its example, or on noise: {reason}") from reason
+        else:
+            raise VerificationError(f"{type(network).__name__} fails on its example, or on noise: {reason}") from reason
+        if not _says_something([output for run in self._before for output in run]):
+            raise VerificationError(
+                f"all outputs of {type(network).__name__} are NaN or infinite, on its example as on noise, so nothing "
+                "can be verified; look for NaN among its weights"
+            )
 
     def check(self, exact: Mapping[str, Exact]) -> None:
         """Compare with the outputs of the network as it is now.
@@ -238,6 +244,12 @@ def _first_instance(example: Any) -> Any:
 
 def _instances(value: Any) -> int:
     return len(value) if isinstance(value, Tensor) and value.ndim else 1
+
+
+def _says_something(outputs: list[Any]) -> bool:
+    """Whether there is anything to compare; outputs without numbers are compared as they are."""
+    numbers = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point() and each.numel()]
+    return not numbers or any(bool(each.isfinite().any()) for each in numbers)
 
 
 def _difference(first: list[Any], second: list[Any]) -> float:

@@ -221,6 +221,17 @@ def test_a_network_that_fails_on_its_own_example_is_refused() -> None:
         verified(mlp(), x=torch.randn(4, 5))
 
 
+def test_outputs_that_are_all_nan_verify_nothing() -> None:
+    network = mlp(nn.ReLU())
+    with torch.no_grad():
+        network[-1].bias[0] = torch.nan
+    verified(network).check({})  # the other output is compared
+    with torch.no_grad():
+        network[0].bias.fill_(torch.nan)
+    with pytest.raises(VerificationError, match="all outputs of Sequential are NaN"):
+        verified(network)
+
+
 def test_buffers_and_inputs_that_forward_writes_are_put_back() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
