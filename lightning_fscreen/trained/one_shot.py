@@ -177,12 +177,7 @@ class OneShot:
             unseen = [name for name in granularity.names if name not in {**self._statistics, **self._unmatched}]
             granularity.leave_out(dict.fromkeys(unseen, _UNSEEN))
         if self._regression is not None and settings.resolved_criterion.needs_errors:
-            if 0 < (instances := self._regression.moments.instances) < _FEW:
-                log.warning(
-                    "%d instances are few for this criterion: give it some hundred, or pass criterion='screening', "
-                    "which ranked better from so few",
-                    instances,
-                )
+            _warn_of_few(self._regression.moments.instances)
 
     @property
     def units(self) -> dict[str, Tensor]:
@@ -327,6 +322,15 @@ class OneShot:
                 parameter.copy_(value)
 
         return put_back
+
+
+def _warn_of_few(instances: int) -> None:
+    if 0 < instances < _FEW:
+        log.warning(
+            "%d instances are few for this criterion: give it some hundred, or pass criterion='screening', which "
+            "ranked better from so few",
+            instances,
+        )
 
 
 def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
