@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_fscreen import models, prune
 from lightning_fscreen.cli.tables import summary
 from lightning_fscreen.data import ImageFolderDataModule
+from lightning_fscreen.trained.arguments import settings_of
+from lightning_fscreen.trained.one_shot import observed
 from tests.benchmarks.redundancy import error, tensors, train
 
 LEFT = (0.75, 0.5, 0.25)
@@ -37,16 +39,13 @@ def macs(network):
     return counter.get_total_flops() / 2
 
 
-def bisected(network, left, pruned):
-    """pruned(copy of the network, amount), with the amount that comes nearest to the share of the multiply–adds."""
-    dense, low, high, best = macs(network), 0.0, 1.0, None
+def bisected(left, share_of):
+    """The amount with which the share of the multiply–adds comes nearest to what is to be left."""
+    low, high, best = 0.0, 1.0, (1.0, 0.0)
     for _ in range(10):
         amount = (low + high) / 2
-        smaller = copy.deepcopy(network)
-        pruned(smaller, amount)
-        share = macs(smaller) / dense
-        if best is None or abs(share - left) < abs(best[0] - left):
-            best = share, smaller
+        share = share_of(amount)
+        best = min(best, (abs(share - left), amount))
         low, high = (amount, high) if share > left else (low, amount)
     return best[1]
 
@@ -60,25 +59,29 @@ def ours(network, left, batches, **arguments):
 
 def candidates(network, left, batches):
     """The same errors, without regard to what a unit costs."""
+    found = observed(copy.deepcopy(network), settings_of(budget="candidates"), batches, None, progress=False, title="")
 
-    def pruned(smaller, amount):
-        prune(smaller, batches, amount, budget="candidates", progress=False)
+    def share_of(amount):
+        report = found.rehearse(found.choose(amount)).report
+        return report.after.macs / report.before.macs
 
-    return bisected(network, left, pruned)
+    amount, smaller = bisected(left, share_of), copy.deepcopy(network)
+    prune(smaller, batches, amount, budget="candidates", progress=False)
+    return smaller
 
 
 def peer(network, left, importance, pruner="BasePruner"):
     """Torch-Pruning, every layer alike, which is its default."""
     import torch_pruning as tp  # only this method needs it, and the documents' tables do not
 
-    def pruned(smaller, amount):
+    def pruned(amount):
+        smaller = copy.deepcopy(network).eval()
         last = [module for module in smaller.modules() if isinstance(module, nn.Linear)][-1]
-        images = torch.zeros(2, 3, 32, 32)
-        rank = getattr(tp.importance, importance)()
-        kind = getattr(tp.pruner, pruner)
-        kind(smaller.eval(), images, importance=rank, pruning_ratio=amount, ignored_layers=[last]).step()
+        rank, kind = getattr(tp.importance, importance)(), getattr(tp.pruner, pruner)
+        kind(smaller, torch.zeros(2, 3, 32, 32), importance=rank, pruning_ratio=amount, ignored_layers=[last]).step()
+        return smaller
 
-    return bisected(network, left, pruned)
+    return pruned(bisected(left, lambda amount: macs(pruned(amount)) / macs(network)))
 
 
 METHODS = {
