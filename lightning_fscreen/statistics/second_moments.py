@@ -76,6 +76,8 @@ class SecondMoments(TorchFunctionMode):
             rows = values.movedim(dim, -1)
         else:
             rows = values if self._tokens is None else self._tokens.counted(values)
+        if rows.numel() == 0:  # no instance has come here (to an expert, say)
+            return
         places = self._inputs[key]
         rows = rows.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, rows.shape[-1])
         rows = rows[:, places.flatten()].view(-1, places.shape[1]) if len(places) > 1 else rows

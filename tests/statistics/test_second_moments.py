@@ -60,3 +60,16 @@ def test_padding_does_not_count():
         F.linear(values.masked_fill(mask[..., None] == 0, torch.nan), weight)
     rows = values[mask == 1]
     torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
+
+
+def test_of_inputs_without_an_instance_nothing_is_known():
+    """An expert to which nothing was sent, in one batch or in all."""
+    weight, never, values = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5, 4)), torch.randn(7, 4)
+    with SecondMoments({weight: once(4), never: once(4)}) as moments:
+        for rows in (0, 7):
+            F.linear(values[:rows], weight)
+            F.linear(values[:0], never)
+    found, instances = moments.of(weight)
+    torch.testing.assert_close(found, values.T @ values)
+    assert instances == 7
+    assert moments.of(never) is None
