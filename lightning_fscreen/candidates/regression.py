@@ -157,6 +157,6 @@ def _fold(weight: Tensor, dim: int, places: Tensor, pruned: Tensor, coefficients
 def _copies(labels: Tensor, apart: Tensor) -> Tensor:
     """(copies, features): inputs of equal labels are copies of one feature, if all have as many."""
     numbers, counts = labels.unique(return_counts=True)
-    if int(counts.min()) == int(counts.max()) and not bool(torch.isin(numbers, apart).any()):
+    if 1 < int(counts.min()) == int(counts.max()) and not bool(torch.isin(numbers, apart).any()):
         return labels.argsort(stable=True).view(len(numbers), -1).mT.contiguous()
     return torch.arange(len(labels))[None]

@@ -34,6 +34,9 @@ class SecondMoments(TorchFunctionMode):
     def __init__(self, inputs: Mapping[Tensor, Tensor]) -> None:
         super().__init__()
         self._inputs = {id(weight): places.to(weight.device) for weight, places in inputs.items()}
+        self._in_order = {
+            id(weight) for weight, places in inputs.items() if places.flatten().tolist() == list(range(places.numel()))
+        }
         self._sums: dict[int, Tensor] = {}
         self._instances: dict[int, int] = {}
         self._tokens: Tokens | None = None
@@ -80,7 +83,7 @@ class SecondMoments(TorchFunctionMode):
             return
         places = self._inputs[key]
         rows = rows.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, rows.shape[-1])
-        rows = rows[:, places.flatten()].view(-1, places.shape[1]) if len(places) > 1 else rows
+        rows = rows if key in self._in_order else rows[:, places.flatten()].view(-1, places.shape[1])
         with without_tf32():
             products = rows.mT @ rows
         self._sums[key] = self._sums[key].add_(products) if key in self._sums else products

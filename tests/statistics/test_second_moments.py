@@ -56,6 +56,14 @@ def test_positions_of_a_flattened_channel_are_instances():
     torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
 
 
+def test_features_come_in_the_order_that_is_given():
+    weight, values, places = nn.Parameter(torch.randn(5, 4)), torch.randn(7, 4), torch.tensor([[2, 0, 3, 1]])
+    with SecondMoments({weight: places}) as moments:
+        F.linear(values, weight)
+    rows = values[:, places[0]]
+    torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
+
+
 def test_padding_does_not_count():
     weight, values, mask = nn.Parameter(torch.randn(5, 4)), torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
     moments = SecondMoments({weight: once(4)})
