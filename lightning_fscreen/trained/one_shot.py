@@ -285,7 +285,8 @@ class OneShot:
         return Pruned(plan, report)
 
     def _measure(self, pruned: bool) -> None:
-        self.record.note_size(self._network.measure(self._model, self._timings), pruned)
+        with same_random_numbers():  # some networks draw noise
+            self.record.note_size(self._network.measure(self._model, self._timings), pruned)
 
     def _masks(self) -> Masks:
         return Masks(self.granularity.members())

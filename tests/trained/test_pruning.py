@@ -223,3 +223,25 @@ def test_inputs_that_are_no_numbers_change_nothing():
     with pytest.raises(ValueError, match="NaN or inf"):
         prune(network, batches, 0.5, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_network_that_draws_noise_is_pruned_and_random_numbers_are_as_before():
+    class Sampling(nn.Module):
+        """A variational autoencoder."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.mean, self.deviation = nn.Linear(64, 24), nn.Linear(24, 4), nn.Linear(24, 4)
+            self.decoder, self.last = nn.Linear(4, 24), nn.Linear(24, 64)
+
+        def forward(self, images):
+            hidden = self.encoder(images.flatten(1)).relu()
+            mean, deviation = self.mean(hidden), self.deviation(hidden)
+            drawn = mean + torch.randn_like(mean) * deviation.exp()
+            return self.last(self.decoder(drawn).relu()), mean, deviation
+
+    network = Sampling()
+    numbers = torch.get_rng_state()
+    _, report = prune(network, [digits(64)[0]], 0.5, progress=False)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert report.after.macs == pytest.approx(0.5 * report.before.macs, rel=0.03)
