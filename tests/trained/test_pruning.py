@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fscreen import load_slimmed, prune, save_slimmed
+from lightning_fscreen import explain, load_slimmed, prune, save_slimmed
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.slimming import CaptureError, VerificationError
 from tests.conftest import digits, loader
@@ -245,3 +245,26 @@ def test_a_network_that_draws_noise_is_pruned_and_random_numbers_are_as_before()
     _, report = prune(network, [digits(64)[0]], 0.5, progress=False)
     assert torch.equal(torch.get_rng_state(), numbers)
     assert report.after.macs == pytest.approx(0.5 * report.before.macs, rel=0.03)
+
+
+def test_inputs_of_which_no_part_can_be_taken_are_used_whole():
+    """Nodes of a graph, whose edges name them by their numbers."""
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.last = nn.Linear(8, 24), nn.Linear(24, 3)
+
+        def forward(self, nodes, edges):
+            neighbours = nodes.new_zeros(len(nodes), len(nodes))
+            neighbours[edges[1], edges[0]] = 1.0
+            return self.last((neighbours @ self.hidden(nodes)).relu())
+
+    torch.manual_seed(0)
+    edges = torch.stack([torch.arange(20), torch.arange(20).roll(1)])
+    batches = [{"nodes": torch.randn(20, 8), "edges": edges} for _ in range(4)]
+    network = Graph()
+    found = explain(network, dataloader=batches, progress=False)
+    plan, report = prune(network, batches, progress=False)
+    assert found.prediction == (plan, report)
+    assert network.hidden.out_features == 12 and report.before.macs == 8 * 24 + 20 * 24 + 24 * 3
