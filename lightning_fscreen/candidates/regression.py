@@ -15,7 +15,8 @@ from lightning_fscreen.statistics.second_moments import SecondMoments
 class Regression:
     """The weights that multiply some units, and what they multiply.
 
-    Those that are used several times in a pass are left alone, because their inputs may differ, and so are buffers.
+    Those that are used several times in a pass are left alone, because their inputs may differ, and so are buffers and
+    complex numbers.
 
     Args:
         readers: the weights.
@@ -23,7 +24,10 @@ class Regression:
     """
 
     def __init__(self, readers: Sequence[Reader], apart: Tensor) -> None:
-        can = [reader.uses == 1 and isinstance(reader.weight, nn.Parameter) for reader in readers]
+        can = [
+            reader.uses == 1 and isinstance(reader.weight, nn.Parameter) and not reader.weight.is_complex()
+            for reader in readers
+        ]
         own = [reader for reader, it_can in zip(readers, can, strict=True) if it_can]
         self._readers = [(reader, _copies(reader.labels, apart)) for reader in own]
         self._others = [reader.labels for reader, it_can in zip(readers, can, strict=True) if not it_can]

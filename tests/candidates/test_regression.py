@@ -160,3 +160,23 @@ def test_what_a_buffer_multiplies_is_pruned_and_the_buffer_keeps_its_values():
     rows, columns = (torch.tensor(plan.cuts["basis"].get(dim, range(basis.shape[dim]))) for dim in (0, 1))
     assert len(columns) < 16
     assert torch.equal(network.basis, basis[rows][:, columns])
+
+
+def test_complex_weights_are_left_alone():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.next = (nn.Linear(*size, dtype=torch.complex64) for size in ((33, 16), (16, 8)))
+            self.last = nn.Linear(8, 10)
+
+        def forward(self, images):
+            return self.last(self.next(self.hidden(torch.fft.rfft(images.flatten(1))).tanh()).abs())
+
+    torch.manual_seed(0)
+    network, images = Spectrum().eval(), digits(64)[0]
+    small = {bias: copy.deepcopy(network) for bias in ("ridge", "zero")}
+    for bias, each in small.items():
+        prune(each, loader(), 0.5, include="hidden", bias=bias, budget="candidates", progress=False)
+    assert len(small["ridge"].hidden.weight) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(small["ridge"](images), small["zero"](images))
