@@ -268,3 +268,14 @@ def test_inputs_of_which_no_part_can_be_taken_are_used_whole():
     plan, report = prune(network, batches, progress=False)
     assert found.prediction == (plan, report)
     assert network.hidden.out_features == 12 and report.before.macs == 8 * 24 + 20 * 24 + 24 * 3
+
+
+@pytest.mark.parametrize("call", [prune, lambda net, loader, **options: explain(net, dataloader=loader, **options)])
+def test_wrappers_and_what_cannot_be_looked_into_are_refused(call):
+    scripted = nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(64, 10)))
+    for network, message in (
+        (nn.DataParallel(plain_net()), "give its .module"),
+        (scripted, "module '1' is TorchScript"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(network, loader(), progress=False)
