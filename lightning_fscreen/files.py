@@ -43,5 +43,7 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 def is_torch_save(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as one of `torch.save`: an archive, or a pickle as of old."""
     with Path(path).open("rb") as file:
-        start = file.read(4)
-    return start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04")
+        start = file.read(9)
+    if start[4:] == b"\0\0\0\0{":  # of safetensors: the length of the header, which may be any number, and the header
+        return False
+    return start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04")

@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from lightning_fscreen import load_slimmed, save_slimmed
 from lightning_fscreen.cli.figures import save_figures
 from lightning_fscreen.cli.outputs import write_outputs
-from lightning_fscreen.files import replacing
+from lightning_fscreen.files import is_torch_save, replacing
 from lightning_fscreen.saving.onnx import export_onnx
 from tests.conftest import mlp
 
@@ -89,3 +90,18 @@ def test_a_kill_leaves_one_whole_model(tmp_path):
         os.waitpid(child, 0)
         loaded = load_slimmed(mlp(hidden=200), path)
         assert any(torch.equal(loaded[1].weight, network[1].weight) for network in networks)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x480])
+def test_a_header_of_safetensors_may_be_as_long_as_a_pickle_begins(length, tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "short", metadata={"": ""})
+    rest = length - int.from_bytes((tmp_path / "short").read_bytes()[:8], "little")
+    save_file({"weight": torch.ones(2)}, tmp_path / "file", metadata={"": "a" * rest})
+    assert (tmp_path / "file").read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")
+    assert not is_torch_save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_files_of_torch_are_known(archive, tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "file", _use_new_zipfile_serialization=archive)
+    assert is_torch_save(tmp_path / "file")

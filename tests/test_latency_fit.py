@@ -169,3 +169,11 @@ def test_a_compiled_network_is_timed_as_it_was_written(monkeypatch):
     callback = ScreeningPruningCallback("unit", amount=0.1, budget="latency", latency=Latency(128), end_epoch=1)
     trainer([callback], max_epochs=1).fit(model, loader())
     assert callback.plan and not graphs  # of the only epoch every step was observed
+
+
+def test_one_call_asks_for_no_more_than_can_go_when_times_differ_from_one_measurement_to_the_next(clock, monkeypatch):
+    factors = random.Random(4)
+    monkeypatch.setattr(Network, "time", lambda self, timings: total(self, timings) * factors.uniform(0.5, 2))
+    torch.manual_seed(0)
+    _, report = prune(post_net(), loader(), 0.5, budget="latency", progress=False)
+    assert report.after.macs < report.before.macs

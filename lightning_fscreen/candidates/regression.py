@@ -15,7 +15,8 @@ from lightning_fscreen.statistics.second_moments import SecondMoments
 class Regression:
     """The weights that multiply some units, and what they multiply.
 
-    Those that are used several times in a pass are left alone, because their inputs may differ, and so are buffers.
+    Those that are used several times in a pass are left alone, because their inputs may differ, and so are buffers and
+    complex numbers.
 
     Args:
         readers: the weights.
@@ -23,7 +24,10 @@ class Regression:
     """
 
     def __init__(self, readers: Sequence[Reader], apart: Tensor) -> None:
-        can = [reader.uses == 1 and isinstance(reader.weight, nn.Parameter) for reader in readers]
+        can = [
+            reader.uses == 1 and isinstance(reader.weight, nn.Parameter) and not reader.weight.is_complex()
+            for reader in readers
+        ]
         own = [reader for reader, it_can in zip(readers, can, strict=True) if it_can]
         self._readers = [(reader, _copies(reader.labels, apart)) for reader in own]
         self._others = [reader.labels for reader, it_can in zip(readers, can, strict=True) if not it_can]
@@ -157,6 +161,6 @@ def _fold(weight: Tensor, dim: int, places: Tensor, pruned: Tensor, coefficients
 def _copies(labels: Tensor, apart: Tensor) -> Tensor:
     """(copies, features): inputs of equal labels are copies of one feature, if all have as many."""
     numbers, counts = labels.unique(return_counts=True)
-    if int(counts.min()) == int(counts.max()) and not bool(torch.isin(numbers, apart).any()):
+    if 1 < int(counts.min()) == int(counts.max()) and not bool(torch.isin(numbers, apart).any()):
         return labels.argsort(stable=True).view(len(numbers), -1).mT.contiguous()
     return torch.arange(len(labels))[None]

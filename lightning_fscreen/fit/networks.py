@@ -31,7 +31,8 @@ class Network:
     Attributes:
         name: its name in the model.
         module: the module.
-        inputs: the first ones that it got, cut to a few instances; None if they are not known yet.
+        inputs: the first ones that it got, cut to a few instances if it can do with these; None if they are not known
+            yet.
         dtype: of its parameters then.
         unused: layers with candidates inside it that its call does not use.
     """
@@ -46,12 +47,12 @@ class Network:
         """Whether a layer is a part of it."""
         return is_within(layer, self.name) and layer not in self.unused
 
-    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember inputs."""
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool = False) -> None:
+        """Remember inputs, of a few instances, or the whole."""
         instances = batch_size((args, kwargs))
 
         def cut(tensor: Tensor) -> Tensor:
-            first = tensor[:_INSTANCES] if tensor.ndim and len(tensor) == instances else tensor
+            first = tensor[:_INSTANCES] if not whole and tensor.ndim and len(tensor) == instances else tensor
             # Without autocast, no layer takes what a layer before has computed under it.
             return first.detach().to(self.dtype if tensor.dtype == lower else tensor.dtype, copy=True)
 
@@ -64,7 +65,7 @@ class Network:
     @property
     def instances(self) -> int:
         """Number of instances in the inputs."""
-        return min(batch_size(self.inputs), _INSTANCES) or 1
+        return batch_size(self.inputs) or 1
 
     def inputs_on_device(self) -> Inputs:
         """The inputs, as the network would get them now: it may have been moved, or converted to another dtype."""

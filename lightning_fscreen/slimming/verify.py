@@ -172,11 +172,10 @@ class Verification:
             stack.enter_context(plain_norms(self._network))
             stack.enter_context(plain_outputs(self._network))
             stack.enter_context(own_eps(self._network))
-            if run.training:  # noise must be the same before and after
-                device_type = next(iter(devices)).type if devices else "cuda"
-                stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
-                torch.manual_seed(0)
-                stack.enter_context(_WithoutDropout())
+            device_type = next(iter(devices)).type if devices else "cuda"
+            stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
+            torch.manual_seed(0)  # noise must be the same before and after; some networks draw it in eval mode, too
+            stack.enter_context(_WithoutDropout())
             if self._way == _AS_USED:
                 stack.enter_context(InDouble(self._network, exact, self._device))
             elif self._way == _OWN:

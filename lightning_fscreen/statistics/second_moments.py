@@ -34,6 +34,9 @@ class SecondMoments(TorchFunctionMode):
     def __init__(self, inputs: Mapping[Tensor, Tensor]) -> None:
         super().__init__()
         self._inputs = {id(weight): places.to(weight.device) for weight, places in inputs.items()}
+        self._in_order = {
+            id(weight) for weight, places in inputs.items() if places.flatten().tolist() == list(range(places.numel()))
+        }
         self._sums: dict[int, Tensor] = {}
         self._instances: dict[int, int] = {}
         self._tokens: Tokens | None = None
@@ -69,8 +72,8 @@ class SecondMoments(TorchFunctionMode):
         if func in _CONVOLUTIONS or func in _PRODUCTS or func in _ADDED:
             given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
             place = 1 if func in _ADDED else 0
-            if len(given) > place + 1 and id(given[place + 1]) in self._inputs:
-                self._add(given[place], given[place + 1], func in _CONVOLUTIONS)
+            if len(given) > place + 1 and id(weight := _whole(given[place + 1])) in self._inputs:
+                self._add(given[place], weight, func in _CONVOLUTIONS)
         return func(*args, **kwargs)
 
     @torch.no_grad()
@@ -81,10 +84,23 @@ class SecondMoments(TorchFunctionMode):
             rows = values.movedim(dim, -1)
         else:
             rows = values if self._tokens is None else self._tokens.counted(values)
+        if rows.numel() == 0:  # no instance has come here (to an expert, say)
+            return
         places = self._inputs[key]
         rows = rows.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, rows.shape[-1])
-        rows = rows[:, places.flatten()].view(-1, places.shape[1]) if len(places) > 1 else rows
+        rows = rows if key in self._in_order else rows[:, places.flatten()].view(-1, places.shape[1])
         with without_tf32():
             products = rows.mT @ rows
         self._sums[key] = self._sums[key].add_(products) if key in self._sums else products
         self._instances[key] = self._instances.get(key, 0) + len(values)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The tensor that this is all of, with its dimensions in another order or without those of size 1."""
+    base = weight._base  # noqa: SLF001 - views have no other name for it
+    return base if base is not None and _layout(base) == _layout(weight) else weight
+
+
+def _layout(tensor: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.data_ptr(), sorted((size, stride) for size, stride in sizes if size > 1)

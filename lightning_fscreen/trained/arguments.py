@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Compensation, Feature
 from lightning_fscreen.costs.timings import DEFAULT, Latency
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.schedule import one_shot
@@ -33,6 +35,25 @@ class Ranking(TypedDict, total=False):
     latency: Latency
     num_classes: int | None
     labels: Callable[[Any], Tensor]
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The model as it was written, without what `torch.compile` has wrapped around it.
+
+    Raises:
+        ValueError: it is wrapped for several devices, or modules of it are TorchScript.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{type(model).__name__} is only a wrapper of the network; give its .module, and wrap that again"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"module {name!r}" if name else "the model"
+            raise ValueError(
+                f"{where} is TorchScript, from which nothing can be removed; give the module it was made of"
+            )
+    return uncompiled(model)
 
 
 def settings_of(

@@ -42,5 +42,6 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
             asked = less[0] + (amount - less[1]) * (more[0] - less[0]) / (more[1] - less[1])
         else:
             asked = min(asked * amount / max(gone, amount / 2), more[0])
+        asked = min(asked, found.most())  # which was measured again, and may be less than it was
         choice = found.choose(asked)
     return missed[min(missed)]._replace(amount=amount)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lightning_fscreen.candidates.granularity import Granularity, Patterns
 from lightning_fscreen.costs.size import Size
-from lightning_fscreen.modules import join, uncompiled
+from lightning_fscreen.modules import join
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.multiples import in_multiples
 from lightning_fscreen.ranking.per_cost import Costs
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Cell, Row, Shown, Table, grouped, percent, readable
-from lightning_fscreen.trained.arguments import Ranking, settings_of
+from lightning_fscreen.trained.arguments import Ranking, network_of, settings_of
 from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
 from lightning_fscreen.trained.deciding import decide
 from lightning_fscreen.trained.evaluation import Measure
@@ -204,7 +204,7 @@ def explain(
           a batch norm normalises its outputs, and the channels of that are the units: 0
           it is an output of the network: 4
     """
-    model = uncompiled(model)
+    model = network_of(model)
     if dataloader is None:
         given = [each for each in (forward, metric, val_dataloader) if each is not None]
         if ranking or given or amount != 0.5 or max_drop != MAX_DROP:

@@ -293,7 +293,8 @@ class OneShot:
         return Pruned(plan, report)
 
     def _measure(self, pruned: bool) -> None:
-        self.record.note_size(self._network.measure(self._model, self._timings), pruned)
+        with same_random_numbers():  # some networks draw noise
+            self.record.note_size(self._network.measure(self._model, self._timings), pruned)
 
     def _masks(self) -> Masks:
         return Masks(self.granularity.members())
@@ -335,18 +336,18 @@ def _warn_of_few(instances: int) -> None:
 
 def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
     """The model with these inputs of its forward: a tensor, a tuple of arguments or a dict of keyword arguments."""
-    network = Network("", model)
-    network.record(*call_arguments(example_inputs))
-    return network
+    few, whole = Network("", model), Network("", model)
+    _record(few, whole, *call_arguments(example_inputs))
+    return few if _runs(few) else whole
 
 
 def _network(model: nn.Module, batch: Any, settings: Settings, forward: Forward | None) -> Network:
     """The model and the inputs that it gets."""
-    network = Network("", model)
+    few, whole = Network("", model), Network("", model)
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if network.inputs is None:
-            network.record(args, kwargs)
+        if few.inputs is None:
+            _record(few, whole, args, kwargs)
 
     batch = move_data_to_device(batch, device_of(model))
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
@@ -355,6 +356,23 @@ def _network(model: nn.Module, batch: Any, settings: Settings, forward: Forward 
             call(model, batch, labels_of(batch, settings.labels, settings.needs_activations), forward)
     finally:
         handle.remove()
-    if network.inputs is None:
+    if few.inputs is None:
         raise ValueError(f"forward= does not call the {type(model).__name__} that is to be pruned")
-    return network
+    return few if _runs(few) else whole
+
+
+def _record(few: Network, whole: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    few.record(args, kwargs)
+    whole.record(args, kwargs, whole=True)
+
+
+def _runs(network: Network) -> bool:
+    """Whether it runs on its few instances; it does not where these name others by numbers (nodes of a graph)."""
+    args, kwargs = network.inputs_on_device()
+    model = network.module
+    try:
+        with evaluating(model), torch.no_grad(), same_random_numbers(), network.examining(model):
+            model(*args, **kwargs)
+    except Exception:  # whatever forward raises
+        return False
+    return True

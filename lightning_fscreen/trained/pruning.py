@@ -12,13 +12,12 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Compensation, Feature
 from lightning_fscreen.costs.timings import DEFAULT, Latency
-from lightning_fscreen.modules import uncompiled
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.slimming.optimizers import awaiting, follow_plan, optimizers_of, warn_of_orphans
 from lightning_fscreen.statistics.labels import find_labels
 from lightning_fscreen.statistics.one_pass import Forward
-from lightning_fscreen.trained.arguments import settings_of
+from lightning_fscreen.trained.arguments import network_of, settings_of
 from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
 from lightning_fscreen.trained.deciding import decide
 from lightning_fscreen.trained.evaluation import Measure
@@ -119,7 +118,7 @@ def prune(
         >>> net[0], report.before.macs, report.after.macs
         (Linear(in_features=8, out_features=32, bias=True), 704, 352)
     """
-    model = uncompiled(model)
+    model = network_of(model)
     auto = amount == "auto"
     settings = settings_of(
         granularity,

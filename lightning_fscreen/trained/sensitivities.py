@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 
 from lightning_fscreen.candidates.granularity import Patterns
 from lightning_fscreen.candidates.prunable import Compensation, Feature
-from lightning_fscreen.modules import coupled_layers, named_tensors, uncompiled
+from lightning_fscreen.modules import coupled_layers, named_tensors
 from lightning_fscreen.ranking.units import Units
 from lightning_fscreen.saving.lines import Runs
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.statistics.labels import find_labels
 from lightning_fscreen.statistics.one_pass import Forward
 from lightning_fscreen.tables import Row, Shown, Table, listing
-from lightning_fscreen.trained.arguments import settings_of
+from lightning_fscreen.trained.arguments import network_of, settings_of
 from lightning_fscreen.trained.evaluation import Evaluation, Measure
 from lightning_fscreen.trained.one_shot import OneShot, observed
 
@@ -152,7 +152,7 @@ def sensitivity(
         >>> [(group.layers, group.off) for group in found.groups]
         [(('0',), (16, 32, 48))]
     """
-    model = uncompiled(model)
+    model = network_of(model)
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(f"fractions are those of the units of a group that are masked, in (0, 1], got {fractions!r}")
     settings = settings_of(

@@ -94,6 +94,32 @@ def test_a_copy_of_what_stays_goes_without_a_trace(flat):
     assert error["ridge"] < 0.3 * error["mean"]  # 64 instances do not tell more
 
 
+def test_what_is_read_in_another_order_than_it_is_made_goes_without_a_trace_too():
+    """A skip connection: the later layer comes first in what is read."""
+
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early, self.late, self.last = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(16, 10)
+            with torch.no_grad():
+                for layer in (self.early, self.late):
+                    layer.weight[4:], layer.bias[4:] = layer.weight[:4], layer.bias[:4]
+
+        def forward(self, images):
+            early = self.early(images.flatten(1)).relu()
+            return self.last(torch.cat([self.late(early).sigmoid(), early], 1))
+
+    torch.manual_seed(0)
+    network, images = Skip().eval(), digits(64)[0]
+    small = {bias: copy.deepcopy(network) for bias in ("ridge", "zero")}
+    for bias, each in small.items():
+        prune(each, loader(), 0.5, bias=bias, budget="candidates", scope="layer", progress=False)
+    assert [len(layer.weight) for layer in (small["ridge"].early, small["ridge"].late)] == [4, 4]
+    with torch.no_grad():
+        error = {bias: (each(images) - network(images)).abs().max() for bias, each in small.items()}
+    assert error["ridge"] < 0.5 * error["zero"]  # as above
+
+
 def test_a_weight_that_is_used_twice_is_left_alone():
     """It may multiply two inputs."""
 
@@ -134,3 +160,23 @@ def test_what_a_buffer_multiplies_is_pruned_and_the_buffer_keeps_its_values():
     rows, columns = (torch.tensor(plan.cuts["basis"].get(dim, range(basis.shape[dim]))) for dim in (0, 1))
     assert len(columns) < 16
     assert torch.equal(network.basis, basis[rows][:, columns])
+
+
+def test_complex_weights_are_left_alone():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.next = (nn.Linear(*size, dtype=torch.complex64) for size in ((33, 16), (16, 8)))
+            self.last = nn.Linear(8, 10)
+
+        def forward(self, images):
+            return self.last(self.next(self.hidden(torch.fft.rfft(images.flatten(1))).tanh()).abs())
+
+    torch.manual_seed(0)
+    network, images = Spectrum().eval(), digits(64)[0]
+    small = {bias: copy.deepcopy(network) for bias in ("ridge", "zero")}
+    for bias, each in small.items():
+        prune(each, loader(), 0.5, include="hidden", bias=bias, budget="candidates", progress=False)
+    assert len(small["ridge"].hidden.weight) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(small["ridge"](images), small["zero"](images))

@@ -98,6 +98,21 @@ def test_noise_is_the_same_before_and_after() -> None:
     verification.check(halve(network))
 
 
+@pytest.mark.parametrize("asks", [False, True])
+def test_so_is_that_of_networks_which_draw_it_in_eval_mode(asks: bool) -> None:
+    """A variational autoencoder, dropout that is never off; whether forward asks for the mode or not."""
+
+    class Sampling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x + torch.randn(len(x), 1, dtype=x.dtype) * (2.0 if asks and self.training else 1.0), 0.3)
+
+    network, numbers = unread(mlp(Sampling())), torch.get_rng_state()
+    verification = verified(network)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    torch.rand(7)
+    verification.check(halve(network))
+
+
 @given(st.integers(0, 5), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_any_change_is_found_whatever_the_scale(unit: int, scale: float) -> None:
     network = mlp(nn.Sigmoid())

@@ -24,6 +24,9 @@ def once(features: int) -> torch.Tensor:
         (lambda x, w: F.conv2d(x, weight=w, padding=1), (2, 4, 3, 3), 1, (5, 4, 3, 3)),
         (F.conv1d, (4, 6), 0, (5, 4, 3)),
         (F.conv_transpose1d, (2, 4, 6), 1, (4, 5, 3)),
+        (lambda x, w: x @ w.T, (7, 4), -1, (5, 4)),
+        (lambda x, w: torch.addmm(torch.zeros(5), x, w.transpose(0, 1)), (7, 4), -1, (5, 4)),
+        (lambda x, w: F.linear(x, w[:, :, 0].squeeze(2)), (7, 4), -1, (5, 4, 1, 1)),
     ],
 )
 def test_every_position_is_an_instance(multiply, shape, channels, weight):
@@ -53,6 +56,14 @@ def test_positions_of_a_flattened_channel_are_instances():
     torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
 
 
+def test_features_come_in_the_order_that_is_given():
+    weight, values, places = nn.Parameter(torch.randn(5, 4)), torch.randn(7, 4), torch.tensor([[2, 0, 3, 1]])
+    with SecondMoments({weight: places}) as moments:
+        F.linear(values, weight)
+    rows = values[:, places[0]]
+    torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
+
+
 def test_padding_does_not_count():
     weight, values, mask = nn.Parameter(torch.randn(5, 4)), torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
     moments = SecondMoments({weight: once(4)})
@@ -60,3 +71,24 @@ def test_padding_does_not_count():
         F.linear(values.masked_fill(mask[..., None] == 0, torch.nan), weight)
     rows = values[mask == 1]
     torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
+
+
+def test_a_part_of_a_weight_is_another_weight():
+    weight = nn.Parameter(torch.randn(4, 4))
+    with SecondMoments({weight: once(4)}) as moments:
+        for part in (weight[:2], weight[::2], weight.flatten()[:4].view(1, 4)):
+            F.linear(torch.randn(7, 4), part)
+    assert moments.of(weight) is None
+
+
+def test_of_inputs_without_an_instance_nothing_is_known():
+    """An expert to which nothing was sent, in one batch or in all."""
+    weight, never, values = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5, 4)), torch.randn(7, 4)
+    with SecondMoments({weight: once(4), never: once(4)}) as moments:
+        for rows in (0, 7):
+            F.linear(values[:rows], weight)
+            F.linear(values[:0], never)
+    found, instances = moments.of(weight)
+    torch.testing.assert_close(found, values.T @ values)
+    assert instances == 7
+    assert moments.of(never) is None

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fscreen import load_slimmed, prune, save_slimmed
+from lightning_fscreen import explain, load_slimmed, prune, save_slimmed
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.slimming import CaptureError, VerificationError
 from tests.conftest import digits, loader
@@ -230,3 +230,59 @@ def test_inputs_that_are_no_numbers_change_nothing():
     with pytest.raises(ValueError, match="NaN or inf"):
         prune(network, batches, 0.5, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_network_that_draws_noise_is_pruned_and_random_numbers_are_as_before():
+    class Sampling(nn.Module):
+        """A variational autoencoder."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.mean, self.deviation = nn.Linear(64, 24), nn.Linear(24, 4), nn.Linear(24, 4)
+            self.decoder, self.last = nn.Linear(4, 24), nn.Linear(24, 64)
+
+        def forward(self, images):
+            hidden = self.encoder(images.flatten(1)).relu()
+            mean, deviation = self.mean(hidden), self.deviation(hidden)
+            drawn = mean + torch.randn_like(mean) * deviation.exp()
+            return self.last(self.decoder(drawn).relu()), mean, deviation
+
+    network = Sampling()
+    numbers = torch.get_rng_state()
+    _, report = prune(network, [digits(64)[0]], 0.5, progress=False)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert report.after.macs == pytest.approx(0.5 * report.before.macs, rel=0.03)
+
+
+def test_inputs_of_which_no_part_can_be_taken_are_used_whole():
+    """Nodes of a graph, whose edges name them by their numbers."""
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.last = nn.Linear(8, 24), nn.Linear(24, 3)
+
+        def forward(self, nodes, edges):
+            neighbours = nodes.new_zeros(len(nodes), len(nodes))
+            neighbours[edges[1], edges[0]] = 1.0
+            return self.last((neighbours @ self.hidden(nodes)).relu())
+
+    torch.manual_seed(0)
+    edges = torch.stack([torch.arange(20), torch.arange(20).roll(1)])
+    batches = [{"nodes": torch.randn(20, 8), "edges": edges} for _ in range(4)]
+    network = Graph()
+    found = explain(network, dataloader=batches, progress=False)
+    plan, report = prune(network, batches, progress=False)
+    assert found.prediction == (plan, report)
+    assert network.hidden.out_features == 12 and report.before.macs == 8 * 24 + 20 * 24 + 24 * 3
+
+
+@pytest.mark.parametrize("call", [prune, lambda net, loader, **options: explain(net, dataloader=loader, **options)])
+def test_wrappers_and_what_cannot_be_looked_into_are_refused(call):
+    scripted = nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(64, 10)))
+    for network, message in (
+        (nn.DataParallel(plain_net()), "give its .module"),
+        (scripted, "module '1' is TorchScript"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(network, loader(), progress=False)
