@@ -260,7 +260,7 @@ class Pruner:
         try:
             slim = partial(self._slim_networks, trainer)
             not_rounded = self.granularity.not_rounded(self.masks.present)
-            plan = slim_in_fit(trainer, self._model, slim) if self.granularity.slims_in_fit else slim()
+            plan = slim_in_fit(trainer, self._model, slim, is_over=not self.granularity.slims_in_fit)
         except (CaptureError, VerificationError) as error:  # a model in training must survive this
             self.not_removed = str(error)
             log.warning("nothing was physically removed, the masks stay: %s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
 import torch
@@ -20,6 +21,12 @@ from lightning_fscreen.ranking.amounts import Amount, check_range
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.criteria import Criterion, resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by annotation
+    "int": (lambda value: isinstance(value, Integral), "a whole number"),
+    "float": (lambda value: isinstance(value, Real), "a number"),
+    "bool": (lambda value: value in (True, False), "True or False"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class Settings:
     latency: Latency = DEFAULT
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         _check_choice("granularity", self.granularity, list(GRANULARITIES))
         _check_choice("scope", self.scope, get_args(Scope))
         _check_choice("connections", self.connections, get_args(Connections))
@@ -77,12 +85,23 @@ class Settings:
                 raise ValueError(f'collect_every must be "auto" or a number of batches, got {self.collect_every!r}')
             _check_least("collect_every", self.collect_every, 1, "every batch")
         _check_least("collect_epochs", self.collect_epochs, 1, "the epoch before a pruning")
-        if not isinstance(self.round_to, int):
-            raise ValueError(f"round_to must be a whole number, got {self.round_to!r}")
         _check_least("round_to", self.round_to, 1, "any width")
         check_num_classes(self.num_classes)
         self._check_combinations()
         self._check_window()
+
+    def _check_kinds(self) -> None:
+        for field in fields(self):
+            kind, value = str(field.type), getattr(self, field.name)  # annotations are strings here
+            is_one, meaning = _KINDS.get(kind.removesuffix(" | None"), (None, ""))
+            may_be_none = kind.endswith(" | None") and value is None
+            if is_one is not None and not is_one(value) and not may_be_none:
+                raise ValueError(f"{field.name} must be {meaning}, got {value!r}")
+        if not callable(self.labels):
+            raise ValueError(
+                "labels must be a function of the batch that returns its labels, such as labels=lambda batch: "
+                f"batch['class'], got {self.labels!r}"
+            )
 
     def _check_combinations(self) -> None:
         for field in fields(self):

@@ -1,4 +1,4 @@
-"""Slim a network in the middle of a fit: the optimizers, the schedulers and the strategy go along."""
+"""Slim a network in a fit or at its end: the optimizers, the schedulers and the strategy go along."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.fit.copies import Copies
@@ -27,13 +28,15 @@ def slim_in_fit(
     trainer: Trainer,
     pl_module: LightningModule,
     slim: Callable[[], SlimmingPlan],
+    is_over: bool = False,
 ) -> SlimmingPlan:
-    """Slim the network of a module between two epochs.
+    """Slim the network of a module between two epochs, or after the last: the Trainer may save a checkpoint then.
 
     Args:
         trainer: the trainer.
         pl_module: the module that it trains.
         slim: makes the network smaller, in place; returns the plan, with names as in `pl_module`.
+        is_over: whether nothing is trained any more: an optimizer whose state cannot be cut is left behind.
 
     Returns:
         The plan.
@@ -44,12 +47,29 @@ def slim_in_fit(
         Nothing has changed after an error.
     """
     before = dict(pl_module.named_parameters())
-    check_state(trainer.optimizers, {parameter: name for name, parameter in before.items()})
+    optimizers = _those_that_can_follow(trainer.optimizers, before, is_over)
     broadcast_buffers(trainer, pl_module)
     plan = slim()
-    follow_plan(trainer.optimizers, pl_module, before, plan)
+    follow_plan(optimizers, pl_module, before, plan)
     rewrap(trainer)
     return plan
+
+
+def _those_that_can_follow(
+    optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parameter], is_over: bool
+) -> list[Optimizer]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    able = []
+    for optimizer in optimizers:
+        try:
+            check_state([optimizer], names)
+        except NotImplementedError as error:
+            if not is_over:
+                raise
+            log.info("checkpoints that are saved from here on hold optimizer state of the larger network: %s", error)
+        else:
+            able.append(optimizer)
+    return able
 
 
 def slim_networks(

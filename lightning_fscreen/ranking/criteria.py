@@ -161,7 +161,7 @@ def resolve_criterion(name: str) -> Criterion:
     Raises:
         ValueError: unknown name, a module that there is not.
     """
-    module, colon, own = name.rpartition(":")
+    module, colon, own = str(name).rpartition(":")
     if colon:
         try:
             importlib.import_module(module)

@@ -50,8 +50,10 @@ def class_labels(labels: Tensor) -> Tensor:
     (N, C) become class weights, whose values `check_proportions` looks at.
 
     Raises:
-        ValueError: labels of another form; says what they may be, and what to do.
+        ValueError: labels of another form, or no tensor; says what they may be, and what to do.
     """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels= returned no tensor but {describe(labels)}. {_WAYS}")
     if labels.ndim == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
         labels = labels.squeeze(1)
     if labels.ndim == 1 and labels.dtype == torch.bool:

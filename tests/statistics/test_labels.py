@@ -165,6 +165,8 @@ def test_columns_and_one_hot_rows_are_classes_too():
         (torch.rand(2), r"regression, or one logit.*flatten\(\)\.long\(\) and num_classes=2"),
         (torch.rand(2, 1), "regression, or one logit"),
         (torch.tensor(1), "one value for the whole batch"),
+        ([0, 1], r"no tensor but list of 2 \(int, int\)"),
+        (None, "no tensor but NoneType"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused_with_what_works(labels, reading):
