@@ -152,12 +152,12 @@ def _lines(name, method, left, network="resnet20"):
     return {line["seed"]: 100 * line["test_error"] for line in found}
 
 
-def _more_errors(network):
-    """Than Torch-Pruning's, on the same dense networks."""
-    methods, cells = ("errors per cost", "Torch-Pruning, norms of groups"), []
+def _more_errors(network, ours="errors per cost", theirs="Torch-Pruning, norms of groups"):
+    """Of one method than of another, on the same dense networks at equal multiply–adds."""
+    cells = []
     for left in (0.75, 0.5, 0.25):
-        ours, theirs = (_lines("equal_cost", method, left, network) for method in methods)
-        more = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        first, second = (_lines("equal_cost", method, left, network) for method in (ours, theirs))
+        more = [first[seed] - second[seed] for seed in first if seed in second]
         cells.append((statistics.fmean(more), statistics.stdev(more) / len(more) ** 0.5))
     more, deviations = zip(*cells, strict=True)
     listed = ", ".join(f"{value:+.2f}".replace("-", "−") for value in more)
@@ -172,6 +172,16 @@ def against_torch_pruning_resnet20():
 def against_torch_pruning_vgg16():
     """At equal multiply–adds."""
     return _more_errors("vgg16")
+
+
+def with_streams():
+    """Channels of the residual stream as candidates, too."""
+    return _more_errors("resnet20", "errors per cost, streams", "errors per cost")
+
+
+def regard_to_costs():
+    """Errors divided by costs, and not."""
+    return _more_errors("resnet20", theirs="errors alone")
 
 
 def a_tenth_at_once():
@@ -198,6 +208,8 @@ FIGURES = {
         half_of_resnet20,
         against_torch_pruning_resnet20,
         against_torch_pruning_vgg16,
+        with_streams,
+        regard_to_costs,
         a_tenth_at_once,
     )
 }
