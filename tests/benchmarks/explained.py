@@ -18,6 +18,7 @@ import torch
 from torchvision import models
 
 from lightning_fscreen import explain, prune
+from tests.benchmarks.equal_cost import lines_of
 from tests.benchmarks.torchvision_models import build, build_on_meta
 
 LARGEST = 170_000_000
@@ -66,11 +67,6 @@ def main(results, *names):
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(line, flush=True)
-
-
-def lines_of(results):
-    """Those of before."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def table(results):
