@@ -24,7 +24,8 @@ from lightning_fscreen.trained.arguments import Ranking, network_of, settings_of
 from lightning_fscreen.trained.auto_amount import MAX_DROP, limit_of
 from lightning_fscreen.trained.deciding import decide
 from lightning_fscreen.trained.evaluation import Measure
-from lightning_fscreen.trained.one_shot import Choice, OneShot, Pruned, observed, with_inputs
+from lightning_fscreen.trained.inputs import with_inputs
+from lightning_fscreen.trained.one_shot import Choice, OneShot, Pruned, observed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on

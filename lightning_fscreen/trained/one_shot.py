@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.granularity import Granularity
@@ -22,15 +21,14 @@ from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
-from lightning_fscreen.modules import evaluating
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
-from lightning_fscreen.slimming.gates import call_arguments
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_num_classes
-from lightning_fscreen.statistics.one_pass import EMPTY, Forward, call, device_of, labels_of, observe
+from lightning_fscreen.statistics.one_pass import EMPTY, Forward, device_of, observe
 from lightning_fscreen.statistics.probes import FeatureStatistics
+from lightning_fscreen.trained.inputs import of_batch, with_inputs
 from lightning_fscreen.trained.randomness import same_random_numbers
 
 log = logging.getLogger(__name__)
@@ -99,7 +97,7 @@ def observed(
         if (first := next(batches, None)) is None:
             raise ValueError(EMPTY)
         if example_inputs is None:
-            network = _network(model, first, settings, forward)
+            network = of_batch(model, first, settings, forward)
         else:
             network = with_inputs(model, example_inputs)
         found = OneShot(model, settings, granularity, network)
@@ -332,47 +330,3 @@ def _warn_of_few(instances: int) -> None:
             "ranked better from so few",
             instances,
         )
-
-
-def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
-    """The model with these inputs of its forward: a tensor, a tuple of arguments or a dict of keyword arguments."""
-    few, whole = Network("", model), Network("", model)
-    _record(few, whole, *call_arguments(example_inputs))
-    return few if _runs(few) else whole
-
-
-def _network(model: nn.Module, batch: Any, settings: Settings, forward: Forward | None) -> Network:
-    """The model and the inputs that it gets."""
-    few, whole = Network("", model), Network("", model)
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if few.inputs is None:
-            _record(few, whole, args, kwargs)
-
-    batch = move_data_to_device(batch, device_of(model))
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, batch, labels_of(batch, settings.labels, settings.needs_activations), forward)
-    finally:
-        handle.remove()
-    if few.inputs is None:
-        raise ValueError(f"forward= does not call the {type(model).__name__} that is to be pruned")
-    return few if _runs(few) else whole
-
-
-def _record(few: Network, whole: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    few.record(args, kwargs)
-    whole.record(args, kwargs, whole=True)
-
-
-def _runs(network: Network) -> bool:
-    """Whether it runs on its few instances; it does not where these name others by numbers (nodes of a graph)."""
-    args, kwargs = network.inputs_on_device()
-    model = network.module
-    try:
-        with evaluating(model), torch.no_grad(), same_random_numbers(), network.examining(model):
-            model(*args, **kwargs)
-    except Exception:  # whatever forward raises
-        return False
-    return True
