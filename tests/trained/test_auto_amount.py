@@ -32,7 +32,7 @@ def test_it_is_the_best_of_a_grid(budget):
     assert 0 < best < max(within) and within == {amount: amount <= best for amount in within}  # it grows
     unit = max(layer.macs for layer in explain(network, digits(2)[0]).layers) / count(network, "macs")
     margin = 0.02 if budget == "candidates" else 0.01 + unit / 2
-    assert best - margin <= 1 - after / full <= best + step + margin  # to the nearest unit
+    assert best - margin <= 1 - after / full  # to the nearest unit; more where the metric rises again within a step
 
 
 def test_metrics_of_which_less_is_better():
