@@ -55,6 +55,9 @@ def latency_models(
         round_to: number of which widths are left in multiples. Times are those of such multiples that are no higher
             powers of two, since hardware likes these better, and few widths are.
     """
+    with timings.together():
+        for both in networks.values():
+            _latency_model(*both, timings, round_to)
     models = {name: _latency_model(*both, timings, round_to) for name, both in networks.items()}
     counts = {name: widths.count for name, (_, widths) in networks.items()}
     whole = sum(model.of(torch.ones(counts[name], dtype=torch.bool)) for name, model in models.items())

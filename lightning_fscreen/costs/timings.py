@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,14 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Timer
 
-from lightning_fscreen.costs.latency import median_time, usable_device
+from lightning_fscreen.costs.latency import block_times, usable_device
 from lightning_fscreen.files import replacing
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 0.005  # seconds of calls that are timed together
-_BLOCKS = (5, 5)
-_WARM_UP = 3  # calls
+_ROUNDS = 5
 _NETWORK = "network of "
 
 
@@ -84,7 +84,9 @@ def _described(value: Any) -> Any:
 
 
 class Timings:
-    """Median times of operations on one device, with as many threads as torch uses now; none is measured twice.
+    """Times of operations on one device, with as many threads as torch uses now; none is measured twice.
+
+    They are the shortest of several rounds: whatever else a machine does makes them longer.
 
     Args:
         latency: the device, and the file; times that it has are used, and it takes those that are measured.
@@ -110,17 +112,30 @@ class Timings:
         operations = {key: time for key, time in own.items() if key not in self._networks}
         self._known = {**self._read().get(self._name, {}), **operations}
         self._kept = len(self._known)
+        self._awaited: dict[str, Operation] | None = None
 
     def of(self, operation: Operation) -> float:
         """Milliseconds; an operation that cannot be run by itself counts as none, and is named in the log."""
         key = operation.key
         if key not in self._known:
-            try:
-                self._known[key] = self._measured(operation)
-            except Exception as error:  # whatever an operator raises that is given random numbers
-                log.warning("operation %s cannot be timed, it counts as nothing: %s", key, error)
-                self._known[key] = 0.0
+            if self._awaited is not None:
+                self._awaited[key] = operation
+                return 0.0
+            self._measure({key: operation})
         return self._known[key]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Operations that are asked for inside are measured at the end, in turns; until then they count as nothing.
+
+        What disturbs the machine for a while disturbs all of them then.
+        """
+        awaited = self._awaited = {}
+        try:
+            yield
+        finally:
+            self._awaited = None
+        self._measure(awaited)
 
     def of_network(self, description: str, measure: Callable[[], float]) -> float:
         """Milliseconds of a network; they are in no file, since other networks may have the same description.
@@ -133,10 +148,6 @@ class Timings:
         if key not in self._networks:
             self._networks[key] = measure()
         return self._networks[key]
-
-    def forget_networks(self) -> None:
-        """Measure them again when they are asked for."""
-        self._networks.clear()
 
     def overhead(self) -> float:
         """Milliseconds of an operation that does next to nothing."""
@@ -180,15 +191,24 @@ class Timings:
             place = torch.get_device_module(self.device).get_device_name(self.device)
         return f"{self.device.type}: {place}, torch {torch.__version__}"
 
+    def _measure(self, operations: Mapping[str, Operation]) -> None:
+        for _ in range(_ROUNDS):
+            for key, operation in operations.items():
+                if not self._known.get(key, math.inf):
+                    continue
+                try:
+                    self._known[key] = min(self._measured(operation), self._known.get(key, math.inf))
+                except Exception as error:  # whatever an operator raises that is given random numbers
+                    log.warning("operation %s cannot be timed, it counts as nothing: %s", key, error)
+                    self._known[key] = 0.0
+
     def _measured(self, operation: Operation) -> float:
         given = pytree.tree_map(self._real, (operation.args, dict(operation.kwargs)))
-        names = {"call": operation.target, "args": given[0], "kwargs": given[1]}
-        timer = Timer("call(*args, **kwargs)", globals=names, num_threads=torch.get_num_threads())
+        call = functools.partial(operation.target, *given[0], **given[1])
         on_cpu = self.device.type == "cpu"
         devices, kind = ([], "cuda") if on_cpu else ([self.device], self.device.type)
         with torch.inference_mode(), torch.random.fork_rng(devices, device_type=kind):
-            timer.timeit(_WARM_UP)
-            return 1000 * median_time(timer, _BLOCK, _BLOCKS, 0.0)
+            return 1000 * block_times([call], _BLOCK, (1, 1), _BLOCK)[0][0]
 
     def _real(self, value: Any) -> Any:
         if isinstance(value, torch.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.costs.latency import measure_latency
+from lightning_fscreen.costs.latency import compare_latency
 from lightning_fscreen.costs.size import Size, measure_size
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.compiled import is_compiled
@@ -89,19 +89,20 @@ class Network:
             if timings is None or inputs is None:
                 return size
             known = f"{self.name or type(self.module).__name__}, {size.params} parameters, {size.macs} multiply–adds"
-            return replace(size, latency=round(1e6 * timings.of_network(known, lambda: self.time(timings))))
+            time = timings.of_network(known, lambda: self.times(timings, [self.module])[0])
+            return replace(size, latency=round(1e6 * time))
 
-    def time(self, timings: Timings) -> float:
-        """Milliseconds of a forward pass on the device of some timings.
+    def times(self, timings: Timings, modules: Sequence[nn.Module]) -> list[float]:
+        """Milliseconds of a forward pass of modules that take the same inputs, on the device of some timings.
 
         Raises:
-            ValueError: it cannot run there, or not on so many instances.
+            ValueError: one cannot run there, or not on so many instances.
         """
         args, kwargs = self.inputs_on_device()
         there = next(self.module.parameters()).device == timings.device
-        module = self.module if there else copy.deepcopy(self.module).to(timings.device)
         try:
-            return measure_latency(module, args, kwargs, [timings.batch_size])[timings.batch_size]
+            moved = modules if there else [copy.deepcopy(module).to(timings.device) for module in modules]
+            return compare_latency(moved, args, kwargs, timings.batch_size)
         except Exception as error:  # whatever forward raises
             where = f"with a batch of {timings.batch_size} on {timings.device}"
             raise ValueError(

@@ -44,7 +44,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Median time of a forward pass of the whole network in eval mode, under a budget of latency.
+    """Time of a forward pass of the whole network in eval mode, under a budget of latency: the shortest of several.
 
     Attributes:
         device: where.
@@ -255,6 +255,11 @@ class Record:
         elif self.before.macs is None:  # masks do not change them
             layers = {name: replace(own, macs=size.layers[name].macs) for name, own in self.before.layers.items()}
             self.before = replace(self.before, macs=size.macs, layers=layers, latency=size.latency)
+
+    def note_latency(self, dense: int, pruned: int | None = None) -> None:
+        """Note nanoseconds that were measured together."""
+        self.before = replace(self.before, latency=dense)
+        self.after = replace(self.after, latency=dense if pruned is None else pruned)
 
     def note(self, explained: Mapping[str, Explained]) -> None:
         """Note why layers are ranked as they are, and log it where trust has changed."""

@@ -9,7 +9,7 @@ from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.trained.one_shot import Choice, OneShot
 
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 _CLOSE = 0.03  # as a share of what is wanted, near enough to try no further
 
 
@@ -17,7 +17,7 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
     """As `OneShot.choose`; but a latency is measured, and asked for again where it was missed.
 
     The sum over operations, by which masks are chosen, misses what they cost each other. The choice whose network comes
-    nearest is taken, out of three at most.
+    nearest is taken, out of five at most.
 
     Args:
         found: the model and its candidates.
@@ -25,23 +25,30 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
         budget: of what.
 
     Raises:
-        ValueError: as `OneShot.choose`.
+        ValueError: as `OneShot.choose`; a latency that cannot be met, as far as is measured.
         VerificationError: as `OneShot.rehearse`.
     """
-    choice = found.choose(amount)
     if budget != "latency" or isinstance(amount, Mapping) or not amount:
-        return choice
-    asked, missed, less, more = amount, dict[float, Choice](), (0.0, 0.0), (found.most(), math.inf)
-    for attempt in range(_ATTEMPTS):
+        return found.choose(amount)
+    missed, less, more = dict[float, tuple[float, Choice]](), (0.0, 0.0), (math.inf, math.inf)
+    asked = amount
+    for _ in range(_ATTEMPTS):
+        most = max(found.most(), 0.0)  # after each measurement it is another
+        asked = min(asked, most)
+        choice = found.choose(asked)
         gone = 1 - found.latency_under(choice)
-        missed[abs(gone - amount)] = choice
-        if attempt == _ATTEMPTS - 1 or abs(gone - amount) <= _CLOSE * (1 - amount):
+        missed[abs(gone - amount)] = gone, choice
+        if min(missed) <= _CLOSE * (1 - amount) or (gone < amount and asked == most):
             break
         less, more = (less, (asked, gone)) if gone > amount else ((asked, gone), more)
         if math.isfinite(more[1]):
             asked = less[0] + (amount - less[1]) * (more[0] - less[0]) / (more[1] - less[1])
         else:
-            asked = min(asked * amount / max(gone, amount / 2), more[0])
-        asked = min(asked, found.most())  # which was measured again, and may be less than it was
-        choice = found.choose(asked)
-    return missed[min(missed)]._replace(amount=amount)
+            asked = asked * amount / max(gone, amount / 2)
+    gone, choice = missed[min(missed)]
+    if max(gone for gone, _ in missed.values()) < amount - _CLOSE * (1 - amount):
+        raise ValueError(
+            f"amount={amount:.4g} of the latency cannot go: without all units that can go the network still takes "
+            f"{1 - gone:.2%} of its time; lower amount to {max(gone, 0):.4g} or less, or the floor"
+        )
+    return choice._replace(amount=amount)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -137,6 +138,7 @@ class OneShot:
             unused = granularity.learn(model, args, kwargs)
         granularity.leave_out(dict.fromkeys(unused, _UNUSED))
         self._timings = settings.timings(device_of(model))
+        self._dense = network.module if self._timings is None else _copied(network.module)
         self._measure(pruned=False)
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
@@ -144,12 +146,15 @@ class OneShot:
         self._not_rounded: dict[str, str] = {}
 
     def check(self) -> None:
-        """Check, before anything is read, that the amount can be met.
+        """Check, before anything is read, that the amount can be met; but whether a latency can is measured later.
 
         Raises:
             ValueError: it cannot; says how much can go.
         """
-        self._spending(self._settings).check(self._masks())
+        amount = self._settings.amount
+        if self._timings is not None and not isinstance(amount, Mapping):
+            amount = max(min(amount, self.most()), 0.0)
+        self._spending(replace(self._settings, amount=amount)).check(self._masks())
 
     def observe(self, batches: Iterable[Any], forward: Forward | None, progress: bool, title: str) -> None:
         """Gather statistics of activations; layers that want some and have none are left out."""
@@ -211,13 +216,10 @@ class OneShot:
 
     def latency_under(self, choice: Choice) -> float:
         """Latency without what goes, as a share of what it is now, both measured again."""
-        assert self._timings is not None, "a latency is measured"
-        self._timings.forget_networks()
-        latency = self.rehearse(choice).report.after.latency
-        self._measure(pruned=False)
-        whole = self.record.before.latency
-        assert latency is not None and whole is not None
-        return latency / whole
+        report = self.rehearse(choice).report
+        self.record.note_size(report.before, pruned=False)
+        assert report.latency is not None, "a latency is measured"
+        return report.latency.after / report.latency.before
 
     def most(self) -> float:
         """The largest amount that the floors leave."""
@@ -291,8 +293,11 @@ class OneShot:
         return Pruned(plan, report)
 
     def _measure(self, pruned: bool) -> None:
-        with same_random_numbers():  # some networks draw noise
-            self.record.note_size(self._network.measure(self._model, self._timings), pruned)
+        with same_random_numbers(), self._network.examining(self._model):  # some networks draw noise
+            self.record.note_size(self._network.measure(self._model), pruned)
+            if self._timings is not None:
+                modules = [self._dense, self._network.module] if pruned else [self._dense]
+                self.record.note_latency(*(round(1e6 * ms) for ms in self._network.times(self._timings, modules)))
 
     def _masks(self) -> Masks:
         return Masks(self.granularity.members())
@@ -321,6 +326,16 @@ class OneShot:
                 parameter.copy_(value)
 
         return put_back
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # whatever a module raises that holds what cannot be copied
+        raise ValueError(
+            f'{type(module).__name__} cannot be copied ({error}), as budget="latency" needs, to time it beside the '
+            'smaller network; take budget="macs"'
+        ) from error
 
 
 def _warn_of_few(instances: int) -> None:

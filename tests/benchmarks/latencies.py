@@ -4,7 +4,8 @@
     PYTHONPATH=. python tests/benchmarks/latencies.py RESULTS.jsonl --table
 
 Freshly initialised networks, ranked by magnitude. The slim network is measured here once more, in turns with the dense
-one, independently of the measurement by which `prune` decides.
+one, independently of the measurement by which `prune` decides: the median of five measurements, each the shortest of
+several blocks of calls, which is what the machine needs while nothing else disturbs it.
 """
 
 import copy
@@ -20,7 +21,7 @@ from torchvision import models
 
 from lightning_fscreen import Latency, prune
 from lightning_fscreen import models as own_models
-from lightning_fscreen.costs.latency import measure_latency
+from lightning_fscreen.costs.latency import compare_latency
 
 CASES = [
     (name, batch_size, round_to, amount)
@@ -44,7 +45,7 @@ def run(name: str, batch_size: int, round_to: int, amount: float) -> dict[str, o
     except ValueError as error:
         return found | {"most": float(re.search(r"lower amount to ([\d.]+)", str(error))[1])}
     seconds, x = time.perf_counter() - begun, torch.randn(batch_size, 3, side, side)
-    times = [[measure_latency(each, (x,), None, [batch_size])[batch_size] for each in (dense, net)] for _ in range(7)]
+    times = [compare_latency([dense, net], (x,), None, batch_size) for _ in range(5)]
     before, after = (median(each) for each in zip(*times, strict=True))
     found |= {"before": before, "left": after / before, "reported": report.latency.after / report.latency.before}
     return found | {"macs": report.after.macs / report.before.macs, "seconds": seconds}

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from lightning_fscreen.costs.latency import measure_latency
+from lightning_fscreen.costs.latency import compare_latency, measure_latency
 
 
 def test_more_work_takes_longer_and_modes_stay():
@@ -14,6 +14,12 @@ def test_more_work_takes_longer_and_modes_stay():
     assert set(fast) == {1, 32} and all(time > 0 for time in fast.values())
     assert slow[512] > slow[1] and slow[512] > fast[1]
     assert [module.training for module in large.modules()] == [True, False, *[True] * 7]
+
+
+def test_networks_are_compared_on_the_same_inputs():
+    small, large = nn.Linear(512, 8), nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    fast, slow = compare_latency([small, large], (torch.zeros(2, 512),), None, 64)
+    assert 0 < fast < slow and small.training and large.training
 
 
 def test_inputs_are_repeated_to_the_batch_and_given_by_name_too():

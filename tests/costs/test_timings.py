@@ -27,6 +27,22 @@ def test_more_work_takes_longer_and_nothing_is_measured_twice(monkeypatch):
     assert again.of(product(512)) == large
 
 
+def test_those_that_are_asked_for_together_are_measured_in_turns(monkeypatch):
+    asked = []
+
+    def measured(self, operation):
+        asked.append(operation.args[0].shape[0])
+        return 100.0 / len(asked)
+
+    monkeypatch.setattr(Timings, "_measured", measured)
+    timings = Timings(Latency(), CPU)
+    with timings.together():
+        assert (timings.of(product(8)), timings.of(product(9)), timings.of(product(8))) == (0, 0, 0)
+    assert asked[:4] == [8, 9, 8, 9] and set(asked) == {8, 9}
+    rounds = len(asked) // 2
+    assert (timings.of(product(8)), timings.of(product(9))) == (100 / (2 * rounds - 1), 50 / rounds)  # the shortest
+
+
 def test_random_numbers_and_the_number_of_threads_stay():
     before, threads = torch.random.get_rng_state(), torch.get_num_threads()
     ids = torch.empty(4, 6, dtype=torch.int64, device="meta")
