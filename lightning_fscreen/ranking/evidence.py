@@ -13,6 +13,7 @@ from lightning_fscreen.functional import LEVEL, f_critical
 from lightning_fscreen.ranking.criteria import ScoringInputs, required
 
 _FEWEST = 10  # features that make a null distribution
+_WORTH = 0.01  # of the error
 _SIMILAR, _APART = 2 / 3, 0.95
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
 
@@ -83,6 +84,11 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     - the network has learned them (`ScoringInputs.learned`): training itself shrinks the weights of those that do not
       help; to screen them as well made some networks worse, and only one, trained for a few hundred steps, better;
     - none is established: there is no telling relevant from irrelevant ones;
+    - the silent features, each of which tells too little to be seen, would help all together: they tell more than
+      irrelevant ones do at level α, and enough to lower the error by a point. Told is δ² = Σ (C − 1)(F − F₀)/N, of
+      means and of spread, F₀ = the expectation of F for irrelevant features: of independent features, the mean squared
+      distance of the class means from their mean. The error is taken for Φ(−δ), that of two classes between which the
+      nearest mean decides, of those that a test speaks for and of all;
     - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
       for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
       the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident.
@@ -107,7 +113,8 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     number = math.prod(shape)
     critical = f_critical(LEVEL, between, within)
     # A statistic that could not be computed (its sums overflowed) says nothing.
-    marginal = f if layer.spread is None else torch.maximum(f, layer.spread.double().nan_to_num(nan=0, posinf=math.inf))
+    spread = f if layer.spread is None else layer.spread.double().nan_to_num(nan=0, posinf=math.inf)
+    marginal = torch.maximum(f, spread)
     spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
     counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
     if math.isinf(critical):
@@ -133,6 +140,8 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     trusted = None
     if not len(reference):
         trusted = "no feature stands out"
+    elif _would_help(f, spread, silent, spoken, (between, within)):
+        trusted = "those that no test speaks for tell the classes apart all together"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
     significant = alive if trusted else (marginal > critical) | (joint > 1)
@@ -153,6 +162,26 @@ def _deviations(made: Tensor, silent: Tensor) -> Tensor:
     offsets = logarithms - logarithms.median()
     deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
     return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
+
+
+def _would_help(f: Tensor, spread: Tensor, silent: Tensor, spoken: Tensor, degrees: tuple[float, float]) -> bool:
+    """Whether silent features together tell more than by accident, and so much that the error would be lower."""
+    between, within = degrees
+    if not within > 2:  # else F has no expectation
+        return False
+    means, spreads = (
+        between * (each - 1 / (1 - 2 / within)).nan_to_num(nan=0, posinf=math.inf).sum_to_size(silent.shape)
+        for each in (f, spread)
+    )
+    alike = f.numel() / silent.numel()  # connections with a statistic of their own
+    accident = math.sqrt(2 * between * int(silent.sum()))
+    if not float(means[silent].sum()) / alike > NormalDist().inv_cdf(1 - LEVEL) * accident:
+        return False
+    known, more = (
+        max(float((means + spreads)[those].sum()) / alike / (between + within + 1), 0.0) for those in (spoken, silent)
+    )
+    error, lower = (NormalDist().cdf(-math.sqrt(told)) for told in (known, known + more))
+    return error - lower > _WORTH
 
 
 def _used_alike(silent: Tensor, established: Tensor) -> bool:

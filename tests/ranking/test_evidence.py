@@ -158,6 +158,26 @@ def test_two_thirds_are_enough_only_where_the_network_tells_the_two_apart(level,
     assert (gather_evidence(layer, "a").trusted is not None) is trusted
 
 
+@pytest.mark.parametrize(
+    ("effect", "others", "trusted"),
+    [
+        (0.06, 0.3, True),  # too little for most tests of one feature
+        (0.06, 4.0, False),  # the others tell all
+        (0.0, 0.3, False),
+    ],
+)
+def test_many_that_tell_a_little_are_trusted_if_together_they_would_help(effect, others, trusted):
+    features, labels, weight = noise(p=200, used=range(5))
+    features += effect * labels[:, None]
+    features[:, :2] += others * labels[:, None]
+    layer = layer_of(features, labels, weight)
+    evidence = gather_evidence(layer, "a")
+    assert evidence.mean < 60
+    assert ("apart all together" in (evidence.trusted or "")) == trusted
+    by_connection = {name: getattr(layer, name).expand(weight.shape) for name in ("f", "spread")}
+    assert gather_evidence(replace(layer, **by_connection), "a").trusted == evidence.trusted
+
+
 def test_silent_features_that_are_gone_are_not_used():
     features, labels, weight = noise(used=[0])
     features[:, 0] += labels
