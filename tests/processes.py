@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -73,3 +74,37 @@ def _run_command(
     torch.set_num_threads(1)
     sys.argv = ["fscreen", *arguments]
     main()
+
+
+class Forked:
+    """What `subprocess.Popen` is to a command that begins with the interpreter, without its imports."""
+
+    def __init__(self, command: list[str], stdout: Any, stderr: Any, env: dict[str, str], **_: Any) -> None:
+        assert command[0] == sys.executable and stdout is stderr
+        arguments = command[1:], os.getcwd(), dict(env), Path(stdout.name)
+        self._process = CONTEXT.Process(target=_run_program, args=arguments, daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def wait(self, seconds: float | None = None) -> int:
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked program", seconds or 0)
+        return int(self._process.exitcode)
+
+
+def _run_program(arguments: list[str], folder: str, environment: dict[str, str], said: Path) -> None:
+    os.setsid()
+    with said.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tests.benchmarks import accelerator
+from tests.processes import Forked
 
 
 def finished(folder):
@@ -12,6 +13,7 @@ def finished(folder):
 @pytest.mark.slow
 def test_the_script_for_the_first_accelerator_works_in_miniature(tmp_path, monkeypatch):
     """Stopped after every piece: each is done once. (Tests marked `cuda` have a line, whatever became of them.)"""
+    monkeypatch.setattr("subprocess.Popen", Forked)  # the commands are the same, what they import is there
     arguments = ["accelerator.py", str(tmp_path), "--miniature"]
     monkeypatch.setattr("sys.argv", [*arguments, "--once"])
     accelerator.main()

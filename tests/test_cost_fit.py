@@ -126,7 +126,7 @@ def decide(folder):
     callback = ScreeningPruningCallback("unit", budget="macs", amount=0.5, end_epoch=2, streams=True)
     torch.manual_seed(0)
     model = Classifier(wide_net())
-    trainer([callback], max_epochs=3, strategy="ddp", devices=2).fit(model, loader(16))
+    trainer([callback], max_epochs=3, strategy="ddp", devices=2).fit(model, loader(32, 128))
     found = {"masks": callback.masks, "left": count(model.net, "macs"), "history": callback.history}
     torch.save(found, folder / f"{torch.distributed.get_rank()}.pt")
 

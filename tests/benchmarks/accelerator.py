@@ -34,7 +34,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.models import VisionTransformer, resnet18, resnet50, vit_b_16
+from torchvision.models import VisionTransformer, resnet50, vit_b_16
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from lightning_fscreen import ScreeningPruningCallback, slim
 
@@ -105,7 +106,7 @@ def network(name, miniature):
     if miniature:
         if name.startswith("vit"):
             return VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=10), 4, 16, 2
-        return resnet18(num_classes=10), 4, 32, 2
+        return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10), 4, 32, 2
     return (vit_b_16 if name.startswith("vit") else resnet50)(num_classes=1000), 128, 224, 30
 
 

@@ -15,6 +15,7 @@ from lightning_fscreen.candidates.units import Units
 from lightning_fscreen.costs.size import measure_size
 from lightning_fscreen.models import densenet40, resnet20
 from tests.slimming.attentions import random_block
+from tests.slimming.masked import CASES
 from tests.test_channel_fit import post_net, residual_net
 from tests.test_unit_fit import convnext, mixed_net, sigmoid_net
 
@@ -64,7 +65,7 @@ def test_channels_and_neurons(net, bias):  # type: ignore[no-untyped-def]
         check(network, torch.randn(3, 1, 8, 8), bias, seed)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(CASES // 2))
 def test_heads(seed: int) -> None:
     """In float64, where torch counts every product, and in float32, where it does not see all of them."""
     for dtype in (torch.float64, torch.float32):

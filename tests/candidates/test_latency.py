@@ -63,18 +63,18 @@ def check(network: nn.Module, x: Tensor, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("net", "size"),
+    ("net", "size", "batch_size"),
     [
-        (post_net, (1, 8, 8)),
-        (plain_net, (1, 8, 8)),
-        (convnext, (1, 8, 8)),
-        (resnet20, (3, 32, 32)),
-        (lambda: vgg16_bn(width_mult=0.25), (3, 32, 32)),
-        (lenet300_100, (1, 28, 28)),
-        (vit, (3, 32, 32)),
+        (post_net, (1, 8, 8), 1),
+        (convnext, (1, 8, 8), 1),
+        (post_net, (1, 8, 8), 6),
+        (plain_net, (1, 8, 8), 6),
+        (resnet20, (3, 32, 32), 6),
+        (lambda: vgg16_bn(width_mult=0.25), (3, 32, 32), 6),
+        (lenet300_100, (1, 28, 28), 6),
+        (vit, (3, 32, 32), 6),
     ],
 )
-@pytest.mark.parametrize("batch_size", [1, 6])
 def test_it_is_that_of_the_slim_network(net: Callable[[], nn.Module], size: tuple[int, ...], batch_size: int) -> None:
     torch.manual_seed(0)
     check(net(), torch.randn(2, *size), batch_size)

@@ -47,12 +47,17 @@ def test_all_combinations_are_run_and_the_dense_network_once_for_all_amounts():
 @pytest.mark.parametrize("table", TABLES)
 def test_every_method_and_setting_of_every_table_composes(table):
     content = OmegaConf.to_container(composed(f"table={table}").table, resolve=True)
-    setting, method = next(iter(content["settings"])), next(iter(content["methods"]))
+    settings, methods = list(content["settings"]), list(content["methods"])
+    # The first of both together, then the second ones, and so on.
+    number = max(len(settings), len(methods))
+    pairs = {(settings[place % len(settings)], methods[place % len(methods)]) for place in range(number)}
     with initialize_config_module("lightning_fscreen.conf", version_base="1.3"):
         for run in runs_of(content):  # amounts and seeds are numbers
             first = run.seed == content["seeds"][0] and run.amount in (None, content["amounts"][0])
-            if first and (run.setting == setting or run.method == method):
+            if first and (run.setting, run.method) in pairs:
                 compose("train", overrides=list(run.overrides))
+                pairs.remove((run.setting, run.method))
+    assert not pairs
     assert content["name"] == table
 
 

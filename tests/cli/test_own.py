@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -14,10 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
 from lightning_fscreen import load_slimmed
+from lightning_fscreen.cli import bench
 from lightning_fscreen.cli.filling import leave_out_unknown
-from lightning_fscreen.cli.run import run
+from lightning_fscreen.cli.run import main, run
 from lightning_fscreen.models.library import timm_classifier, torchvision_classifier
-from tests.cli.test_run import CONF, QUIET, composed
+from tests.cli.test_run import CONF, QUIET, composed, fscreen
 from tests.test_readme import blocks
 
 README = (CONF / "README.md").read_text()
@@ -28,20 +26,18 @@ def test_the_documented_module_and_data_run_from_their_folder(tmp_path):
     (tmp_path / "my_conf" / "experiment").mkdir(parents=True)
     (tmp_path / "my_conf" / "experiment" / "mine.yaml").write_text(blocks(README, "yaml")[0])
     command = ["--config-dir", "my_conf", "experiment=mine", "callbacks.fscreen.granularity=weight", *QUIET]
-    done = subprocess.run(
-        [Path(sys.executable).with_name("fscreen"), *command, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = fscreen(tmp_path, *command, "hydra.run.dir=run")
     assert "my_module.MyModule takes no net, num_classes, optimizer" in done.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["candidates"]["total"] == 20 * 32 + 32 * 3 and report["train_size"] == 300
     assert abs(report["candidates"]["kept"] - 0.4 * report["candidates"]["total"]) <= 1
     layers = torch.nn.Linear(20, 32), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Linear(32, 3)
     load_slimmed(torch.nn.Sequential(*layers), tmp_path / "run" / "model.safetensors")
+
+
+def test_the_commands_are_installed():
+    commands = {command.name: command for command in entry_points(group="console_scripts")}
+    assert commands["fscreen"].load() is main and commands["fscreen-bench"].load() is bench.main
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -18,6 +18,7 @@ EPOCHS = 4
 # All that draws random numbers: batches, augmentation, dropout, and the criterion.
 DIGITS = ["model.net._target_=tests.cli.test_resuming.net", "data.crop_padding=1", "callbacks.fscreen.criterion=random"]
 FOLDER = [*DIGITS, "data=image_folder", "data.root=images", "data.batch_size=5", "data.horizontal_flip=true"]
+CHANNEL = ["experiment=digits_channel", "model.net._target_=tests.cli.test_run.small_net"]
 OWN = ["model._target_=my_module.MyModule", "data._target_=my_module.MyData"]
 
 
@@ -64,7 +65,7 @@ def results(folder):
         (DIGITS, [(0, True), (2, True)]),  # before there is a checkpoint; while the window is open
         (DIGITS, [(1, False), (EPOCHS - 1, False)]),  # before the metrics; when nothing is left but the end
         ([*DIGITS, "data.num_workers=1", "data.horizontal_flip=true"], [(2, True)]),
-        (["experiment=digits_channel", "trainer.limit_train_batches=2", "data.batch_size=16"], [(3, True)]),
+        ([*CHANNEL, "trainer.limit_train_batches=2", "data.batch_size=16"], [(3, True)]),
         ([*FOLDER, "data.on_device=true"], [(2, True)]),
         (OWN, [(2, True)]),
     ],

@@ -43,7 +43,7 @@ from tests.slimming.networks import (
 find_gates = partial(lightning_fscreen.find_gates, kinds=["channel"])
 """Batch norms alone."""
 
-CASES = int(os.environ.get("FSCREEN_CASES", "40"))
+CASES = int(os.environ.get("FSCREEN_CASES", "25"))
 BIASES = ["zero", "fold"]
 
 

@@ -129,7 +129,7 @@ def test_any_pruned_network_computes_the_same(case: Case) -> None:
     assert SlimmingPlan.from_json(plan.to_json()) == plan
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(CASES // 4, 1), deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks())
 def test_a_second_pass_finds_nothing_and_the_result_can_be_exported(case: Case) -> None:
     network, example = case.network, case.example
