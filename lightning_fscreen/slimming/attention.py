@@ -6,6 +6,7 @@ dimension is that of the heads a first walk over the graph finds out (`seeking.p
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -64,6 +65,8 @@ def einsum(walk: Walk, node: Any) -> Value:
     given = arguments(node)
     terms, _, output = given["equation"].replace(" ", "").partition("->")
     inputs = terms.split(",")
+    ranks = [len(walk.value(source).shape) for source in given["tensors"]]
+    inputs, output = _without_dots(inputs, output, ranks)
     letters = "".join(inputs) + output
     if not output or not letters.isalpha() or any(len(set(term)) < len(term) for term in (*inputs, output)):
         raise Unsupported("its equation is not written out")
@@ -84,6 +87,16 @@ def einsum(walk: Walk, node: Any) -> Value:
         shape = tuple(value.shape[term.index(letter)] if letter in term else 1 for letter in output)
         factors.append(Value(shape, *map(moved, (value.labels, value.constant, _silent(value, summed)))))
     return _contracted(walk, node, terms_of, factors)
+
+
+def _without_dots(inputs: Sequence[str], output: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Letters in place of `...`, which stands for all dimensions that have none; inputs share the last of these."""
+    pairs = zip(inputs, ranks, strict=True)
+    more = [rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in pairs]
+    free = [letter for letter in string.ascii_letters if letter not in "".join((*inputs, output))]
+    dots = "".join(free[: max(more, default=0)])
+    own = [term.replace("...", dots[len(dots) - count :]) for term, count in zip(inputs, more, strict=True)]
+    return own, output.replace("...", dots)
 
 
 def scaled_dot_product_attention(walk: Walk, node: Any) -> Value:

@@ -239,8 +239,11 @@ def unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) ->
     for labels, own in ranked:
         if any(own[dim] != shape[dim] for dim in varying):
             walk.slots.pin(labels, "it is broadcast along several dimensions")
-    if not full and walk.heads.dims is None and varying:  # heads come before the positions that a mask is about
-        return next(labels for labels, _ in ranked if labels.shape[varying[0]] > 1)
+    if not full and walk.heads.dims is None and varying:
+        # Heads come before the positions that a mask is about, and behind the instances that it may be repeated for.
+        places = [next((dim for dim in varying if labels.shape[dim] > 1), len(shape)) for labels, _ in ranked]
+        first = min(range(len(ranked)), key=lambda item: (walk.heads.are(ranked[item][0]), places[item]))
+        return ranked[first][0]
     if not full:  # an outer product: no operand spans all slots
         return torch.full([1] * len(shape), PINNED, dtype=torch.int64)
     for labels in full[1:]:

@@ -178,6 +178,13 @@ def cat(walk: Walk, node: Any) -> Value:
         if widest.numel() > 1:  # channels of all parts meet
             _match(walk, [widest, *across])
             joined[0] = widest
+    if walk.heads.dims is None and all(labels.shape[dim] == 1 for labels in across):
+        varying = [labels for labels in across if labels.numel() > 1]
+        least = min(varying, key=Tensor.numel, default=across[0])
+        for labels in varying:  # zeros that are made for every head, for instance
+            if all(a <= b for a, b in zip(least.shape, labels.shape, strict=True)):
+                walk.slots.unify(least, labels)
+        joined[0] = least
     return Value(shape, *joined)
 
 
@@ -222,6 +229,25 @@ def _table(walk: Walk, source: Any, dim: int) -> Value:
     )
 
 
+def gather(walk: Walk, node: Any) -> Value:
+    """Elements by their numbers along one dimension, which the others have numbers of their own for."""
+    given = arguments(node)
+    value, numbers = walk.value(given["self"]), walk.value(given["index"])
+    rank, shape = len(value.shape), numbers.shape
+    dim = given["dim"] % max(rank, 1)
+    if walk.heads.dims is not None and value.labels.numel() > 1 and value.labels.shape[dim] > 1:
+        raise Unsupported("it takes channels by their numbers")
+    others = [place for place, size in enumerate(value.labels.shape) if size > 1 and place != dim]
+    if any(shape[place] != value.shape[place] for place in others):
+        raise Unsupported("it takes elements of the first channels only")
+    labels, own = (part.labels.narrow(dim, 0, 1) if rank else part.labels for part in (value, numbers))
+    if walk.heads.dims is not None or all(a <= b for a, b in zip(own.shape, labels.shape, strict=True)):
+        walk.slots.unify(labels, own)
+    if numbers.labels.numel() > own.numel():  # numbers are added where the dimension is one of channels
+        walk.slots.pin(numbers.labels, "it is a number of an element")
+    return replace(Value.pinned(shape), labels=labels)
+
+
 def stack(walk: Walk, node: Any) -> Value:
     """Parts of one shape along a new dimension: they lose the same channels."""
     given = arguments(node)
@@ -244,4 +270,5 @@ HANDLERS: dict[str, Handler] = {
     "cat": cat,
     "stack": stack,
     **dict.fromkeys(("index", "embedding"), lookup),
+    "gather": gather,
 }

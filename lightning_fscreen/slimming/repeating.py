@@ -57,8 +57,10 @@ def repeat_interleave(walk: Walk, node: Any) -> Value:
 
 def _copies(walk: Walk, node: Any, value: Value, copied: list[int]) -> Value | None:
     """What is repeated for every head, along one of these dimensions; None if it is not, as far as is known."""
-    if walk.heads.dims is None and len(copied) == 1 and not any(size > 1 for size in value.labels.shape[:-1]):
-        (dim,) = copied
+    heads = copied[1:] if len(copied) > 1 and copied[0] == 0 else copied  # instances come first
+    single = walk.heads.are(value.labels) or not any(size > 1 for size in value.labels.shape[:-1])
+    if walk.heads.dims is None and len(heads) == 1 and single:  # what is repeated for positions may be so for heads
+        (dim,) = heads
     elif walk.heads.dims and walk.heads.dims.get(node.name) in copied:
         dim = walk.heads.dims[node.name]
         walk.slots.pin(value.labels, "all heads share it")
@@ -72,8 +74,16 @@ def _copies(walk: Walk, node: Any, value: Value, copied: list[int]) -> Value | N
 
 
 def expand_as(walk: Walk, node: Any) -> Value:
-    """Broadcast to the shape of another tensor, whatever that is."""
-    return _broadcast(walk.value(node.args[0]), node)
+    """Broadcast to the shape of another tensor: copies that are made for its channels go with them."""
+    value, other = vector(walk, node.args[0]), walk.value(node.args[1])
+    result = _broadcast(value, node)
+    shape = (1,) * (len(result.shape) - len(value.shape)) + value.shape
+    if value.labels.numel() == 1 and all(shape[dim] == 1 for dim, size in enumerate(other.labels.shape) if size > 1):
+        walk.slots.pin(value.labels, "it is repeated for other channels")
+        result.labels = other.labels
+    else:
+        walk.slots.unify(result.labels, other.labels)
+    return result
 
 
 def _broadcast(value: Value, node: Any) -> Value:

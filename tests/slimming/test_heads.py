@@ -364,6 +364,35 @@ def shifted(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.softmax(q @ k.roll(1, 2).mT, -1) @ v.flip(2)
 
 
+def relative(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of distances, looked up by numbers that are expanded for every instance and head, as DeBERTa does it."""
+    place = torch.arange(x.shape[1])
+    distances = (place[None, :] - place.repeat(len(place), 1).T + len(place)).clamp(0, 8)
+    scores = q @ k[:, :, :1].expand(-1, -1, 9, -1).mT
+    scores = scores.gather(-1, distances[None, None].expand(*q.shape[:-1], len(place)))
+    return nn.functional.softmax(q @ k.mT + scores, -1) @ v
+
+
+def masked_as(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A mask in the shape of the scores, as XLM does it."""
+    scores = q @ k.mT
+    mask = (x[:, :, 0] < 0).view(len(x), 1, 1, -1).expand_as(scores)
+    return nn.functional.softmax(scores.masked_fill(mask, -1e9), -1) @ v
+
+
+def shifting(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of distances, shifted by a column of zeros that is made for every head, as Transformer-XL does it."""
+    scores = q @ torch.cat((k.flip(2), k[:, :, 1:]), 2).mT
+    padded = torch.cat((torch.zeros(*scores.shape[:3], 1, dtype=x.dtype), scores), -1)
+    shifted = padded.view(*scores.shape[:2], -1, scores.shape[2])[:, :, 1:].view_as(scores)
+    return nn.functional.softmax(q @ k.mT + shifted[..., : k.shape[2]], -1) @ v
+
+
+def dotted(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dimensions that an equation does not name."""
+    return torch.einsum("...ij,...jd->...id", torch.einsum("...id, ...jd -> ...ij", q, k).softmax(-1), v)
+
+
 class Written(Block):
     """Attention as a function of queries, keys and values."""
 
@@ -377,7 +406,9 @@ class Written(Block):
         return self.head(self.mlp(self.attention.projection(attended)).mean(1))
 
 
-@pytest.mark.parametrize("attend", [sliding, retentive, cumulative, latent, shifted])
+@pytest.mark.parametrize(
+    "attend", [sliding, retentive, cumulative, latent, shifted, relative, masked_as, shifting, dotted]
+)
 def test_attention_of_other_kinds_loses_heads(attend: Any) -> None:
     block = Written(attend).double()
     (gate,) = (gate for gate in find_gates(block, inputs(block)) if gate.kind == "head")
@@ -385,6 +416,29 @@ def test_attention_of_other_kinds_loses_heads(attend: Any) -> None:
     check(block, 0)
     inner: Any = block.attention
     assert inner.projection.in_features == inner.qkv.out_features // 3 < 16
+
+
+class Biased(Block):
+    """Biases of every head count where a causal mask of every instance says so, as in UMT5."""
+
+    def __init__(self) -> None:
+        super().__init__(16, attention().attention, cross=False)
+        self.table = nn.Embedding(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        place = torch.arange(x.shape[1])
+        mask = (place[None] <= place[:, None])[None, None].expand(len(x), 1, -1, -1)
+        bias = self.table((place[:, None] - place).abs()).permute(2, 0, 1)[None]
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, torch.where(mask, bias, -1e9))
+        return self.head(self.mlp(self.attention.projection(attended.transpose(1, 2).flatten(2))).mean(1))
+
+
+def test_a_mask_of_every_instance_hides_no_bias_of_every_head() -> None:
+    block = Biased().double()
+    check(block, 0)
+    inner: Any = block.attention
+    assert block.table.weight.shape[1] == inner.projection.in_features // 4 < 4
 
 
 class Windows(nn.Module):

@@ -247,6 +247,24 @@ def test_outputs_that_are_all_nan_verify_nothing() -> None:
         verified(network)
 
 
+def test_a_network_that_is_only_finite_in_its_own_dtype_is_verified_in_it() -> None:
+    """Its mask is float32, with the least number of the dtype that it computes in: -inf where that is float64."""
+
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            least = torch.tensor(torch.finfo(y.dtype).min, dtype=y.dtype).float()
+            return y + (least - least)
+
+    network = Masked(4, 3)
+    verification = Verification(network, (torch.randn(4, 4),), {}, training=True)
+    verification.check({})
+    with torch.no_grad():
+        network.weight[1] += 0.1
+    with pytest.raises(VerificationError, match="would change its outputs"):
+        verification.check({})
+
+
 def test_buffers_and_inputs_that_forward_writes_are_put_back() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
