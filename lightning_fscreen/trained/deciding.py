@@ -46,7 +46,7 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
         else:
             asked = asked * amount / max(gone, amount / 2)
     gone, choice = missed[min(missed)]
-    if max(gone for gone, _ in missed.values()) < amount - _CLOSE * (1 - amount):
+    if asked == most and math.isinf(more[1]) and gone < amount - _CLOSE * (1 - amount):
         raise ValueError(
             f"amount={amount:.4g} of the latency cannot go: without all units that can go the network still takes "
             f"{1 - gone:.2%} of its time; lower amount to {max(gone, 0):.4g} or less, or the floor"
