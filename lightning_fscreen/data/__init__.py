@@ -11,6 +11,7 @@ from lightning_fscreen.data.generated import (
     GeneratedDataModule,
     PairsDataModule,
     ShellsDataModule,
+    SumsDataModule,
     XorDataModule,
 )
 from lightning_fscreen.data.images import ImageSet, TensorImages
@@ -35,6 +36,7 @@ __all__ = [
     "NoisyMNISTDataModule",
     "PairsDataModule",
     "ShellsDataModule",
+    "SumsDataModule",
     "TensorImages",
     "XorDataModule",
     "random_crop",

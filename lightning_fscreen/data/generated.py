@@ -1,4 +1,4 @@
-"""Generated tasks with many irrelevant inputs, whose relevant ones no comparison of class means sees."""
+"""Generated tasks whose relevant inputs comparisons of class means do not see, one by one."""
 
 from __future__ import annotations
 
@@ -175,6 +175,47 @@ class ShellsDataModule(SampledDataModule):
         share = torch.special.gammainc(torch.tensor(self.relevant_columns / 2), features.square().sum(1) / 2)
         labels = (share * self.num_shells).long().clamp(max=self.num_shells - 1)
         return features, labels, self.num_shells
+
+
+class SumsDataModule(SampledDataModule):
+    """Features each of which tells little: the class is the largest of the sums of equal parts of the features.
+
+    y = argmax_c Σ_{j ≡ c mod num_classes} x_j, with standard normal features.
+
+    Args:
+        relevant_columns: number of relevant features.
+        num_classes: number of classes, equally frequent.
+        train_size: number of training instances.
+        noise_columns: number of columns of noise.
+        **common: arguments of :class:`SampledDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range, or features that cannot be shared out equally.
+    """
+
+    def __init__(
+        self,
+        *,
+        relevant_columns: int = 200,
+        num_classes: int = 2,
+        train_size: int = 1000,
+        noise_columns: int = 0,
+        **common: Any,
+    ) -> None:
+        super().__init__(train_size=train_size, noise_columns=noise_columns, **common)
+        self.parts = _at_least(2, "num_classes", num_classes)
+        self.relevant_columns = _at_least(1, "relevant_columns", relevant_columns)
+        if relevant_columns % num_classes:
+            raise ValueError(
+                f"relevant_columns must be a multiple of num_classes, got {relevant_columns} for {num_classes} classes"
+            )
+
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Draw them."""
+        count = self.test_size if test else self.train_size
+        features = torch.randn(count, self.relevant_columns, generator=generator)
+        sums = features.unflatten(1, (-1, self.parts)).sum(1)
+        return features, sums.argmax(1), self.parts
 
 
 class FlippedDigitsDataModule(GeneratedDataModule):

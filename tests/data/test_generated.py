@@ -4,7 +4,13 @@ import pytest
 import torch
 from sklearn.feature_selection import f_classif
 
-from lightning_fscreen.data import FlippedDigitsDataModule, PairsDataModule, ShellsDataModule, XorDataModule
+from lightning_fscreen.data import (
+    FlippedDigitsDataModule,
+    PairsDataModule,
+    ShellsDataModule,
+    SumsDataModule,
+    XorDataModule,
+)
 
 
 def everything(data, test=False):
@@ -17,6 +23,7 @@ MODULES = [
     (XorDataModule, {"relevant_columns": 3}, 3, 8000, 4000, 2),
     (PairsDataModule, {"pairs": 4, "alone": 0}, 8, 8000, 4000, 2),
     (ShellsDataModule, {"relevant_columns": 5, "num_shells": 4}, 5, 4000, 4000, 4),
+    (SumsDataModule, {"relevant_columns": 600, "num_classes": 3}, 600, 1000, 4000, 3),
     (FlippedDigitsDataModule, {}, 64, 1497, 300, 10),
 ]
 
@@ -71,6 +78,13 @@ def test_shells_are_ordered_by_distance_and_equally_frequent():
     assert torch.bincount(labels).double().div(len(labels)).sub(0.25).abs().max() < 0.03
 
 
+def test_the_largest_sum_decides_and_classes_are_equally_frequent():
+    features, labels = everything(SumsDataModule(relevant_columns=6, num_classes=3, train_size=8000))
+    sums = torch.stack([features[:, [part, part + 3]].sum(1) for part in range(3)], dim=1)
+    assert torch.equal(sums.argmax(1), labels)
+    assert torch.bincount(labels).double().div(len(labels)).sub(1 / 3).abs().max() < 0.03
+
+
 def test_digits_are_flipped_as_a_whole():
     features, _ = everything(FlippedDigitsDataModule(noise_columns=0))
     assert ((features >= 0).all(1) | (features <= 0).all(1)).all()
@@ -84,6 +98,8 @@ def test_digits_are_flipped_as_a_whole():
         (XorDataModule, {"train_size": 0}, "train_size must be at least 1, got 0"),
         (PairsDataModule, {"pairs": 0}, "pairs must be at least 1, got 0"),
         (ShellsDataModule, {"num_shells": 1}, "num_shells must be at least 2, got 1"),
+        (SumsDataModule, {"num_classes": 1}, "num_classes must be at least 2, got 1"),
+        (SumsDataModule, {"num_classes": 3}, "a multiple of num_classes, got 200 for 3 classes"),
         (ShellsDataModule, {"noise_columns": -1}, "noise_columns must not be negative, got -1"),
     ],
 )
