@@ -80,6 +80,12 @@ def batch_size(inputs: Any) -> int:
     return len(tensors[0]) if tensors else 0
 
 
+def is_empty(batch: Any) -> bool:
+    """Whether none of the tensors of a batch has an instance."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    return bool(tensors) and not any(map(len, tensors))
+
+
 def with_instances(inputs: Any, count: int, device: torch.device) -> Any:
     """The inputs of a call for so many instances, repeated as need be, on a device."""
     instances = batch_size(inputs)

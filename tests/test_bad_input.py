@@ -147,6 +147,7 @@ TABLE: list[Row] = [
     ("no start", using(start_epoch=None), ValueError, "start_epoch .*None", "must be a whole number"),
     ("classes as text", using(num_classes="3"), ValueError, "num_classes .*'3'", "must be a whole number"),
     ("λ as text", using(screening_weight="all"), ValueError, "screening_weight .*'all'", "must be a number"),
+    ("a pattern that is none", using(include=["layer1*", 3]), ValueError, r"include .*\['layer1\*', 3\]", "glob pattern"),
     ("a flag as text", using(slim="false"), ValueError, "slim .*'false'", "must be True or False"),
     ("labels by their name", using(labels="digit"), ValueError, "labels .*'digit'", "must be a function of the batch"),
     ("a function as criterion", using(criterion=abs), ValueError, "criterion <built-in", "register your own"),

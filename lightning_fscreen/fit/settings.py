@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Generic, Literal, TypeVar, get_args, overload
@@ -26,6 +26,10 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # by annotation
     "int": (lambda value: isinstance(value, Integral), "a whole number"),
     "float": (lambda value: isinstance(value, Real), "a number"),
     "bool": (lambda value: value in (True, False), "True or False"),
+    "Patterns": (
+        lambda value: value is None or (isinstance(value, Collection) and all(isinstance(one, str) for one in value)),
+        "a glob pattern over module names, or a list of them",
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
+from lightning_fscreen.modules import is_empty
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -95,7 +96,7 @@ def observed(
     granularity = settings.find_candidates(model)
     with same_random_numbers():  # a loader that shuffles draws some
         batches = iter(dataloader)
-        if (first := next(batches, None)) is None:
+        if (first := next((batch for batch in batches if not is_empty(batch)), None)) is None:
             raise ValueError(EMPTY)
         if example_inputs is None:
             network = of_batch(model, first, settings, forward)

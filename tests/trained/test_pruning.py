@@ -200,6 +200,15 @@ def test_nothing_changes_where_slimming_fails(bias, monkeypatch):
         prune(Branching(), loader(), 0.4, progress=False)
 
 
+def test_an_empty_first_batch_changes_nothing():
+    one, other = trained(plain_net), trained(plain_net)
+    empty = (torch.empty(0, 1, 8, 8), torch.empty(0, dtype=torch.int64))
+    prune(one, loader(), 0.4, progress=False)
+    prune(other, [empty, *loader()], 0.4, progress=False)
+    state = one.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+
+
 def test_the_default_needs_no_labels():
     """Nor a class: units are ranked by what the others can replace."""
     images, _ = digits(64)
