@@ -1,18 +1,21 @@
 """Error at equal multiply–adds: ways to prune a trained network at once, each followed by the same fine-tuning.
 
-    PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl FOLDER NETWORK SEED [METHOD ...]  # resumable
+    PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl FOLDER NETWORK SEED METHOD...  # resumable
     PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl  # the table
 
-FOLDER: an image folder of CIFAR-10; NETWORK: resnet20, or vgg16 (VGG-16-BN of a quarter of the width). Needs torch-
-pruning==1.6.1. A dense network trains for ten epochs on 20,000 of the images; every method prunes it until 75, 50 or 25
-% of its multiply–adds are left, as torch's counter counts them, and trains what is left for two more. Methods that take
-another amount get the one that leaves this cost, by bisection. "at once" is the error before these.
+FOLDER: an image folder of CIFAR-10; NETWORK: resnet20, vgg16 (VGG-16-BN of a quarter of the width), or vit (the small
+one). Needs torch-pruning==1.6.1. A dense network trains for ten epochs on 20,000 of the images; every method prunes it
+until 75, 50 or 25 % of its multiply–adds are left, as torch's counter counts them, and trains what is left for two
+more. Methods that take another amount get the one that leaves this cost, by bisection; where none does, they are left
+out. "at once" is the error before these.
 """
 
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,12 +26,29 @@ from lightning_fscreen.cli.tables import summary
 from lightning_fscreen.data import ImageFolderDataModule
 from lightning_fscreen.trained.arguments import settings_of
 from lightning_fscreen.trained.one_shot import observed
-from tests.benchmarks.redundancy import error, tensors, train
+from tests.benchmarks.redundancy import SGD, error, tensors, train
 
 LEFT = (0.75, 0.5, 0.25)
 IMAGES, EPOCHS, TUNING = 20_000, 10, 2
 INSTANCES = 4000
-NETWORKS = {"resnet20": models.resnet20, "vgg16": lambda: models.vgg16_bn(width_mult=0.25)}
+ADAM = partial(torch.optim.AdamW, weight_decay=0.05)
+UNITS_ALONE = {"include": "kind=neuron"}
+
+
+class Recipe(NamedTuple):
+    """A network, and how it is trained and fine-tuned."""
+
+    build: Any
+    optimizer: Any = SGD
+    rate: float = 0.1
+    tuning_rate: float = 0.05
+
+
+NETWORKS = {
+    "resnet20": Recipe(models.resnet20),
+    "vgg16": Recipe(lambda: models.vgg16_bn(width_mult=0.25)),
+    "vit": Recipe(models.vit, ADAM, 1e-3, 5e-4),
+}
 
 
 def macs(network):
@@ -40,21 +60,31 @@ def macs(network):
 
 
 def bisected(left, share_of):
-    """The amount with which the share of the multiply–adds comes nearest to what is to be left."""
+    """The amount with which the share of the multiply–adds comes nearest to what is to be left.
+
+    Raises:
+        ValueError: none comes near.
+    """
     low, high, best = 0.0, 1.0, (1.0, 0.0)
     for _ in range(10):
         amount = (low + high) / 2
         share = share_of(amount)
         best = min(best, (abs(share - left), amount))
         low, high = (amount, high) if share > left else (low, amount)
+    if best[0] > 0.05:
+        raise ValueError(f"{left:.0%} cannot be left")
     return best[1]
 
 
-def ours(network, left, batches, **arguments):
+def ours(**arguments):
     """One call, in place of a copy."""
-    smaller = copy.deepcopy(network)
-    prune(smaller, batches, 1 - left, progress=False, **arguments)
-    return smaller
+
+    def pruned(network, left, batches):
+        smaller = copy.deepcopy(network)
+        prune(smaller, batches, 1 - left, progress=False, **arguments)
+        return smaller
+
+    return pruned
 
 
 def candidates(network, left, batches):
@@ -70,27 +100,38 @@ def candidates(network, left, batches):
     return smaller
 
 
-def peer(network, left, importance, pruner="BasePruner"):
-    """Torch-Pruning, every layer alike, which is its default."""
-    import torch_pruning as tp  # only this method needs it, and the documents' tables do not
+def peer(importance, pruner="BasePruner"):
+    """Torch-Pruning, every layer alike, which is its default; of the small ViT only the hidden units, as far as it can."""
 
-    def pruned(amount):
-        smaller = copy.deepcopy(network).eval()
-        last = [module for module in smaller.modules() if isinstance(module, nn.Linear)][-1]
-        rank, kind = getattr(tp.importance, importance)(), getattr(tp.pruner, pruner)
-        kind(smaller, torch.zeros(2, 3, 32, 32), importance=rank, pruning_ratio=amount, ignored_layers=[last]).step()
-        return smaller
+    def pruned(network, left, batches):
+        import torch_pruning as tp  # only this method needs it, and the documents' tables do not
 
-    return pruned(bisected(left, lambda amount: macs(pruned(amount)) / macs(network)))
+        def reduced(amount):
+            smaller = copy.deepcopy(network).eval()
+            layers = {name: own for name, own in smaller.named_modules() if isinstance(own, nn.Linear | nn.Conv2d)}
+            whole = [list(layers.values())[-1]]
+            if isinstance(network, models.ViT):
+                whole = [own for name, own in layers.items() if not name.endswith("expand")]
+            rank, kind = getattr(tp.importance, importance)(), getattr(tp.pruner, pruner)
+            images = torch.zeros(2, 3, 32, 32)
+            kind(smaller, images, importance=rank, pruning_ratio=amount, ignored_layers=whole).step()
+            return smaller
+
+        return reduced(bisected(left, lambda amount: macs(reduced(amount)) / macs(network)))
+
+    return pruned
 
 
 METHODS = {
-    "errors per cost": ours,
-    "errors per cost, streams": lambda network, left, batches: ours(network, left, batches, streams=True),
+    "errors per cost": ours(),
+    "errors per cost, streams": ours(streams=True),
     "errors alone": candidates,
-    "screening per cost": lambda network, left, batches: ours(network, left, batches, criterion="screening"),
-    "Torch-Pruning, norms of groups": lambda network, left, batches: peer(network, left, "GroupMagnitudeImportance"),
-    "Torch-Pruning, scales": lambda network, left, batches: peer(network, left, "BNScaleImportance", "BNScalePruner"),
+    "screening per cost": ours(criterion="screening"),
+    "magnitude per cost": ours(criterion="magnitude"),
+    "random": ours(criterion="random"),
+    "errors per cost, hidden units": ours(**UNITS_ALONE),
+    "Torch-Pruning, norms of groups": peer("GroupMagnitudeImportance"),
+    "Torch-Pruning, scales": peer("BNScaleImportance", "BNScalePruner"),
 }
 
 
@@ -120,18 +161,19 @@ def main(results, folder, name, seed, *methods):
 
     checkpoint = results.absolute().with_suffix(".work") / f"{name}_{seed}.pt"
     torch.manual_seed(seed)
-    network = NETWORKS[name]()
+    recipe = NETWORKS[name]
+    network = recipe.build()
     if checkpoint.exists():
         network.load_state_dict(torch.load(checkpoint, weights_only=True))
     else:
-        train(network, *train_set, EPOCHS, 0.1, 128, True)
+        train(network, *train_set, EPOCHS, recipe.rate, 128, True, recipe.optimizer)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save(network.state_dict(), checkpoint)
         keep({"method": "dense", "left": 1.0, "macs": macs(network), "at_once": error(network, *test_set)})
     images, labels = train_set
     shown = torch.linspace(0, len(images) - 1, INSTANCES).long().split(500)
     for left in LEFT:
-        for method in methods or METHODS:
+        for method in methods:
             if any(
                 (line["network"], line["seed"], line["method"], line["left"]) == (name, seed, method, left)
                 for line in lines_of(results)
@@ -139,12 +181,16 @@ def main(results, folder, name, seed, *methods):
                 continue
             torch.manual_seed(1000 + seed)
             batches = [(images[index], labels[index]) for index in shown]
-            smaller = METHODS[method](network, left, batches)
+            try:
+                smaller = METHODS[method](network, left, batches)
+            except ValueError as reason:
+                print(f"{method}, {left:.0%} left: {reason}", flush=True)
+                continue
             size = sum(parameter.numel() for parameter in smaller.parameters())
             line = {"method": method, "left": left, "macs": macs(smaller), "params": size}
             line |= {"at_once": error(smaller, *test_set)}
             torch.manual_seed(1000 + seed)
-            train(smaller, *train_set, TUNING, 0.05, 128, True)
+            train(smaller, *train_set, TUNING, recipe.tuning_rate, 128, True, recipe.optimizer)
             keep(line | {"test_error": error(smaller, *test_set)})
 
 

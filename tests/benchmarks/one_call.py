@@ -20,13 +20,13 @@ from tests.benchmarks.equal_cost import INSTANCES, error, images_of, lines_of, m
 
 LEFT = (0.9, 0.7, 0.5)
 METHODS = {
-    "what the others predict": ours,
-    "the same, ranked by screening": lambda *given: ours(*given, criterion="screening"),
-    "mean activation": lambda *given: ours(*given, criterion="screening", bias="mean"),
-    "shift": lambda *given: ours(*given, criterion="screening", bias="fold"),
-    "zero": lambda *given: ours(*given, criterion="screening", bias="zero"),
-    "Torch-Pruning, norms of groups": lambda network, left, batches: peer(network, left, "GroupMagnitudeImportance"),
-    "Torch-Pruning, scales": lambda network, left, batches: peer(network, left, "BNScaleImportance", "BNScalePruner"),
+    "what the others predict": ours(),
+    "the same, ranked by screening": ours(criterion="screening"),
+    "mean activation": ours(criterion="screening", bias="mean"),
+    "shift": ours(criterion="screening", bias="fold"),
+    "zero": ours(criterion="screening", bias="zero"),
+    "Torch-Pruning, norms of groups": peer("GroupMagnitudeImportance"),
+    "Torch-Pruning, scales": peer("BNScaleImportance", "BNScalePruner"),
 }
 
 

@@ -15,6 +15,7 @@ covariances within classes and of all instances; it has the least Var(x | kept, 
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,8 +33,11 @@ PAIRS = {"cat/dog": (3, 5), "airplane/ship": (0, 8)}
 INSTANCES = 4000
 
 
-def train(network, images, labels, epochs, rate, batch_size, augmented):
-    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def train(network, images, labels, epochs, rate, batch_size, augmented, make_optimizer=SGD):
+    optimizer = make_optimizer(network.parameters(), lr=rate)
     steps = epochs * -(-len(images) // batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     network.train()
@@ -42,7 +46,7 @@ def train(network, images, labels, epochs, rate, batch_size, augmented):
             x = images[batch]
             if augmented:
                 x = random_horizontal_flip(random_crop(x, 4))
-            with torch.autocast("cpu", torch.bfloat16, enabled=augmented):
+            with torch.autocast("cpu", torch.bfloat16, enabled=augmented and make_optimizer is SGD):
                 loss = F.cross_entropy(network(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
