@@ -101,7 +101,7 @@ def candidates(network, left, batches):
 
 
 def peer(importance, pruner="BasePruner"):
-    """Torch-Pruning, every layer alike, which is its default; of the small ViT only the hidden units, as far as it can."""
+    """Torch-Pruning, every layer alike, which is its default; of the small ViT hidden units, since heads fail."""
 
     def pruned(network, left, batches):
         import torch_pruning as tp  # only this method needs it, and the documents' tables do not
