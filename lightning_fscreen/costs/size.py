@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_fscreen.costs.operations import operation_counter
 from lightning_fscreen.modules import evaluating, join
 
 
@@ -74,7 +75,7 @@ def measure_size(
     operations: Counter[nn.Module] = Counter()
     macs = None
     if inputs is not None:
-        counter = FlopCounterMode(display=False)
+        counter = operation_counter()
         with evaluating(network), _constant(parameters), counter, _counting_by_module(network, counter, operations):
             network(*inputs[0], **inputs[1])
         macs = round(counter.get_total_flops() / 2 / instances)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.costs.latency import compare_latency
+from lightning_fscreen.costs.operations import noting_others
 from lightning_fscreen.costs.size import Size, measure_size
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.compiled import is_compiled
 from lightning_fscreen.modules import batch_size, is_within
 from lightning_fscreen.statistics.collector import examined
+
+log = logging.getLogger(__name__)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _INSTANCES = 2  # enough for a batch dimension to be told from a size of 1
@@ -35,6 +39,7 @@ class Network:
             yet.
         dtype: of its parameters then.
         unused: layers with candidates inside it that its call does not use.
+        told: modules with operations that nobody can count, of which there was a warning.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Network:
     inputs: Inputs | None = None
     dtype: torch.dtype = torch.float32
     unused: Collection[str] = ()
+    told: set[str] = field(default_factory=set)
 
     def holds(self, layer: str) -> bool:
         """Whether a layer is a part of it."""
@@ -85,12 +91,24 @@ class Network:
         """Its size; without operations if its inputs are not known, and with its latency if that is asked for."""
         inputs = None if self.inputs is None else self.inputs_on_device()
         with self.examining(model):
-            size = measure_size(self.module, inputs, self.instances, self.name)
+            with noting_others() as others:
+                size = measure_size(self.module, inputs, self.instances, self.name)
+            self._tell(others)
             if timings is None or inputs is None:
                 return size
             known = f"{self.name or type(self.module).__name__}, {size.params} parameters, {size.macs} multiply–adds"
             time = timings.of_network(known, lambda: self.times(timings, [self.module])[0])
             return replace(size, latency=round(1e6 * time))
+
+    def _tell(self, uncounted: Mapping[str, Collection[str]]) -> None:
+        for module in uncounted.keys() - self.told:
+            log.warning(
+                "the multiply–adds of %s in %s are not known and not counted, so that a budget of them divides the "
+                'others alone; budget="params" or "latency" counts all',
+                ", ".join(sorted(uncounted[module])),
+                module,
+            )
+        self.told |= uncounted.keys()
 
     def times(self, timings: Timings, modules: Sequence[nn.Module]) -> list[float]:
         """Milliseconds of a forward pass of modules that take the same inputs, on the device of some timings.
