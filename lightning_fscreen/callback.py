@@ -57,7 +57,8 @@ class ScreeningPruningCallback(Results):
         screening_weight: λ of the screening criteria: 0 ranks by magnitude alone, 1 by the F-statistic alone.
         schedule: "logistic", "one_shot", "linear", "cubic", "iterative" (five rounds), "constant", or a callable:
             progress ∈ [0, 1] → fraction of the amount.
-        start_epoch: first epoch of the annealing window.
+        start_epoch: first epoch of the annealing window. What is frozen at first (`BackboneFinetuning`) is pruned, too,
+            if it is trained by then.
         end_epoch: first epoch after it, when the whole amount is pruned and fine-tuning begins; None for half of the
             training; 0 to prune at initialisation, by the first training step alone.
         start_step: optimizer steps before the window, instead of epochs, counted as `max_steps` counts them: one for
@@ -222,7 +223,7 @@ class ScreeningPruningCallback(Results):
         """
         check_optimizers(trainer.optimizers)
         state = self._restored or self._present_state(pl_module)
-        self._restored = {}
+        self._restored, self._waits = {}, False
         self._remove_hooks()
         self._progress = Progress.restored(state)
         known = state.get("pruner", {})

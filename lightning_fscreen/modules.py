@@ -152,6 +152,11 @@ def num_outputs(module: nn.Module) -> int:
     return module.out_channels if isinstance(module, _ConvNd) else num_inputs(module)
 
 
+def names_of_frozen(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that are not trained."""
+    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
 def why_fixed(module: nn.Module, owners: Mapping[int, str], noun: str = "weight") -> str | None:
     """Why the parameter `weight` of a layer cannot be pruned; None if it can.
 

@@ -79,7 +79,8 @@ def require_candidates(found: Sequence[object], where: str, layers: str, reasons
         why = f"none of its {layers} can be pruned:{listing}" if reasons else f"it has no {layers}"
         raise ValueError(
             f"nothing to prune in {where}: {why}\n"
-            "Check include=/exclude=, requires_grad, and that the layers are attributes of the module. "
+            "Check include=/exclude=, requires_grad (of a fit in which layers are frozen at first, let start_epoch be "
+            "later), and that the layers are attributes of the module. "
             'granularity="channel" prunes batch norms, "unit" linear and convolution layers, too, "weight" connections.'
         )
 

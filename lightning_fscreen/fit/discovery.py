@@ -15,6 +15,7 @@ from lightning_fscreen.fit.gathering import MakeCollector
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.recorder import Recorder
 from lightning_fscreen.fit.settings import Settings
+from lightning_fscreen.modules import names_of_frozen
 from lightning_fscreen.slimming import CaptureError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Discovery:
         granularity: the candidates.
         recorder: the networks and their inputs.
         fixed: whether the network was made smaller, so that no more is learned of what can be pruned.
+        fresh: layers that had better be left alone, by how they looked when the fit began, and why.
+        frozen: names of the parameters that were not trained when this was made.
 
     Raises:
         ValueError: nothing to prune, patterns that match nothing.
@@ -41,12 +44,14 @@ class Discovery:
     def __init__(self, model: LightningModule, settings: Settings, state: Mapping[str, Any], copies: Copies) -> None:
         self._model, self._settings = model, settings
         self._refused: CaptureError | None = None  # the innermost one
+        self.frozen = names_of_frozen(model)
         self.granularity: Granularity[Any] = settings.find_candidates(model)
         self.granularity.restore(state.get("structure", {}))
         self.granularity.leave_out(copies.reasons(self.granularity.names))
         # In a fit that goes on, layers no longer look as they did when it began.
-        self._fresh = state.get("fresh", {}) if "kept" in state else self.granularity.fresh()
-        self.granularity.leave_out(self._fresh)
+        known: Mapping[str, str] | None = state.get("fresh", {} if "kept" in state else None)
+        self.fresh = self.granularity.fresh() if known is None else known
+        self.granularity.leave_out(self.fresh)
         self._never_ran: dict[str, str] = dict(state.get("never_ran", {}))
         self.granularity.leave_out(self._never_ran)
         self._log_reasons()
@@ -172,7 +177,7 @@ class Discovery:
         return {
             "not_pruned": dict(self.granularity.not_pruned),
             "structure": self.granularity.structure(),
-            "fresh": dict(self._fresh),
+            "fresh": dict(self.fresh),
             "never_ran": dict(self._never_ran),
             "settled": self.recorder.closed,
             "networks": [network.state_dict() for network in self.recorder.networks.values()],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lightning_fscreen.fit.pruner import Pruner
 from lightning_fscreen.fit.report import metrics_of
 from lightning_fscreen.fit.settings import HasSettings, Settings
 from lightning_fscreen.fit.surgery import forget_scores
+from lightning_fscreen.modules import names_of_frozen
 from lightning_fscreen.ranking.budget import Budget
 from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.slimming import SlimmingPlan
@@ -54,6 +55,7 @@ class TrainingHooks(HasSettings, Callback):
         self._collection = Collection(self.settings)
         self._progress = Progress()
         self._pruner: Pruner | None = None
+        self._waits = False  # until more is trained than now, which is too little to prune
         self._restored: dict[str, Any] = {}  # the state that the next fit goes on from
         self._loading = ExitStack()  # its end is that of listening to what is loaded
 
@@ -68,6 +70,40 @@ class TrainingHooks(HasSettings, Callback):
         self._budget.total = pruner.spending.total(pruner.masks)
         if (pruner.found.is_final or (step_ended and pruner.found.is_ready)) and pruner.plan is None:
             pruner.spending.check(pruner.masks)
+
+    def _find_again(self, trainer: Trainer, model: LightningModule) -> None:
+        """Look anew for what can be pruned where other layers are frozen than before, until pruning begins."""
+        pruner = self._fit_pruner
+        same = pruner.found.frozen == names_of_frozen(model) and not (self._waits and self._is_time)
+        if same or pruner.recorder.closed or pruner.masks.num_pruned:
+            return
+        self._waits = False
+        self._begin_again(trainer, model)
+
+    def _begin_again(self, trainer: Trainer, model: LightningModule) -> None:
+        pruner = self._fit_pruner
+        self._remove_hooks()
+        self._pruner = Pruner(model, self.settings, {"fresh": pruner.found.fresh}, pruner.origin, pruner.copies)
+        self._pruner.watch(trainer.optimizers)
+        self._set_total()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Inside, it is no error yet that too little can be pruned, if what is frozen may be trained in time."""
+        try:
+            yield
+        except ValueError as error:
+            if not self._fit_pruner.found.frozen or self._is_time:
+                raise
+            log.warning("%s\nSome parameters are frozen; they are looked at again when pruning begins.", error)
+            self._waits = True
+
+    @property
+    def _is_time(self) -> bool:
+        """Whether the running round ends with pruning, or statistics are gathered in it."""
+        round_end = self._progress.round_end
+        assert round_end is not None
+        return gathers(self.settings, self._budget, round_end) or self._budget.asks_for_more(round_end)
 
     @property
     def _fit_pruner(self) -> Pruner:
@@ -121,10 +157,14 @@ class TrainingHooks(HasSettings, Callback):
         pruner, collection, progress = self._fit_pruner, self._collection, self._progress
         window, round_end = self._budget.window, progress.round_end
         assert round_end is not None
+        if not progress.batches:
+            self._find_again(trainer, pl_module)
+            pruner = self._fit_pruner
         index = batch_idx if window.unit == "epoch" else progress.batches
         progress.batches += 1
         recorder = pruner.recorder
-        known = recorder.is_complete or (recorder.is_ready and not searches(self._budget, round_end, not self.history))
+        searching = searches(self._budget, round_end, not self.history)
+        known = self._waits or recorder.is_complete or (recorder.is_ready and not searching)
         step = plan_step(self.settings, self._budget, round_end, index, known, collection.stride)
         if step.gather and not collection.is_prepared:
             collection.prepare(trainer, pl_module, batch, batch_idx, window)
@@ -142,7 +182,9 @@ class TrainingHooks(HasSettings, Callback):
     def _on_network_call(self, network: Network) -> None:
         """A network is about to run for the first time: learn from its inputs, and gather its activations."""
         pruner = self._fit_pruner
-        if pruner.learn(network):
+        with self._waiting():
+            if not pruner.learn(network):
+                return
             self._set_total()
             if self._progress.step.gather:
                 self._collection.open(pruner.found.collectors)
@@ -189,7 +231,10 @@ class TrainingHooks(HasSettings, Callback):
         """
         if self._progress.step.observes:
             self._close()
-            self._add(trainer)
+            with self._waiting():
+                self._add(trainer)
+            if self._waits:
+                self._begin_again(trainer, pl_module)
         if self._progress.step.record and self._progress.batches == 1 and pl_module.automatic_optimization:
             self._set_total(step_ended=True)  # modules that step by themselves may call networks in turns
         if self._progress.unit == "step" and self._round_is_over(trainer):
@@ -199,7 +244,8 @@ class TrainingHooks(HasSettings, Callback):
     def _add(self, trainer: Trainer) -> None:
         pruner = self._fit_pruner
         pruner.recorder.stop()
-        pruner.found.require_networks()
+        if not self._waits:
+            pruner.found.require_networks()
         if self._progress.step.gather:
             self._collection.add(trainer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -123,9 +123,14 @@ class Pruner:
             raise ValueError(
                 f"the checkpoint has masks for {sorted(restored)}, but the candidates of "
                 f"{type(self._model).__name__} are {sorted(names)}; resume with the same model and the same "
-                "granularity, include and exclude"
+                f"granularity, include and exclude{self._why_missing(restored)}"
             )
         return self._make_masks()
+
+    def _why_missing(self, names: Collection[str]) -> str:
+        reasons = self.granularity.not_pruned
+        found = [f"{name}: {reasons[name]}" for name in sorted(names) if name in reasons]
+        return f" ({', '.join(found)})" if found else ""
 
     def _make_masks(self, kept: Mapping[str, Tensor] | None = None, held: bool = True) -> Masks:
         members, parameters = self.granularity.members(), self.parameters
