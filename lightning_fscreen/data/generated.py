@@ -178,9 +178,10 @@ class ShellsDataModule(SampledDataModule):
 
 
 class SumsDataModule(SampledDataModule):
-    """Features each of which tells little: the class is the largest of the sums of equal parts of the features.
+    """Features most of which tell little, and some more: the class is the largest of weighted sums of parts of them.
 
-    y = argmax_c Σ_{j ≡ c mod num_classes} x_j, with standard normal features.
+    y = argmax_c Σ_{j ≡ c mod num_classes} w_j·x_j, with standard normal features, and weights w_j that are quantiles of
+    the size of a standard normal variable, spread evenly over the classes.
 
     Args:
         relevant_columns: number of relevant features.
@@ -214,7 +215,9 @@ class SumsDataModule(SampledDataModule):
         """Draw them."""
         count = self.test_size if test else self.train_size
         features = torch.randn(count, self.relevant_columns, generator=generator)
-        sums = features.unflatten(1, (-1, self.parts)).sum(1)
+        per_class = self.relevant_columns // self.parts
+        weights = torch.special.ndtri(0.5 + (torch.arange(per_class) + 0.5) / (2 * per_class))
+        sums = (features.unflatten(1, (per_class, self.parts)) * weights[:, None]).sum(1)
         return features, sums.argmax(1), self.parts
 
 
