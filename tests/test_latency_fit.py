@@ -1,5 +1,6 @@
 """A budget of latency: in trainings and in one call, under a clock that counts, and once under a real one."""
 
+import copy
 import os
 import random
 
@@ -12,6 +13,8 @@ from lightning_fscreen import Latency, ScreeningPruningCallback, explain, prune
 from lightning_fscreen.candidates.latency import capture_for, operations_of
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.fit.pruner import Pruner
+from lightning_fscreen.fit.spending import Spending
 from tests.candidates.test_latency import counted
 from tests.conftest import Classifier, digits, loader, trainer
 from tests.processes import run_ranks
@@ -115,6 +118,37 @@ def test_one_call_asks_again_where_the_network_is_slower_than_its_operations(clo
     _, report = prune(network, loader(), 0.3, budget="latency", progress=False)
     assert report.latency.after / report.latency.before == pytest.approx(0.7, abs=0.03)
     assert len(seen) >= 4
+
+
+@pytest.mark.parametrize(("granularity", "schedule"), [("unit", "cubic"), ("channel", "one_shot")])
+def test_a_training_asks_for_what_the_network_takes_and_nothing_changes(granularity, schedule, clock, monkeypatch):
+    """Slower than the sum of its operations, by far; the first pruning finds out."""
+    monkeypatch.setattr(Network, "times", lambda *args: [time**1.3 for time in totals(*args)])
+    found = []
+
+    def watched(self, *args, find=Pruner.find_asked):
+        before = copy.deepcopy(self._model.state_dict()), torch.get_rng_state(), self._model.training
+        found.append(find(self, *args))
+        assert all(
+            torch.equal(*pair) for pair in zip(before[0].values(), self._model.state_dict().values(), strict=True)
+        )
+        assert torch.equal(before[1], torch.get_rng_state()) and self._model.training == before[2]
+        return found[-1]
+
+    monkeypatch.setattr(Pruner, "find_asked", watched)
+    callback = ScreeningPruningCallback(granularity, 0.3, budget="latency", schedule=schedule, end_epoch=2)
+    fitted(callback, net=post_net, max_epochs=3)
+    report = callback.report().latency
+    assert report.after / report.before == pytest.approx(0.7, abs=0.04)
+    assert len(found) == 1 and not 0.28 < float(found[0]["asked"]) < 0.32
+
+
+def test_a_latency_that_cannot_be_met_as_measured_is_a_warning_in_a_training(clock, monkeypatch, caplog):
+    monkeypatch.setattr(Network, "times", lambda *args: [10 + time for time in totals(*args)])
+    callback = ScreeningPruningCallback("unit", 0.5, budget="latency", end_epoch=1)
+    monkeypatch.setattr(Spending, "check", lambda *args: None)
+    fitted(callback, net=plain_net, max_epochs=2)
+    assert "of the latency cannot go, as far as is measured" in caplog.text and callback.plan
 
 
 def test_explain_rehearses_it(clock, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import astuple
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,10 +24,12 @@ from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.recorder import Recorder
+from lightning_fscreen.fit.rehearsal import latency_without
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.fit.surgery import slim_in_fit, slim_networks
+from lightning_fscreen.ranking.asking import ask_for
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
 from lightning_fscreen.slimming.state import carry
@@ -75,7 +78,7 @@ class Pruner:
         self.found = Discovery(model, settings, state, copies)
         self._record = Record(state.get("sizes"), state.get("evidence", {}))
         self._timings = settings.timings(model.device, state.get("timings"))
-        self.spending = Spending(settings, self.found, self._record, self._timings)
+        self.spending = Spending(settings, self.found, self._record, self._timings, state.get("asked"))
         self.masks = self._restored_masks()
         self.measure()
 
@@ -241,6 +244,36 @@ class Pruner:
         self._record.note(decision.explained)
         return decision
 
+    @property
+    def misses(self) -> bool:
+        """Whether it is not known yet by how much the sum of all operations misses the latency that goes."""
+        return self._timings is not None and self.spending.asked is None and self.spending.amount(self.masks) > 0
+
+    def find_asked(self, decision: Decision, seed: int) -> Mapping[str, Tensor]:
+        """What to ask of the sum of all operations, so that the amount goes of the measured latency, as "asked".
+
+        The networks are made as small as they would be in the end, by the scores of now, timed, and put back.
+        """
+        amount, timings, spending = self.spending.amount(self.masks), self._timings, self.spending
+        assert timings is not None, "a latency is measured"
+
+        def attempt(asked: float) -> tuple[float, float]:
+            spending.asked = asked
+            kept = decision.new_masks(amount, seed)
+            share = latency_without(self._model, self.recorder.networks.values(), self.granularity, kept, timings)
+            return 1 - share, asked
+
+        try:
+            answer = ask_for(amount, lambda: spending.most(self.masks), attempt)
+        except (CaptureError, VerificationError) as error:  # it will be said when the network is to become smaller
+            log.info("latency is taken for the sum of all operations: %s", error)
+            return {"asked": torch.tensor(amount, dtype=torch.float64)}
+        if answer.is_most:
+            log.warning(
+                "amount=%.4g of the latency cannot go, as far as is measured: at most %.4g", amount, answer.share
+            )
+        return {"asked": torch.tensor(answer.result, dtype=torch.float64)}
+
     def rewind_weights(self, optimizers: Sequence[Optimizer]) -> None:
         """Put the remaining weights back to where the fit began; optimizers begin afresh."""
         self.origin.rewind_weights(self._model, self._applied_plan, optimizers)
@@ -335,4 +368,5 @@ class Pruner:
             "evidence": {name: dict(found) for name, found in self._record.evidence.items()},
             "copies": dict(self.copies.samples),
             "timings": {} if self._timings is None else self._timings.state_dict(),
+            "asked": self.spending.asked,
         }

@@ -37,10 +37,23 @@ class Spending:
         found: the candidates.
         record: the measured sizes before and now.
         timings: of operations, for a budget of latency.
+        asked: what is asked of the sum of all operations, if another amount of the latency goes by that; None if it is
+            not known.
+
+    Attributes:
+        asked: as given; may be changed.
     """
 
-    def __init__(self, settings: Settings, found: Holder, record: Record, timings: Timings | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        found: Holder,
+        record: Record,
+        timings: Timings | None = None,
+        asked: float | None = None,
+    ) -> None:
         self._settings, self._found, self._record, self._timings = settings, found, record, timings
+        self.asked = asked
         self._known: tuple[object, Costs | None] = (None, None)
         self._known_blocks: tuple[object, Blocks | None] = (None, None)
 
@@ -126,7 +139,9 @@ class Spending:
         costs, dense, units = self.costs(afresh=True), self._dense, self._granularity.units()
         if costs is None or dense is None or units is None:
             return None
-        settings = self._settings
+        settings, amount = self._settings, self.amount(masks)
+        if self.asked is not None:
+            fraction = self.asked if fraction == amount else fraction * self.asked / amount
         return prune_to_cost(
             scores,
             masks.present,

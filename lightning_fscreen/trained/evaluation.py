@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fscreen.modules import evaluating
+from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.statistics.labels import describe
 from lightning_fscreen.statistics.one_pass import Forward, call, device_of
-from lightning_fscreen.trained.randomness import same_random_numbers
 
 Measure = Callable[[nn.Module, Any], Any] | Metric
 """(model, dataloader) → a number, higher is better; or a metric of torchmetrics over outputs and labels, which says

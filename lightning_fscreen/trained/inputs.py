@@ -12,9 +12,9 @@ from torch import nn
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.modules import evaluating
+from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.slimming.gates import call_arguments
 from lightning_fscreen.statistics.one_pass import Forward, call, device_of, labels_of
-from lightning_fscreen.trained.randomness import same_random_numbers
 
 
 def with_inputs(model: nn.Module, example_inputs: Any) -> Network:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import logging
@@ -19,10 +18,12 @@ from lightning_fscreen.candidates.regression import Regression
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.fit.rehearsal import copied, remember
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.modules import is_empty
+from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
 from lightning_fscreen.slimming.apply import Agree, unanimous
@@ -31,7 +32,6 @@ from lightning_fscreen.statistics.labels import find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, device_of, observe
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.trained.inputs import of_batch, with_inputs
-from lightning_fscreen.trained.randomness import same_random_numbers
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class OneShot:
             unused = granularity.learn(model, args, kwargs)
         granularity.leave_out(dict.fromkeys(unused, _UNUSED))
         self._timings = settings.timings(device_of(model))
-        self._dense = network.module if self._timings is None else _copied(network.module)
+        self._dense = network.module if self._timings is None else copied(network.module)
         self._measure(pruned=False)
         self._statistics: Mapping[str, FeatureStatistics] = {}
         self._unmatched: Mapping[str, str] = {}
@@ -319,24 +319,7 @@ class OneShot:
         members = self.granularity.members().values()
         parameters: set[Tensor] = {parameter for own in members for parameter in (own.weight, *own.others)}
         parameters |= set(self._regression.parameters) if self._regression is not None else set()
-        values = {parameter: parameter.detach().clone() for parameter in parameters}
-
-        @torch.no_grad()
-        def put_back() -> None:
-            for parameter, value in values.items():
-                parameter.copy_(value)
-
-        return put_back
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(module)
-    except Exception as error:  # whatever a module raises that holds what cannot be copied
-        raise ValueError(
-            f'{type(module).__name__} cannot be copied ({error}), as budget="latency" needs, to time it beside the '
-            'smaller network; take budget="macs"'
-        ) from error
+        return remember(parameters)
 
 
 def _warn_of_few(instances: int) -> None:

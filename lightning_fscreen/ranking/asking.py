@@ -1,0 +1,55 @@
+"""What to ask for, so that what comes of it is what was wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+Result = TypeVar("Result")
+
+_ATTEMPTS = 5
+_CLOSE = 0.03  # as a share of what is to be left, near enough to try no further
+
+
+class Answer(NamedTuple, Generic[Result]):
+    """The attempt that came nearest.
+
+    Attributes:
+        result: of it.
+        share: what it gave.
+        is_most: whether all was asked for, and it gave too little.
+    """
+
+    result: Result
+    share: float
+    is_most: bool
+
+
+def ask_for(
+    wanted: float, most: Callable[[], float], attempt: Callable[[float], tuple[float, Result]]
+) -> Answer[Result]:
+    """Ask for a share, again where another came of it, five times at most: in proportion, then between two others.
+
+    Args:
+        wanted: the share.
+        most: that can be asked for, as far as is known before each attempt.
+        attempt: share that is asked for → the share that comes of it, and the result.
+    """
+    missed, less, more = dict[float, tuple[float, Result]](), (0.0, 0.0), (math.inf, math.inf)
+    asked = wanted
+    for _ in range(_ATTEMPTS):
+        limit = max(most(), 0.0)
+        asked = min(asked, limit)
+        share, result = attempt(asked)
+        missed[abs(share - wanted)] = share, result
+        if min(missed) <= _CLOSE * (1 - wanted) or (share < wanted and asked == limit):
+            break
+        less, more = (less, (asked, share)) if share > wanted else ((asked, share), more)
+        if math.isfinite(more[1]):
+            asked = less[0] + (wanted - less[1]) * (more[0] - less[0]) / (more[1] - less[1])
+        else:
+            asked = asked * wanted / max(share, wanted / 2)
+    share, result = missed[min(missed)]
+    is_most = asked == limit and math.isinf(more[1]) and share < wanted - _CLOSE * (1 - wanted)
+    return Answer(result, share, is_most)
