@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fscreen.candidates.granularity import Granularity
@@ -24,12 +24,13 @@ from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.recorder import Recorder
-from lightning_fscreen.fit.rehearsal import latency_without
+from lightning_fscreen.fit.rehearsal import copied, latency_without
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.fit.surgery import slim_in_fit, slim_networks
-from lightning_fscreen.ranking.asking import ask_for
+from lightning_fscreen.randomness import same_random_numbers
+from lightning_fscreen.ranking.asking import ask_for, too_much
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
 from lightning_fscreen.slimming.state import carry
@@ -253,6 +254,9 @@ class Pruner:
         """What to ask of the sum of all operations, so that the amount goes of the measured latency, as "asked".
 
         The networks are made as small as they would be in the end, by the scores of now, timed, and put back.
+
+        Raises:
+            ValueError: it cannot go.
         """
         amount, timings, spending = self.spending.amount(self.masks), self._timings, self.spending
         assert timings is not None, "a latency is measured"
@@ -269,9 +273,7 @@ class Pruner:
             log.info("latency is taken for the sum of all operations: %s", error)
             return {"asked": torch.tensor(amount, dtype=torch.float64)}
         if answer.is_most:
-            log.warning(
-                "amount=%.4g of the latency cannot go, as far as is measured: at most %.4g", amount, answer.share
-            )
+            raise ValueError(too_much(amount, answer.share))
         return {"asked": torch.tensor(answer.result, dtype=torch.float64)}
 
     def rewind_weights(self, optimizers: Sequence[Optimizer]) -> None:
@@ -295,6 +297,8 @@ class Pruner:
         self.lead_copies()
         for module in self.copies.outside:
             broadcast_buffers(trainer, module)
+        networks = [] if self._timings is None else list(self.recorder.networks.values())
+        dense = [copied(network.module) for network in networks]
         try:
             slim = partial(self._slim_networks, trainer)
             not_rounded = self.granularity.not_rounded(self.masks.present)
@@ -309,9 +313,20 @@ class Pruner:
             carry(module)
         self.copies.average_exactly()
         self.follow(plan)
+        self._time_beside(networks, dense)
         self.eagerly.recompile()
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan
+
+    def _time_beside(self, networks: Sequence[Network], dense: Sequence[nn.Module]) -> None:
+        """Measure both sizes in turns: what else runs on a machine changes from one minute to the next."""
+        if self._timings is None:
+            return
+        times = []
+        for network, whole in zip(networks, dense, strict=True):
+            with same_random_numbers(), network.examining(self._model):
+                times.append(network.times(self._timings, [whole, network.module]))
+        self._record.note_latency(*(round(1e6 * sum(each)) for each in zip(*times, strict=True)))
 
     def _slim_networks(self, trainer: Trainer) -> SlimmingPlan:
         networks = self.recorder.networks.values()

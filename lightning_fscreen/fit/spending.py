@@ -108,7 +108,10 @@ class Spending:
         costs, dense = self.costs(), self._dense
         if costs is not None and dense is not None and units is not None:
             full = {name: torch.ones_like(mask) for name, mask in masks.present.items()}
-            target = (1 - self.amount(masks)) * dense
+            amount = self.amount(masks)
+            if self._timings is not None:  # whether so much can go is measured later
+                amount = max(min(amount, self.most(masks)), 0.0)
+            target = (1 - amount) * dense
             try:
                 check_target(full, costs, target, dense, units, settings.min_channels, blocks)
             except ValueError as error:

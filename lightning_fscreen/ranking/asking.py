@@ -26,6 +26,14 @@ class Answer(NamedTuple, Generic[Result]):
     is_most: bool
 
 
+def too_much(amount: float, most: float) -> str:
+    """What to say of a latency that cannot be met; `most`, the share that goes at most, as measured."""
+    return (
+        f"amount={amount:.4g} of the latency cannot go: without all units that can go the network still takes "
+        f"{1 - most:.2%} of its time; lower amount to {max(most, 0):.4g} or less, or the floor"
+    )
+
+
 def ask_for(
     wanted: float, most: Callable[[], float], attempt: Callable[[float], tuple[float, Result]]
 ) -> Answer[Result]:

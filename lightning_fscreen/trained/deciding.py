@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lightning_fscreen.candidates.costs import Currency
 from lightning_fscreen.ranking.amounts import Amount
-from lightning_fscreen.ranking.asking import ask_for
+from lightning_fscreen.ranking.asking import ask_for, too_much
 from lightning_fscreen.trained.one_shot import Choice, OneShot
 
 
@@ -34,8 +34,5 @@ def decide(found: OneShot, amount: Amount, budget: Currency) -> Choice:
 
     answer = ask_for(amount, found.most, attempt)  # what can go at most is another after each measurement
     if answer.is_most:
-        raise ValueError(
-            f"amount={amount:.4g} of the latency cannot go: without all units that can go the network still takes "
-            f"{1 - answer.share:.2%} of its time; lower amount to {max(answer.share, 0):.4g} or less, or the floor"
-        )
+        raise ValueError(too_much(amount, answer.share))
     return answer.result._replace(amount=amount)

@@ -152,10 +152,7 @@ class OneShot:
         Raises:
             ValueError: it cannot; says how much can go.
         """
-        amount = self._settings.amount
-        if self._timings is not None and not isinstance(amount, Mapping):
-            amount = max(min(amount, self.most()), 0.0)
-        self._spending(replace(self._settings, amount=amount)).check(self._masks())
+        self._spending(self._settings).check(self._masks())
 
     def observe(self, batches: Iterable[Any], forward: Forward | None, progress: bool, title: str) -> None:
         """Gather statistics of activations; layers that want some and have none are left out."""
