@@ -95,8 +95,9 @@ class ScreeningPruningCallback(Results):
             multiply–adds or latency of the dense network, counted as slimming will leave it and met to the nearest
             unit. A unit then goes for a low score divided by what it costs: see `ranking.per_cost.prune_to_cost`. A
             latency is the sum of those of all operations, each measured by itself, layers at several widths; the first
-            pruning tries how much of that has to go, by networks as small as they will be, for the whole to take the
-            time that was asked for. `report().latency` has that of the whole, before and after. Not for weights.
+            pruning and the last try how much of that has to go, by networks as small as they will be, for the whole to
+            take the time that was asked for. `report().latency` has that of the whole, before and after. Not for
+            weights.
         round_to: leave every width of a linear or convolution layer as it is, or a multiple of this (8, for hardware
             that likes it): units go in groups of so many, up or down as the group at the margin is worth, and the
             budget is met as nearly as that allows. Of grouped convolutions these are all outputs and the inputs of one

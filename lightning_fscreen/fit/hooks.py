@@ -297,7 +297,7 @@ class TrainingHooks(HasSettings, Callback):
         decision = pruner.decide(statistics, gradients, unmatched)
         seed = torch.initial_seed() % 2**63 + round_end - 1
         fraction = self._budget.fraction(round_end)
-        if pruner.misses and self.slim:
+        if self.slim and pruner.is_to_ask(fraction):
             found = decide_once(trainer, lambda: pruner.find_asked(decision, seed))
             pruner.spending.asked = found["asked"].item()
         kept = decide_once(trainer, lambda: decision.new_masks(fraction, seed))

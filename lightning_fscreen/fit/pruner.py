@@ -245,10 +245,10 @@ class Pruner:
         self._record.note(decision.explained)
         return decision
 
-    @property
-    def misses(self) -> bool:
-        """Whether it is not known yet by how much the sum of all operations misses the latency that goes."""
-        return self._timings is not None and self.spending.asked is None and self.spending.amount(self.masks) > 0
+    def is_to_ask(self, fraction: float) -> bool:
+        """Whether it is to be measured what to ask for: at the first pruning, and again at the last one."""
+        amount = self.spending.amount(self.masks)
+        return self._timings is not None and amount > 0 and (self.spending.asked is None or fraction >= amount)
 
     def find_asked(self, decision: Decision, seed: int) -> Mapping[str, Tensor]:
         """What to ask of the sum of all operations, so that the amount goes of the measured latency, as "asked".
@@ -268,7 +268,7 @@ class Pruner:
             return 1 - share, asked
 
         try:
-            answer = ask_for(amount, lambda: spending.most(self.masks), attempt)
+            answer = ask_for(amount, lambda: spending.most(self.masks), attempt, spending.asked)
         except (CaptureError, VerificationError) as error:  # it will be said when the network is to become smaller
             log.info("latency is taken for the sum of all operations: %s", error)
             return {"asked": torch.tensor(amount, dtype=torch.float64)}

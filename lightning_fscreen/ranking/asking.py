@@ -35,7 +35,10 @@ def too_much(amount: float, most: float) -> str:
 
 
 def ask_for(
-    wanted: float, most: Callable[[], float], attempt: Callable[[float], tuple[float, Result]]
+    wanted: float,
+    most: Callable[[], float],
+    attempt: Callable[[float], tuple[float, Result]],
+    first: float | None = None,
 ) -> Answer[Result]:
     """Ask for a share, again where another came of it, five times at most: in proportion, then between two others.
 
@@ -43,9 +46,10 @@ def ask_for(
         wanted: the share.
         most: that can be asked for, as far as is known before each attempt.
         attempt: share that is asked for → the share that comes of it, and the result.
+        first: what to ask for first; by default what is wanted.
     """
     missed, less, more = dict[float, tuple[float, Result]](), (0.0, 0.0), (math.inf, math.inf)
-    asked = wanted
+    asked = wanted if first is None else first
     for _ in range(_ATTEMPTS):
         limit = max(most(), 0.0)
         asked = min(asked, limit)
