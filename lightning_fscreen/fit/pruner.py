@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fscreen.candidates.granularity import Granularity
@@ -24,13 +24,11 @@ from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.origin import Origin
 from lightning_fscreen.fit.recorder import Recorder
-from lightning_fscreen.fit.rehearsal import copied, latency_without
+from lightning_fscreen.fit.rehearsal import compare, copied, find_asked, latency_without
 from lightning_fscreen.fit.report import PruningReport, Record
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.fit.surgery import slim_in_fit, slim_networks
-from lightning_fscreen.randomness import same_random_numbers
-from lightning_fscreen.ranking.asking import ask_for, too_much
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.resize import reattach
 from lightning_fscreen.slimming.state import carry
@@ -251,30 +249,15 @@ class Pruner:
         return self._timings is not None and amount > 0 and (self.spending.asked is None or fraction >= amount)
 
     def find_asked(self, decision: Decision, seed: int) -> Mapping[str, Tensor]:
-        """What to ask of the sum of all operations, so that the amount goes of the measured latency, as "asked".
-
-        The networks are made as small as they would be in the end, by the scores of now, timed, and put back.
-
-        Raises:
-            ValueError: it cannot go.
-        """
-        amount, timings, spending = self.spending.amount(self.masks), self._timings, self.spending
+        """What to ask of the sum of all operations, as "asked"; see `find_asked`."""
+        networks, timings, amount = self.recorder.networks.values(), self._timings, self.spending.amount(self.masks)
         assert timings is not None, "a latency is measured"
 
-        def attempt(asked: float) -> tuple[float, float]:
-            spending.asked = asked
+        def measure() -> float:
             kept = decision.new_masks(amount, seed)
-            share = latency_without(self._model, self.recorder.networks.values(), self.granularity, kept, timings)
-            return 1 - share, asked
+            return latency_without(self._model, networks, self.granularity, kept, timings)
 
-        try:
-            answer = ask_for(amount, lambda: spending.most(self.masks), attempt, spending.asked)
-        except (CaptureError, VerificationError) as error:  # it will be said when the network is to become smaller
-            log.info("latency is taken for the sum of all operations: %s", error)
-            return {"asked": torch.tensor(amount, dtype=torch.float64)}
-        if answer.is_most:
-            raise ValueError(too_much(amount, answer.share))
-        return {"asked": torch.tensor(answer.result, dtype=torch.float64)}
+        return {"asked": torch.tensor(find_asked(self.spending, self.masks, measure), dtype=torch.float64)}
 
     def rewind_weights(self, optimizers: Sequence[Optimizer]) -> None:
         """Put the remaining weights back to where the fit began; optimizers begin afresh."""
@@ -297,8 +280,8 @@ class Pruner:
         self.lead_copies()
         for module in self.copies.outside:
             broadcast_buffers(trainer, module)
-        networks = [] if self._timings is None else list(self.recorder.networks.values())
-        dense = [copied(network.module) for network in networks]
+        networks = list(self.recorder.networks.values())
+        dense = [] if self._timings is None else [copied(network.module) for network in networks]
         try:
             slim = partial(self._slim_networks, trainer)
             not_rounded = self.granularity.not_rounded(self.masks.present)
@@ -313,20 +296,11 @@ class Pruner:
             carry(module)
         self.copies.average_exactly()
         self.follow(plan)
-        self._time_beside(networks, dense)
+        if self._timings is not None:
+            self._record.note_latency(*compare(self._model, networks, dense, self._timings))
         self.eagerly.recompile()
         log.info("slimmed: %s → %s parameters", self._record.before.params, self._record.after.params)
         return plan
-
-    def _time_beside(self, networks: Sequence[Network], dense: Sequence[nn.Module]) -> None:
-        """Measure both sizes in turns: what else runs on a machine changes from one minute to the next."""
-        if self._timings is None:
-            return
-        times = []
-        for network, whole in zip(networks, dense, strict=True):
-            with same_random_numbers(), network.examining(self._model):
-                times.append(network.times(self._timings, [whole, network.module]))
-        self._record.note_latency(*(round(1e6 * sum(each)) for each in zip(*times, strict=True)))
 
     def _slim_networks(self, trainer: Trainer) -> SlimmingPlan:
         networks = self.recorder.networks.values()

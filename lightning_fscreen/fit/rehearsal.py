@@ -1,9 +1,10 @@
-"""How long networks would take if they were smaller: they are made so, timed, and put back."""
+"""A latency in a training: networks are made as small as they would be, timed, and put back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,9 +14,40 @@ from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
+from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.modules import is_within
 from lightning_fscreen.randomness import same_random_numbers
-from lightning_fscreen.slimming import SlimmingPlan
+from lightning_fscreen.ranking.asking import ask_for, too_much
+from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
+
+log = logging.getLogger(__name__)
+
+
+def find_asked(spending: Spending, masks: Masks, measure: Callable[[], float]) -> float:
+    """What to ask of the sum of all operations, so that the amount goes of the measured latency.
+
+    Args:
+        spending: what the budget counts; its `asked` changes.
+        masks: the masks until now.
+        measure: latency of what would be left under `spending.asked`, as a share of what it is.
+
+    Raises:
+        ValueError: the amount cannot go.
+    """
+    amount = spending.amount(masks)
+
+    def attempt(asked: float) -> tuple[float, float]:
+        spending.asked = asked
+        return 1 - measure(), asked
+
+    try:
+        answer = ask_for(amount, lambda: spending.most(masks), attempt, spending.asked)
+    except (CaptureError, VerificationError) as error:  # it will be said when the network is to become smaller
+        log.info("latency is taken for the sum of all operations: %s", error)
+        return amount
+    if answer.is_most:
+        raise ValueError(too_much(amount, answer.share))
+    return answer.result
 
 
 class _RehearsedError(Exception):
@@ -66,6 +98,25 @@ def latency_without(
         put_back()
     before, after = map(sum, zip(*times, strict=True))
     return after / before
+
+
+def compare(
+    model: nn.Module, networks: Sequence[Network], before: Sequence[nn.Module], timings: Timings
+) -> tuple[int, int]:
+    """Nanoseconds of all networks, before and now, measured in turns: the speed of a machine changes meanwhile.
+
+    Args:
+        model: the module that holds the networks.
+        networks: the networks as they are now.
+        before: these as they were, from `copied`.
+        timings: where time is measured.
+    """
+    times = []
+    for network, module in zip(networks, before, strict=True):
+        with same_random_numbers(), network.examining(model):
+            times.append(network.times(timings, [module, network.module]))
+    dense, slim = (round(1e6 * sum(each)) for each in zip(*times, strict=True))
+    return dense, slim
 
 
 def remember(parameters: Iterable[Tensor]) -> Callable[[], None]:
