@@ -304,14 +304,14 @@ class _Search:
         best = min(too_few, enough, key=self._miss)
         affordable = (prices[others] <= too_few.cost - self._target + self._miss(best)).tolist()
         tries, passed = _TRIES, {int(self._queues[enough.pruned[-1]])}
-        for unit, queue, fits in zip(others, self._queues[others].tolist(), affordable, strict=True):
+        for unit, queue, fits in zip(others.tolist(), self._queues[others].tolist(), affordable, strict=True):
             if self._miss(best) <= self._close or not tries:
                 break
             if queue in passed:
                 continue
             if fits:
                 tries -= 1
-                found = self._without(too_few.pruned, unit[None])
+                found = self._without(too_few.pruned, others.new_tensor([unit]))
                 best = min(best, found, key=self._miss)
                 if found.cost > self._target:
                     too_few = found
@@ -322,7 +322,8 @@ class _Search:
     def _given_back(self, enough: _Found, best: _Found, prices: Tensor) -> _Found:
         """If that is not near either, go without too many, and give back those that rank highest and fit."""
         left, tries, passed = enough, _TRIES, set[int]()
-        for unit, queue in zip(enough.pruned.flip(0), self._queues[enough.pruned].flip(0).tolist(), strict=True):
+        pruned = enough.pruned.flip(0)
+        for unit, queue in zip(pruned.tolist(), self._queues[pruned].tolist(), strict=True):
             if self._miss(best) <= self._close or not tries:
                 break
             if queue in passed:
