@@ -93,7 +93,8 @@ class TrainingHooks(HasSettings, Callback):
         try:
             yield
         except ValueError as error:
-            if not self._fit_pruner.found.frozen or self._is_time:
+            shortened = self._budget.window.start < (self.start_step or self.start_epoch)  # by fast_dev_run
+            if not self._fit_pruner.found.frozen or (self._is_time and not shortened):
                 raise
             log.warning("%s\nSome parameters are frozen; they are looked at again when pruning begins.", error)
             self._waits = True
@@ -270,7 +271,7 @@ class TrainingHooks(HasSettings, Callback):
         pruner, round_end = self._fit_pruner, self._progress.round_end
         assert round_end is not None
         pruner.masks.apply()  # somebody may have changed gradients after us
-        if self._budget.asks_for_more(round_end):
+        if self._budget.asks_for_more(round_end) and not self._waits:
             self._prune(trainer)
         self._progress.round_end = None
         epoch = round_end - 1 if self._budget.window.unit == "epoch" else trainer.current_epoch

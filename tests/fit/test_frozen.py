@@ -60,6 +60,13 @@ def test_a_backbone_that_is_trained_later_is_pruned(in_parts: bool, first: bool,
     assert "Some parameters are frozen" in caplog.text
 
 
+def test_a_short_trial_goes_through() -> None:
+    callback = ScreeningPruningCallback("unit", 0.5, start_epoch=2, end_epoch=4)
+    others = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    trainer([callback, others], fast_dev_run=True).fit(FineTuned(False), loader())
+    assert callback.report().total == callback.report().kept and not callback.plan
+
+
 @pytest.mark.parametrize("granularity", ["unit", "weight"])
 def test_what_is_still_frozen_when_pruning_begins_stays(granularity: str) -> None:
     model = FineTuned(False)
