@@ -14,6 +14,7 @@ from lightning_fscreen.candidates.latency import capture_for, operations_of
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.pruner import Pruner
+from lightning_fscreen.fit.spending import Spending
 from tests.candidates.test_latency import counted
 from tests.conftest import Classifier, digits, loader, trainer
 from tests.processes import run_ranks
@@ -88,6 +89,15 @@ def test_resumed_it_goes_on_with_the_times_that_were_measured(tmp_path, monkeypa
         assert again.history[:4] == callback.history[:4]  # then the slim network is measured
         measured_again = epoch < 4  # beside the slim network
         assert measured_again or again.report().before.latency == callback.report().before.latency
+
+
+def test_what_was_asked_of_a_latency_says_nothing_of_another_budget():
+    def asked(budget, timings):
+        settings = ScreeningPruningCallback("unit", 0.4, budget=budget).settings
+        return Spending(settings, None, None, timings, 0.9).asked
+
+    assert asked("latency", Timings(Latency(), torch.device("cpu"))) == 0.9
+    assert asked("macs", None) is None
 
 
 def decide(folder):

@@ -53,7 +53,7 @@ class Spending:
         asked: float | None = None,
     ) -> None:
         self._settings, self._found, self._record, self._timings = settings, found, record, timings
-        self.asked = asked
+        self.asked = None if timings is None else asked  # a fit may go on under another budget
         self._known: tuple[object, Costs | None] = (None, None)
         self._known_blocks: tuple[object, Blocks | None] = (None, None)
 
