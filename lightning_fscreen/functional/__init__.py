@@ -97,16 +97,22 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             "floating class weights of shape (N, C). To prune without one class per instance (segmentation), use "
             'criterion="magnitude" or "taylor"'
         )
-    labels = labels[labels != IGNORED]
-    if labels.numel() == 0:
+    if _wrong(labels, num_classes) is None:  # as a rule; to look for IGNORED takes a training step several times longer
         return
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
+    wrong = _wrong(labels[labels != IGNORED], num_classes)
+    if wrong is not None:
         raise ValueError(
             f"labels must lie in 0 … {num_classes - 1}, found {wrong}; pass num_classes= the number of classes, and "
             f"mark instances without a label by {IGNORED}, or leave them out"
         )
+
+
+def _wrong(labels: Tensor, num_classes: int) -> int | None:
+    """A class index outside 0 … num_classes − 1; None if there is none."""
+    if labels.numel() == 0:
+        return None
+    low, high = (int(bound) for bound in labels.aminmax())
+    return low if low < 0 else high if high >= num_classes else None
 
 
 def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift: Tensor | None = None) -> ClassSums:
