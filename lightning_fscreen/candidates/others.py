@@ -32,6 +32,6 @@ def other_weights(
             kind = type(module).__name__
             reason = f"a parameter of {kind}: only {noun} of linear and convolution layers are candidates"
             if other := owners.get(id(parameter)):
-                reason = f"{kind} shares it with {other!r}, which is pruned"
+                reason = f"the weight of {other!r}, which {kind} shares"
             reasons[join(name, attribute)] = reason
     return reasons

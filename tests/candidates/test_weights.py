@@ -125,7 +125,7 @@ def test_weights_of_other_layers_are_listed():
     found, excluded = find_weights(net)
     assert [candidate.name for candidate in found] == ["fc"]
     assert list(excluded) == ["embed.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "pair.weight"]
-    assert excluded["embed.weight"] == "Embedding shares it with 'fc', which is pruned"
+    assert excluded["embed.weight"] == "the weight of 'fc', which Embedding shares"
     assert "GRU: only weights of linear and convolution layers" in excluded["rnn.weight_ih_l0"]
 
 
