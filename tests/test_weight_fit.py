@@ -209,3 +209,33 @@ def test_where_all_layers_begin_with_zeros_they_are_alike():
     callback = WeightPruning(amount=0.5, end_epoch=2)
     trainer([callback], max_epochs=2).fit(Classifier(net), loader())
     assert callback.report().kept == 320
+
+
+class Table(pl.LightningModule):
+    """Numbers, of which two count, beside the embedding of a category."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(4, 3), nn.BatchNorm1d(22)
+        self.layers = nn.Sequential(nn.Dropout(0.1), nn.Linear(25, 24), nn.ReLU(), nn.Linear(24, 2))
+
+    def training_step(self, batch, batch_idx):
+        joined = torch.cat([self.embedding(batch["kind"]), self.norm(batch["numbers"])], 1)
+        return F.cross_entropy(self.layers(joined), batch["label"])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def test_numbers_beside_embeddings_are_screened():
+    """Only these: what the network has learned of the category is ranked by magnitude."""
+    numbers, kinds = torch.randn(600, 22), torch.randint(4, (600,))
+    labels = (numbers[:, :2].sum(1) + 2 * (kinds % 2) > 1).long()
+    rows = [{"numbers": numbers[i], "kind": kinds[i], "label": labels[i]} for i in range(600)]
+    model, callback = Table(), WeightPruning(amount=0.8, include="layers.1")
+    trainer([callback], max_epochs=12).fit(model, torch.utils.data.DataLoader(rows, 50, shuffle=True))
+    (found,) = (layer.evidence for layer in callback.report().layers)
+    assert (found["features"], found["learned"], found["trusted"]) == (22, 3, None)
+    assert found["mean"] >= 2 and found["shrunk"] >= 15
+    kept = callback.masks["layers.1"].sum(0)
+    assert kept[5:].sum() <= 0.3 * kept.sum()  # by magnitude, nearly half

@@ -291,8 +291,9 @@ class Units(Granularity[PrunableUnits]):
         return layer.members(zeroed=self._silent)
 
     def _per_candidate(self, layer: PrunableUnits, values: Tensor) -> Tensor:
-        """Of a head, the mean over its channels."""
-        return values.view(-1, layer.size).mean(1) if layer.size > 1 else values
+        """Of a head, the mean over its channels, or whether it is true of any."""
+        channels = values.view(-1, layer.size)
+        return channels.any(1) if values.dtype == torch.bool else channels.mean(1) if layer.size > 1 else values
 
     def _values_of(self, layer: PrunableUnits) -> Tensor:
         if layer.kind == "channel":

@@ -29,7 +29,8 @@ class LayerReport:
         total: number of candidates.
         kept: number of candidates that remain.
         evidence: the evidence of the last ranking; for `criterion="screening"` the counts of `Evidence`: features, how
-            many of them which test spoke for, how many were shrunk, and why none was where magnitude ranked alone.
+            many of them which test spoke for, how many were shrunk, how many more are learned, and why none was shrunk
+            where magnitude ranked alone.
             None if the criterion does not say.
         dead: how many of those that remain did nothing and went when the network became smaller: connections into units
             that nobody reads, or out of units that are always zero; channels that nobody reads.

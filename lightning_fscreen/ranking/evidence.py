@@ -25,11 +25,12 @@ class Evidence:
     Attributes:
         significant: boolean, broadcastable to the weight: whether a test speaks for the feature. Where `trusted`, True
             of all that are not dead.
-        features: number of features.
+        features: number of features that were tested.
         mean: how many the test of means speaks for.
         spread: how many of the others the test of spread speaks for.
         joint: how many of the others the test of joint effects speaks for.
         dead: how many of those with candidates left are zero on all instances.
+        learned: how many more features there are, which the network has learned; not tested unless all of them are.
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
@@ -39,6 +40,7 @@ class Evidence:
     spread: int
     joint: int
     dead: int = 0
+    learned: int = 0
     trusted: str | None = None
 
     @property
@@ -52,18 +54,19 @@ class Evidence:
         return self.dead if self.trusted else self.silent
 
     def __str__(self) -> str:
+        others = f"; {self.learned} more are learned" if self.learned else ""
         if self.trusted:
             dead = f"; {self.dead} that are always zero are shrunk" if self.dead else ""
-            return f"ranked by magnitude alone, for {self.trusted}{dead}"
+            return f"ranked by magnitude alone, for {self.trusted}{others}{dead}"
         return (
             f"of {self.features} features {self.mean} are spoken for by class means, {self.spread} more by spread, "
-            f"{self.joint} more by joint effects; {self.silent} are shrunk"
+            f"{self.joint} more by joint effects; {self.silent} are shrunk{others}"
         )
 
     def to_dict(self) -> dict[str, int | str | None]:
         """The counts, as in a report."""
-        counts: dict[str, int | str | None] = {name: getattr(self, name) for name in ("features", "mean", "spread")}
-        return counts | {"joint": self.joint, "shrunk": self.shrunk, "trusted": self.trusted}
+        names = ("features", "mean", "spread", "joint", "shrunk", "learned", "trusted")
+        return {name: getattr(self, name) for name in names}
 
 
 def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
@@ -78,11 +81,13 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
       median, as long as most of them have connections left; or if g is above the upper quartile of the *established*
       features: those that pass one of these tests at level α/p, p the number of features (the union bound).
 
-    All features of a layer are trusted, not shrunk, where
+    Features that the network has learned (`ScoringInputs.learned`) are trusted, not shrunk: training itself shrinks the
+    weights of those that do not help; to screen them as well made some networks worse, and only one, trained for a few
+    hundred steps, better. Where a layer also reads others (embeddings beside numbers), those are tested alone.
+
+    All features of a layer are trusted where
 
     - there are no statistics, because it ran on windows or patches that nobody can assign to the labels;
-    - the network has learned them (`ScoringInputs.learned`): training itself shrinks the weights of those that do not
-      help; to screen them as well made some networks worse, and only one, trained for a few hundred steps, better;
     - none is established: there is no telling relevant from irrelevant ones;
     - the silent features, each of which tells too little to be seen, would help all together: they tell more than
       irrelevant ones do at level α, and enough to lower the error by a point. Told is δ² = Σ (C − 1)(F − F₀)/N, of
@@ -110,27 +115,30 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     f = required(layer.f, "activations", name).double()
     between, within = layer.degrees or (1.0, math.inf)
     shape = f.shape if layer.variance is None else layer.variance.shape
-    number = math.prod(shape)
+    learned = torch.zeros(shape, dtype=torch.bool, device=f.device) if layer.learned is None else layer.learned
+    given = ~learned | learned.all()  # if all are learned, their counts are only reported
+    number = int(given.sum())
     critical = f_critical(LEVEL, between, within)
     # A statistic that could not be computed (its sums overflowed) says nothing.
     spread = f if layer.spread is None else layer.spread.double().nan_to_num(nan=0, posinf=math.inf)
     marginal = torch.maximum(f, spread)
-    spoken, mean = _by_feature(marginal > critical, shape), _by_feature(f > critical, shape)
+    spoken, mean = _by_feature(marginal > critical, shape) & given, _by_feature(f > critical, shape) & given
     counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
     if math.isinf(critical):
         why = "too few instances for any test"
         return Evidence(significant=torch.ones_like(f, dtype=torch.bool), joint=0, trusted=why, **counts)
     alive = torch.ones_like(f, dtype=torch.bool) if layer.mean_square is None else layer.mean_square != 0
     counts["dead"] = int((~_by_feature(alive, shape) & _by_feature(layer.kept, shape)).sum())
-    if layer.learned:
+    if bool(learned.all()):
         return Evidence(significant=alive, joint=0, trusted="the network has learned these features", **counts)
+    counts["learned"] = int(learned.sum())
     strict = f_critical(LEVEL / number, between, within)
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
-    silent = ~spoken & varies
+    silent = ~spoken & varies & given
     outlying = _deviations(made, silent)
     z, strict_z = (NormalDist().inv_cdf(1 - level) for level in (LEVEL, LEVEL / number))
-    established = _by_feature(marginal > strict, shape) | (outlying > strict_z)
+    established = (_by_feature(marginal > strict, shape) & given) | (outlying > strict_z)
     reference = made[established].sort().values
     joint = outlying / z
     if len(reference):
@@ -144,7 +152,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
         trusted = "those that no test speaks for tell the classes apart all together"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
-    significant = alive if trusted else (marginal > critical) | (joint > 1)
+    significant = alive if trusted else torch.where(learned, alive, (marginal > critical) | (joint > 1))
     return Evidence(significant=significant, trusted=trusted, **counts)
 
 

@@ -15,10 +15,10 @@ from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_co
 from lightning_fscreen.functional.members import IGNORED
 from lightning_fscreen.statistics.buffer import ActivationBuffer
 from lightning_fscreen.statistics.connections import ConnectionSums
-from lightning_fscreen.statistics.features import PositionMeans
+from lightning_fscreen.statistics.features import PositionMeans, feature_dimension
 from lightning_fscreen.statistics.labels import check_proportions
 from lightning_fscreen.statistics.moments import Sums, spread_statistic
-from lightning_fscreen.statistics.origins import is_learned
+from lightning_fscreen.statistics.origins import learned_features
 from lightning_fscreen.statistics.padding import Tokens
 from lightning_fscreen.statistics.probes import FeatureStatistics, Probe
 from lightning_fscreen.statistics.sums import FeatureSums
@@ -92,7 +92,7 @@ class ActivationCollector:
         """Forget all sums."""
         self._buffer.clear()  # new memory would be mapped page by page, as it is written
         self._sums = FeatureSums(self._buffer.columns, self.num_classes, self._device, self._exact)
-        self._learned = [False] * len(self._probes)
+        self._learned = [torch.zeros(probe.num_features, dtype=torch.bool) for probe in self._probes]
         self._batches = 0  # that have been added
         self._weights.clear()
 
@@ -199,7 +199,7 @@ class ActivationCollector:
             "num_classes": self.num_classes,
             **self._sums.state_dict(),
             "exact": {self._probes[index].name: sums.class_sums()._asdict() for index, sums in self._exact.items()},
-            "learned": list(self._learned),
+            "learned": [learned.clone() for learned in self._learned],
             "batches": self._batches,
             "waiting": self._buffer.waiting(),
             "unmatched": dict(self.unmatched),
@@ -213,7 +213,8 @@ class ActivationCollector:
         self._sums.load_state_dict(state)
         for index, sums in self._exact.items():
             sums.load(ClassSums(**state["exact"][self._probes[index].name]))
-        self._learned = list(state["learned"])
+        for own, learned in zip(self._learned, state["learned"], strict=True):
+            own.copy_(torch.as_tensor(learned))  # in earlier versions one answer for all features
         self._batches = state["batches"]
         self.unmatched |= state.get("unmatched", {})  # not in earlier versions
         self._buffer.restore(*state["waiting"])
@@ -240,7 +241,7 @@ class ActivationCollector:
     def _gather(self, index: int, activation: Tensor, read: Tensor, module: nn.Module) -> None:
         probe = self._probes[index]
         if self._batches == 0:
-            self._learned[index] |= is_learned(read)
+            self._learned[index] |= learned_features(read, feature_dimension(read, module))
         values = self._means(activation, module, probe.activation, probe.square, self._tokens)
         # What a trained layer reads is safe: autograd lets nobody change it before the backward pass.
         if values.data_ptr() == activation.data_ptr() and not self._is_saved(index, module, activation):

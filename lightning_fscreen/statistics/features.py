@@ -37,6 +37,18 @@ class Activation:
         return (self.in_place or self.function)(values)
 
 
+def feature_dimension(activation: Tensor, module: nn.Module) -> int:
+    """The dimension of the features: the last of linear layers, else the second; of an unbatched activation the first.
+
+    Args:
+        activation: input or output of the layer.
+        module: the layer.
+    """
+    if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        return activation.ndim - 1
+    return 0 if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1 else 1
+
+
 class PositionMeans:
     """Takes means over positions; on CPUs piece by piece, in memory that is used again from call to call."""
 
@@ -63,18 +75,14 @@ class PositionMeans:
             tokens: those that count, if the activation has such; None for all positions.
         """
         activation = activation.detach()
-        if isinstance(module, nn.Linear) or is_transposed_linear(module):
-            if activation.ndim == 1:
-                activation = activation.unsqueeze(0)
-            positions = tuple(range(1, activation.ndim - 1))
-        else:
-            if isinstance(module, _ConvNd) and activation.ndim == len(module.kernel_size) + 1:
-                activation = activation.unsqueeze(0)
-            positions = tuple(range(2, activation.ndim))
+        dimension = feature_dimension(activation, module)
+        if dimension == 0:  # one instance
+            activation, dimension = activation.unsqueeze(0), 1
+        positions = tuple(place for place in range(1, activation.ndim) if place != dimension)
         dtype = torch.promote_types(activation.dtype, torch.float32)
-        if tokens is not None and (dimension := tokens.dimension(activation, positions)) is not None:
+        if tokens is not None and (padded := tokens.dimension(activation, positions)) is not None:
             values = (activation if function is None else function(activation)).to(dtype)
-            return tokens.mean(values.square() if square else values, positions, dimension)
+            return tokens.mean(values.square() if square else values, positions, padded)
         if function is None and not square:
             return activation.mean(positions, dtype=dtype) if positions else activation
         if not positions:

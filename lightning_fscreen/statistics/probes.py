@@ -46,7 +46,7 @@ class FeatureStatistics:
         mean_square: (features,) mean squared activation.
         variance: (features,) variance of the activation.
         degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
-        learned: whether trained weight matrices had a part in the activations; see `origins.is_learned`.
+        learned: (features,) bool, whether trained weight matrices had a part in it; see `origins.learned_features`.
     """
 
     f: Tensor
@@ -55,4 +55,4 @@ class FeatureStatistics:
     mean_square: Tensor
     variance: Tensor
     degrees: tuple[float, float]
-    learned: bool
+    learned: Tensor

@@ -24,7 +24,7 @@ def layer_of(features, labels, weight, num_classes=2, module=None, learned=False
     collector.remove()
     collector.update(labels)
     found = collector.statistics()["a"]
-    assert not found.learned
+    assert not found.learned.any()
     spread_over = functools.partial(per_connection, module)
     return ScoringInputs(
         weight,
@@ -34,7 +34,7 @@ def layer_of(features, labels, weight, num_classes=2, module=None, learned=False
         spread=spread_over(found.spread),
         variance=spread_over(found.variance),
         mean_square=spread_over(found.mean_square),
-        learned=learned,
+        learned=spread_over(torch.full_like(found.learned, learned)),
     )
 
 
@@ -61,7 +61,8 @@ def test_each_test_speaks_where_the_others_are_silent():
     evidence = gather_evidence(layer_of(features, labels, weight), "a")
     assert strong(evidence) == [0, 1, 2, 3]
     assert (evidence.features, evidence.mean, evidence.spread, evidence.joint, evidence.silent) == (60, 1, 2, 1, 56)
-    assert evidence.to_dict() == {"features": 60, "mean": 1, "spread": 2, "joint": 1, "shrunk": 56, "trusted": None}
+    counts = {"features": 60, "mean": 1, "spread": 2, "joint": 1, "shrunk": 56}
+    assert evidence.to_dict() == {**counts, "learned": 0, "trusted": None}
     assert str(evidence).startswith("of 60 features 1 are spoken for by class means, 2 more by spread, 1 more by joint")
 
 
@@ -242,3 +243,22 @@ def test_statistics_that_could_not_be_computed_say_nothing():
     evidence = gather_evidence(replace(layer, spread=torch.full_like(layer.spread, torch.nan)), "a")
     assert strong(evidence) == [0] and evidence.spread == 0
     assert strong(gather_evidence(replace(layer, spread=None, variance=None), "a")) == [0]
+
+
+def test_features_beside_learned_ones_are_tested_alone():
+    """As in a table with embeddings: what is learned is trusted, and takes no part in the tests of the others."""
+    features, labels, weight = noise(p=80, used=range(8))
+    features[:, :5] += labels.view(-1, 1)
+    features[:, 65] = 0
+    layer = layer_of(features, labels, weight)
+    learned = torch.arange(80).view(1, -1) >= 60
+    alone = gather_evidence(layer_of(features[:, :60], labels, weight[:, :60]), "a")
+    evidence = gather_evidence(replace(layer, learned=learned), "a")
+    assert strong(evidence) == sorted({*strong(alone), *range(60, 80)} - {65})
+    assert evidence.to_dict() == {**alone.to_dict(), "learned": 20}
+    assert str(evidence).endswith("are shrunk; 20 more are learned")
+    features, labels, weight = noise(p=80, used=())
+    features[:, 65:] += labels.view(-1, 1)
+    features[:, 65] = 0
+    trusted = gather_evidence(replace(layer_of(features, labels, weight), learned=learned), "a")
+    assert trusted.trusted == "no feature stands out" and trusted.learned == 20 and trusted.shrunk == 1

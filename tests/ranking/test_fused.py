@@ -124,7 +124,7 @@ def test_screening_lets_magnitude_decide_among_relevant_features_and_keeps_silen
     f = torch.tensor([[9000.0, 5000.0, 1000.0, 1.4, 0.9]])
     layer = ScoringInputs(weight, kept, f, (9.0, 50_000.0))
     assert score("screening", {"a": layer}, 0.5)["a"][0].argsort().tolist() == [4, 3, 0, 1, 2]
-    trusted = replace(layer, learned=True)
+    trusted = replace(layer, learned=torch.tensor(True))
     assert score("screening", {"a": trusted}, 0.5)["a"][0].argsort().tolist() == [0, 4, 3, 1, 2]
     dead = replace(trusted, mean_square=torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0]]))
     assert score("screening", {"a": dead}, 0.5)["a"][0].argsort().tolist() == [2, 0, 4, 3, 1]

@@ -246,7 +246,21 @@ def test_a_state_taken_in_the_middle_of_an_epoch_continues(attached, exact):
         expected = straight.statistics()[name]
         for field in ("f", "spread", "mean", "mean_square", "variance"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-10, atol=1e-12)
-        assert found.learned == expected.learned
+        assert found.learned.equal(expected.learned)
+
+
+def test_states_of_earlier_versions_have_one_answer_for_all_features_of_a_layer(attached):
+    model = network()
+    collector = attached(collecting(model))
+    feed(collector, model, batches())
+    state = collector.state_dict()
+    answers = [bool(learned.all()) for learned in state["learned"]]
+    again = collecting(network())
+    again.load_state_dict({**state, "learned": answers})
+    assert [found.learned.tolist() for found in again.statistics().values()] == [
+        found.learned.tolist() for found in collector.statistics().values()
+    ]
+    assert set(answers) == {True, False}
 
 
 def test_a_state_of_an_earlier_version_starts_the_epoch_afresh(attached, caplog):

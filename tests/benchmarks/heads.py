@@ -1,0 +1,113 @@
+"""Heads, hidden units and both of a vision transformer, pruned by one callback as a trained network is fine-tuned.
+
+    PYTHONPATH=. python tests/benchmarks/heads.py RESULTS.jsonl FOLDER SEED METHOD...  # resumable; after equal_cost.py
+    PYTHONPATH=. python tests/benchmarks/heads.py RESULTS.jsonl  # the table
+
+FOLDER: an image folder of CIFAR-10. The dense small ViT of equal_cost.py, of its results in the same folder, trains for
+three more epochs on a quarter of its images under one cosine schedule; METHOD, a criterion, prunes the share of the
+heads, of the hidden units, or of both after the first of them. "dense" prunes nothing.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.cli.tables import summary
+from lightning_fscreen.data import random_crop, random_horizontal_flip
+from lightning_fscreen.models.classifier import ImageClassifier
+from tests.benchmarks.equal_cost import IMAGES, NETWORKS, error, images_of, lines_of, macs
+
+AMOUNTS = (0.3, 0.5, 0.7)
+EPOCHS = 3
+KINDS = {"heads": "kind=head", "hidden units": "kind=neuron", "both": ["kind=head", "kind=neuron"]}
+
+
+class Augmented(ImageClassifier):
+    """Crops and flips what it trains on."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, labels = batch
+        return random_horizontal_flip(random_crop(images, 4)), labels
+
+
+def fine_tuned(state, criterion, kind, amount, images, labels):
+    """What the default trainer makes of it."""
+    recipe = NETWORKS["vit"]
+    network = recipe.build()
+    network.load_state_dict(state)
+    optimizer = partial(recipe.optimizer, lr=recipe.tuning_rate)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    model = Augmented(network, optimizer, cosine, scheduler_interval="step")
+    pruning = []
+    if amount:
+        what = {"granularity": "unit", "include": KINDS[kind], "schedule": "one_shot", "end_epoch": 1}
+        pruning = [ScreeningPruningCallback(amount=amount, criterion=criterion, **what)]
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            callbacks=pruning,
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(model, DataLoader(TensorDataset(images, labels), 128, shuffle=True))
+    return network
+
+
+def key_of(line):
+    """What a line is of."""
+    return line["kind"], line["method"], line["amount"], line["seed"]
+
+
+def main(results, folder, seed, *methods):
+    """Run what is missing."""
+    results, seed = Path(results), int(seed)
+    checkpoint = results.absolute().with_name("equal_cost.work") / f"vit_{seed}.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    (images, labels), test_set = images_of(folder, seed)
+    images, labels = images[: IMAGES // 4], labels[: IMAGES // 4]
+    for method in methods:
+        for kind, amount in [("both", 0.0)] if method == "dense" else [(k, a) for a in AMOUNTS for k in KINDS]:
+            key = {"kind": kind, "method": method, "amount": amount, "seed": seed}
+            if key_of(key) in map(key_of, lines_of(results)):
+                continue
+            seed_everything(1000 + seed, verbose=False)
+            network = fine_tuned(state, method, kind, amount, images, labels)
+            line = key | {"macs": macs(network), "test_error": error(network, *test_set)}
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def table(results):
+    """Markdown: errors, and in brackets the multiply–adds that are left."""
+    lines = lines_of(Path(results))
+    dense = [line for line in lines if line["method"] == "dense"]
+    methods = [name for name in dict.fromkeys(line["method"] for line in lines) if name != "dense"]
+    rows = [f"| | pruned | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
+    for kind, amount in ((kind, amount) for kind in KINDS for amount in AMOUNTS):
+        groups = [[line for line in lines if key_of(line)[:3] == (kind, name, amount)] for name in methods]
+        rows.append(f"| {kind} | {amount:.0%} | {' | '.join(_cell(group, dense) for group in groups)} |")
+    rows += [f"| dense | | {' | '.join([_cell(dense, dense)] * len(methods))} |"] if dense else []
+    return "\n".join(rows) + "\n"
+
+
+def _cell(lines, dense):
+    if not lines:
+        return "–"
+    share = statistics.fmean(line["macs"] for line in lines) / dense[0]["macs"]
+    number = "" if len(lines) == 3 else f"; seeds: {len(lines)}"
+    return f"{summary([100 * line['test_error'] for line in lines])} ({share:.0%}{number})"
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1]), end="") if len(sys.argv) == 2 else main(*sys.argv[1:])
