@@ -14,6 +14,7 @@ _APART = {
 }
 """What autograd calls functions of each element by itself, or of those in the same place."""
 _NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
+_FARTHEST = 100  # nodes to look at before all features are taken for learned
 
 _Part = tuple[Node | None, torch.Size | None]
 
@@ -36,42 +37,47 @@ def learned_features(activation: Tensor, dimension: int) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return torch.ones(activation.shape[dimension], dtype=torch.bool)
-    return _learned(activation.grad_fn, activation.shape, dimension)
+    return _Walk(dimension).learned(activation.grad_fn, activation.shape)
 
 
-def _learned(node: Node | None, shape: torch.Size, dimension: int) -> Tensor:
-    """Of what a node computed, by its shape."""
-    everything = torch.ones(shape[dimension], dtype=torch.bool)
-    if node is None or not _has_weights(node):
-        return ~everything
-    name = node.name().rstrip("0123456789").removesuffix("Backward")
-    parts = [(before, _shape(before, index)) for before, index in node.next_functions]
-    if name == "Cat" and _is_along(node, dimension, len(shape)):
-        return _side_by_side(parts, shape, dimension)
-    if name not in _APART and not (name in _NORMS and dimension == 1):
-        return everything
-    if any(own != shape and _has_weights(before) for before, own in parts):  # broadcast
-        return everything
-    return torch.stack([_learned(before, shape, dimension) for before, _ in parts]).any(0)
+class _Walk:
+    """Back from an activation, as long as its features are kept apart."""
 
+    def __init__(self, dimension: int) -> None:
+        self._dimension, self._left = dimension, _FARTHEST
 
-def _is_along(node: Node, dimension: int, dimensions: int) -> bool:
-    along = getattr(node, "_saved_dim", None)
-    return along in (dimension, dimension - dimensions, dimension - dimensions + 2**64)  # negative ones, unsigned
+    def learned(self, node: Node | None, shape: torch.Size) -> Tensor:
+        """Of what a node computed, by its shape."""
+        everything = torch.ones(shape[self._dimension], dtype=torch.bool)
+        if node is None or not _has_weights(node):
+            return ~everything
+        self._left -= 1
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        parts = [(before, _shape(before, index)) for before, index in node.next_functions]
+        if name == "Cat" and self._is_along(node, len(shape)):
+            return self._side_by_side(parts, shape)
+        if not (name in _APART or (name in _NORMS and self._dimension == 1)) or self._left < 0:
+            return everything
+        if any(own != shape and _has_weights(before) for before, own in parts):  # broadcast
+            return everything
+        return torch.stack([self.learned(before, shape) for before, _ in parts]).any(0)
 
+    def _is_along(self, node: Node, dimensions: int) -> bool:
+        negative = self._dimension - dimensions
+        return getattr(node, "_saved_dim", None) in (self._dimension, negative, negative + 2**64)  # unsigned
 
-def _side_by_side(parts: Sequence[_Part], shape: torch.Size, dimension: int) -> Tensor:
-    """Of tensors that became one; autograd knows the shapes of those with gradients alone."""
-    given = [own is None for _, own in parts]
-    stretches = sum(now and not before for before, now in zip([False, *given], given, strict=False))
-    if stretches > 1 or any(own is None and _has_weights(node) for node, own in parts):
-        return torch.ones(shape[dimension], dtype=torch.bool)  # it is not known where each of them begins
-    rest = shape[dimension] - sum(own[dimension] for _, own in parts if own is not None)
-    found = []
-    for node, own in parts:
-        found.append(torch.zeros(rest, dtype=torch.bool) if own is None else _learned(node, own, dimension))
-        rest = 0 if own is None else rest  # the first of the stretch stands for all
-    return torch.cat(found)
+    def _side_by_side(self, parts: Sequence[_Part], shape: torch.Size) -> Tensor:
+        """Of tensors that became one; autograd knows the shapes of those with gradients alone."""
+        given = [own is None for _, own in parts]
+        stretches = sum(now and not before for before, now in zip([False, *given], given, strict=False))
+        if stretches > 1 or any(own is None and _has_weights(node) for node, own in parts):
+            return torch.ones(shape[self._dimension], dtype=torch.bool)  # it is not known where each of them begins
+        rest = shape[self._dimension] - sum(own[self._dimension] for _, own in parts if own is not None)
+        found = []
+        for node, own in parts:
+            found.append(torch.zeros(rest, dtype=torch.bool) if own is None else self.learned(node, own))
+            rest = 0 if own is None else rest  # the first of the stretch stands for all
+        return torch.cat(found)
 
 
 def _has_weights(node: Node | None) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -135,3 +137,12 @@ def test_the_dimension_of_the_features_counts():
     assert learned_features(longer, 2).all()
     images, own = torch.randn(2, 3, 4, 4), nn.Conv2d(3, 2, 1)
     assert learned_features(torch.cat([own(images), images], 1), 1).tolist() == [True] * 2 + [False] * 3
+
+
+@pytest.mark.parametrize("step", [lambda x: x * torch.sigmoid(x), lambda x: x + 1], ids=["branching", "long"])
+def test_far_away_all_features_are_taken_for_learned(step):
+    """In less than the time, and the depth, that all ways back would take."""
+    network = Table(
+        lambda x, n, s, b: torch.cat([x, s], 1), lambda x: functools.reduce(lambda y, _: step(y), range(2000), x)
+    )
+    assert learned_features(network(X), 1).all()
