@@ -164,8 +164,8 @@ class TrainingHooks(HasSettings, Callback):
         index = batch_idx if window.unit == "epoch" else progress.batches
         progress.batches += 1
         recorder = pruner.recorder
-        searching = searches(self._budget, round_end, not self.history)
-        known = self._waits or recorder.is_complete or (recorder.is_ready and not searching)
+        known = self._waits or recorder.is_complete
+        known = known or (recorder.is_ready and not searches(self._budget, round_end, not self.history))
         step = plan_step(self.settings, self._budget, round_end, index, known, collection.stride)
         if step.gather and not collection.is_prepared:
             collection.prepare(trainer, pl_module, batch, batch_idx, window)
