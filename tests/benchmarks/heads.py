@@ -4,8 +4,8 @@
     PYTHONPATH=. python tests/benchmarks/heads.py RESULTS.jsonl  # the table
 
 FOLDER: an image folder of CIFAR-10. The dense small ViT of equal_cost.py, of its results in the same folder, trains for
-three more epochs on a quarter of its images under one cosine schedule; METHOD, a criterion, prunes the share of the
-heads, of the hidden units, or of both after the first of them. "dense" prunes nothing.
+two more epochs on a quarter of its images under one cosine schedule; METHOD, a criterion, prunes the share of the
+heads, of the hidden units, or of both at once after ten of the 80 steps. "dense" prunes nothing.
 """
 
 import json
@@ -26,7 +26,7 @@ from lightning_fscreen.models.classifier import ImageClassifier
 from tests.benchmarks.equal_cost import IMAGES, NETWORKS, error, images_of, lines_of, macs
 
 AMOUNTS = (0.3, 0.5, 0.7)
-EPOCHS = 3
+EPOCHS, STEPS = 2, 10
 KINDS = {"heads": "kind=head", "hidden units": "kind=neuron", "both": ["kind=head", "kind=neuron"]}
 
 
@@ -48,8 +48,8 @@ def fine_tuned(state, criterion, kind, amount, images, labels):
     model = Augmented(network, optimizer, cosine, scheduler_interval="step")
     pruning = []
     if amount:
-        what = {"granularity": "unit", "include": KINDS[kind], "schedule": "one_shot", "end_epoch": 1}
-        pruning = [ScreeningPruningCallback(amount=amount, criterion=criterion, **what)]
+        window = {"end_step": STEPS, "prune_every": STEPS, "schedule": "one_shot"}
+        pruning = [ScreeningPruningCallback("unit", amount, criterion=criterion, include=KINDS[kind], **window)]
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
             max_epochs=EPOCHS,

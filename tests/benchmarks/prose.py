@@ -153,11 +153,13 @@ def _lines(name, method, left, network="resnet20"):
 
 
 def _more_errors(network, ours="errors per cost", theirs="Torch-Pruning, norms of groups"):
-    """Of one method than of another, on the same dense networks at equal multiply–adds."""
+    """Of one method than of another, on the same dense networks at equal multiply–adds, where both leave so many."""
     cells = []
     for left in (0.75, 0.5, 0.25):
         first, second = (_lines("equal_cost", method, left, network) for method in (ours, theirs))
         more = [first[seed] - second[seed] for seed in first if seed in second]
+        if not more:
+            continue
         cells.append((statistics.fmean(more), statistics.stdev(more) / len(more) ** 0.5))
     more, deviations = zip(*cells, strict=True)
     listed = ", ".join(f"{value:+.2f}".replace("-", "−") for value in more)
@@ -172,6 +174,17 @@ def against_torch_pruning_resnet20():
 def against_torch_pruning_vgg16():
     """At equal multiply–adds."""
     return _more_errors("vgg16")
+
+
+def heads_and_units_by_errors():
+    """Against their magnitude, and any of them."""
+    magnitude, random = (_more_errors("vit", theirs=theirs) for theirs in ("magnitude per cost", "random"))
+    return f"{magnitude}; minus a random choice: {random}"
+
+
+def hidden_units_against_torch_pruning():
+    """Of a vision transformer."""
+    return _more_errors("vit", "errors per cost, hidden units")
 
 
 def with_streams():
@@ -208,6 +221,8 @@ FIGURES = {
         half_of_resnet20,
         against_torch_pruning_resnet20,
         against_torch_pruning_vgg16,
+        heads_and_units_by_errors,
+        hidden_units_against_torch_pruning,
         with_streams,
         regard_to_costs,
         a_tenth_at_once,
