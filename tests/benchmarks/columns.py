@@ -10,11 +10,10 @@ category, for 30 epochs; half of them prune its weights. 5,000 rows test.
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.cli.tables import summary
 from tests.benchmarks.equal_cost import lines_of
+from tests.conftest import trainer
 
 SETTINGS = {"200 columns of noise": 200, "no noise": 0}
 METHODS = ("screening", "magnitude", "dense")
@@ -76,17 +76,8 @@ def trained(seed, noise, criterion, amount):
     model, pruning = Table(NUMBERS + noise), []
     if amount:
         pruning = [ScreeningPruningCallback("weight", amount, criterion=criterion, labels=lambda batch: batch[2])]
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            max_epochs=EPOCHS,
-            accelerator="cpu",
-            callbacks=pruning,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(model, DataLoader(TensorDataset(*(column[:TRAINING] for column in columns)), 64, shuffle=True))
+    rows = TensorDataset(*(column[:TRAINING] for column in columns))
+    trainer(pruning, max_epochs=EPOCHS).fit(model, DataLoader(rows, 64, shuffle=True))
     return error_of(model, *(column[TRAINING:] for column in columns))
 
 

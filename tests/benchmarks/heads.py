@@ -11,12 +11,11 @@ heads, of the hidden units, or of both at once after ten of the 80 steps. "dense
 import json
 import statistics
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fscreen import ScreeningPruningCallback
@@ -24,6 +23,7 @@ from lightning_fscreen.cli.tables import summary
 from lightning_fscreen.data import random_crop, random_horizontal_flip
 from lightning_fscreen.models.classifier import ImageClassifier
 from tests.benchmarks.equal_cost import IMAGES, NETWORKS, error, images_of, lines_of, macs
+from tests.conftest import trainer
 
 AMOUNTS = (0.3, 0.5, 0.7)
 EPOCHS, STEPS = 2, 10
@@ -50,17 +50,8 @@ def fine_tuned(state, criterion, kind, amount, images, labels):
     if amount:
         window = {"end_step": STEPS, "prune_every": STEPS, "schedule": "one_shot"}
         pruning = [ScreeningPruningCallback("unit", amount, criterion=criterion, include=KINDS[kind], **window)]
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            max_epochs=EPOCHS,
-            accelerator="cpu",
-            callbacks=pruning,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(model, DataLoader(TensorDataset(images, labels), 128, shuffle=True))
+    loader = DataLoader(TensorDataset(images, labels), 128, shuffle=True)
+    trainer(pruning, max_epochs=EPOCHS).fit(model, loader)
     return network
 
 
