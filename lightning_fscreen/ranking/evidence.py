@@ -78,8 +78,10 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
       of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
       others of that kind, by more than z(1 − α) standard deviations (from the median absolute deviation) above their
-      median, as long as most of them have connections left; or if g is above the upper quartile of the *established*
-      features: those that pass one of these tests at level α/p, p the number of features (the union bound).
+      median; or, once most of them have no connections left, if it has held on to more connections than by accident at
+      level α, their numbers being Poisson-distributed about the mean; or if g is above the upper quartile of the
+      *established* features: those that pass one of these tests at level α/p, p the number of features (the union
+      bound).
 
     Features that the network has learned (`ScoringInputs.learned`) are trusted, not shrunk: training itself shrinks the
     weights of those that do not help; to screen them as well made some networks worse, and only one, trained for a few
@@ -136,7 +138,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
     silent = ~spoken & varies & given
-    outlying = _deviations(made, silent)
+    outlying = _deviations(made, layer.kept.double().sum_to_size(shape), silent)
     z, strict_z = (NormalDist().inv_cdf(1 - level) for level in (LEVEL, LEVEL / number))
     established = (_by_feature(marginal > strict, shape) & given) | (outlying > strict_z)
     reference = made[established].sort().values
@@ -156,20 +158,31 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     return Evidence(significant=significant, trusted=trusted, **counts)
 
 
-def _deviations(made: Tensor, silent: Tensor) -> Tensor:
-    """By how many standard deviations log `made` of silent features lies above its median; 0 elsewhere.
+def _deviations(made: Tensor, left: Tensor, silent: Tensor) -> Tensor:
+    """By how many standard deviations silent features stand out from each other; 0 elsewhere.
 
-    0 everywhere if they are too few to be compared, or if most of them have no connections left: what the network has
-    held on to is no sample of irrelevant features.
+    By log `made`; by the number of connections that are left once most of them have none: what the network has held on
+    to is no sample of irrelevant features then. 0 everywhere if they are too few to be compared.
     """
     nothing = torch.zeros_like(made)
+    if int(silent.sum()) < _FEWEST:
+        return nothing
     null = silent & (made > 0)
     logarithms = made[null].log()
     if len(logarithms) < max(_FEWEST, int(silent.sum()) / 2):
-        return nothing
+        return nothing.masked_scatter(silent, _surprise(left[silent]))
     offsets = logarithms - logarithms.median()
     deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
     return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
+
+
+def _surprise(counts: Tensor) -> Tensor:
+    """How improbable it is that a number is so large, as deviations of a normal variable; 0 for those below the median.
+
+    P(X ≥ k) of a Poisson variable with the mean m of all numbers is the regularised incomplete gamma function P(k, m).
+    """
+    tail = torch.special.gammainc(counts.clamp(min=1), counts.mean()).clamp(min=torch.finfo(counts.dtype).tiny)
+    return torch.where(counts > 0, -torch.special.ndtri(tail), 0.0).clamp(min=0)
 
 
 def _would_help(f: Tensor, spread: Tensor, silent: Tensor, spoken: Tensor, degrees: tuple[float, float]) -> bool:
