@@ -125,7 +125,7 @@ class InDouble(TorchFunctionMode):
             if exact is not None:
                 exact.put(block, first)
             outputs.append(func(input, block, None if bias is None else bias[first : first + rows], *args, **kwargs))
-        return torch.cat(outputs, 1 - weight.ndim)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1 - weight.ndim)  # which copies even one
 
     def _in_room(self, block: Tensor) -> Tensor:
         """In float64, until the next one comes."""
