@@ -277,7 +277,7 @@ class Granularity(ABC, Generic[Layer]):
             device = values.device  # when a fit ends, Lightning moves the model to the CPU, but not the statistics
             known: dict[str, Any] = {}
             if found := statistics.get(name):
-                features = ("f", "spread", "mean_square", "variance", "learned")
+                features = ("f", "spread", "mean_square", "variance", "shared", "learned")
                 known = {key: self._per_candidate(layer, getattr(found, key).to(device)) for key in features}
                 known["degrees"] = found.degrees
             if steps := gradients.get(name):

@@ -11,6 +11,7 @@ from lightning_fscreen.data.generated import (
     GeneratedDataModule,
     PairsDataModule,
     ShellsDataModule,
+    SpectraDataModule,
     SumsDataModule,
     XorDataModule,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "NoisyMNISTDataModule",
     "PairsDataModule",
     "ShellsDataModule",
+    "SpectraDataModule",
     "SumsDataModule",
     "TensorImages",
     "XorDataModule",

@@ -221,6 +221,50 @@ class SumsDataModule(SampledDataModule):
         return features, sums.argmax(1), self.parts
 
 
+class SpectraDataModule(SampledDataModule):
+    """Spectra of varying intensity: most channels are the same in all classes, but tell the intensity of the others.
+
+    x(t) = a·b(t) + Σ_{k=1}^{3} u_k·exp(−(t − p_{ck})² / 0.0005)/4 + ε at t = 0 … 1, with a uniform between ½ and 1½,
+    u_k between 0 and 1, ε normal of standard deviation 0.05; b is the sum of six bands exp(−(t − q)² / 0.01). Where the
+    bands of b and of the classes c are is drawn once.
+
+    Args:
+        relevant_columns: number of channels.
+        num_classes: number of classes, equally frequent.
+        train_size: number of training instances.
+        noise_columns: number of columns of noise.
+        **common: arguments of :class:`SampledDataModule`.
+
+    Raises:
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        relevant_columns: int = 400,
+        num_classes: int = 5,
+        train_size: int = 1000,
+        noise_columns: int = 0,
+        **common: Any,
+    ) -> None:
+        super().__init__(train_size=train_size, noise_columns=noise_columns, **common)
+        self.relevant_columns = _at_least(1, "relevant_columns", relevant_columns)
+        self.kinds = _at_least(2, "num_classes", num_classes)
+
+    def relevant(self, test: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Draw them; the bands, of the split seed alone, are those of training and test."""
+        count, places = self.test_size if test else self.train_size, torch.linspace(0, 1, self.relevant_columns)
+        drawn = torch.Generator().manual_seed(2 * self.split_seed)
+        common, own = torch.rand(6, 1, generator=drawn), torch.rand(self.kinds, 3, 1, generator=drawn)
+        labels = torch.randint(self.kinds, (count,), generator=generator)
+        bands = (-((places - own) ** 2) / 0.0005).exp()[labels]
+        base = (-((places - common) ** 2) / 0.01).exp().sum(0)
+        intensity, heights = (torch.rand(count, size, generator=generator) for size in (1, 3))
+        features = (0.5 + intensity) * base + (heights.unsqueeze(2) * bands).sum(1) / 4
+        return features + 0.05 * torch.randn(features.shape, generator=generator), labels, self.kinds
+
+
 class FlippedDigitsDataModule(GeneratedDataModule):
     """Scikit-learn's digits, flattened and divided by their standard deviation, each image's sign drawn at random.
 

@@ -31,6 +31,8 @@ class ScoringInputs:
         taylor: mean |w·∂L/∂w|, likewise; of units the sum over all that goes with them, |γ·∂L/∂γ + β·∂L/∂β|.
         spread: F-statistics of the activations' squared deviations from their means, like `f`.
         variance: variance of the activations, like `f`.
+        shared: share of the activations' variance within classes that is common with features that differ between the
+            classes, like `f`; see `statistics.common.shared_variance`.
         learned: whether trained weight matrices had a part in the activations, bool, like `f`; None if in none.
         error: of units, what their absence adds to the errors of the layers that read them, as a share of the outputs,
             if the others make up for it as well as they can; not a number where it is not known. None if it was not
@@ -48,6 +50,7 @@ class ScoringInputs:
     taylor: Tensor | None = None
     spread: Tensor | None = None
     variance: Tensor | None = None
+    shared: Tensor | None = None
     learned: Tensor | None = None
     error: Tensor | None = None
     unmatched: str | None = None

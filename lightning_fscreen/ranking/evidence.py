@@ -1,4 +1,4 @@
-"""Evidence for features: three tests of whether a feature has any bearing on the classes."""
+"""Evidence for features: four tests of whether a feature has any bearing on the classes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning_fscreen.ranking.criteria import ScoringInputs, required
 
 _FEWEST = 10  # features that make a null distribution
 _WORTH = 0.01  # of the error
+_MOST = 0.5  # of a feature's variance
 _SIMILAR, _APART = 2 / 3, 0.95
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
 
@@ -28,6 +29,7 @@ class Evidence:
         features: number of features that were tested.
         mean: how many the test of means speaks for.
         spread: how many of the others the test of spread speaks for.
+        shared: how many of the others have most of their variation in common with such features.
         joint: how many of the others the test of joint effects speaks for.
         dead: how many of those with candidates left are zero on all instances.
         learned: how many more features there are, which the network has learned; not tested unless all of them are.
@@ -39,6 +41,7 @@ class Evidence:
     mean: int
     spread: int
     joint: int
+    shared: int = 0
     dead: int = 0
     learned: int = 0
     trusted: str | None = None
@@ -46,7 +49,7 @@ class Evidence:
     @property
     def silent(self) -> int:
         """Features that no test speaks for."""
-        return self.features - self.mean - self.spread - self.joint
+        return self.features - self.mean - self.spread - self.shared - self.joint
 
     @property
     def shrunk(self) -> int:
@@ -60,12 +63,13 @@ class Evidence:
             return f"ranked by magnitude alone, for {self.trusted}{others}{dead}"
         return (
             f"of {self.features} features {self.mean} are spoken for by class means, {self.spread} more by spread, "
-            f"{self.joint} more by joint effects; {self.silent} are shrunk{others}"
+            f"{self.shared} more by what they have in common with these, {self.joint} more by joint effects; "
+            f"{self.silent} are shrunk{others}"
         )
 
     def to_dict(self) -> dict[str, int | str | None]:
         """The counts, as in a report."""
-        names = ("features", "mean", "spread", "joint", "shrunk", "learned", "trusted")
+        names = ("features", "mean", "spread", "shared", "joint", "shrunk", "learned", "trusted")
         return {name: getattr(self, name) for name in names}
 
 
@@ -75,13 +79,15 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     - **mean**: F, the F-statistic of the feature, above its critical value.
     - **spread**: the F-statistic of its squared deviation from its mean, (x − x̄)², above the same value: Levene's test
       with squares. It sees classes that differ in variance, or in sign.
+    - **shared** variation: of a feature that both are silent about, more than half of its variance within the classes
+      is common with one that passes at level α/p, p the number of features (the union bound): whatever moves the two
+      can be taken off the other one. Seen on 256 instances (`statistics.common.shared_variance`).
     - **joint** effects, which no test of one feature sees: how much the network makes of it, g = Σ w² over what is left
-      of its connections. It speaks for a feature that the first two tests are silent about if log g stands out from the
+      of its connections. It speaks for a feature that the other tests are silent about if log g stands out from the
       others of that kind, by more than z(1 − α) standard deviations (from the median absolute deviation) above their
       median; or, once most of them have no connections left, if it has held on to more connections than by accident at
       level α, their numbers being Poisson-distributed about the mean; or if g is above the upper quartile of the
-      *established* features: those that pass one of these tests at level α/p, p the number of features (the union
-      bound).
+      *established* features: those that pass a test of mean, spread or joint effects at level α/p.
 
     Features that the network has learned (`ScoringInputs.learned`) are trusted, not shrunk: training itself shrinks the
     weights of those that do not help; to screen them as well made some networks worse, and only one, trained for a few
@@ -137,6 +143,9 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     strict = f_critical(LEVEL / number, between, within)
     varies = _by_feature(f > 0, shape) if layer.variance is None else layer.variance > 0
     made = (layer.weight * layer.kept).double().square().sum_to_size(shape)
+    shared = torch.zeros_like(spoken) if layer.shared is None else (layer.shared > _MOST) & ~spoken & varies & given
+    counts["shared"] = int(shared.sum())
+    spoken = spoken | shared
     silent = ~spoken & varies & given
     outlying = _deviations(made, layer.kept.double().sum_to_size(shape), silent)
     z, strict_z = (NormalDist().inv_cdf(1 - level) for level in (LEVEL, LEVEL / number))
@@ -154,7 +163,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
         trusted = "those that no test speaks for tell the classes apart all together"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
-    significant = alive if trusted else torch.where(learned, alive, (marginal > critical) | (joint > 1))
+    significant = alive if trusted else torch.where(learned, alive, (marginal > critical) | shared | (joint > 1))
     return Evidence(significant=significant, trusted=trusted, **counts)
 
 

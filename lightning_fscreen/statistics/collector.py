@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
 from lightning_fscreen.functional.members import IGNORED
 from lightning_fscreen.statistics.buffer import ActivationBuffer
+from lightning_fscreen.statistics.common import Sample, shared_variance
 from lightning_fscreen.statistics.connections import ConnectionSums
 from lightning_fscreen.statistics.features import PositionMeans, feature_dimension
 from lightning_fscreen.statistics.labels import check_proportions
@@ -93,6 +94,7 @@ class ActivationCollector:
         self._buffer.clear()  # new memory would be mapped page by page, as it is written
         self._sums = FeatureSums(self._buffer.columns, self.num_classes, self._device, self._exact)
         self._learned = [torch.zeros(probe.num_features, dtype=torch.bool) for probe in self._probes]
+        self._sample: Sample | None = None  # of the features that are not learned
         self._batches = 0  # that have been added
         self._weights.clear()
 
@@ -132,6 +134,8 @@ class ActivationCollector:
             else:
                 self._flush()
                 if len(labels) and ran:
+                    if len(ran) == len(self._probes):
+                        self._sampled().add(buffer.features(), [labels])
                     self._sums.add(ran, buffer.features(), [labels], self._batches, self._weights)
             self._batches += 1
         finally:
@@ -182,14 +186,19 @@ class ActivationCollector:
                 probe_f = f_statistic_compute(merge(connections.class_sums())).view(connections.shift.shape)
             present = merged.counts[:, columns.start]
             between = float((present > 0).sum()) - 1
+            degrees = between, float(present.sum()) - between - 1
+            marginal, means = torch.maximum(f[columns], spread[columns].nan_to_num(0)), moments.class_means[:, columns]
+            learned = self._learned[index]
+            shared = shared_variance(self._sampled(), place.start, means, marginal, degrees, learned, merge)
             statistics[probe.name] = FeatureStatistics(
                 f=probe_f,
                 spread=spread[columns],
                 mean=mean[columns],
                 mean_square=mean_square[columns],
                 variance=variance[columns],
-                degrees=(between, float(present.sum()) - between - 1),
-                learned=self._learned[index],
+                degrees=degrees,
+                shared=shared,
+                learned=learned,
             )
         return statistics
 
@@ -200,6 +209,7 @@ class ActivationCollector:
             **self._sums.state_dict(),
             "exact": {self._probes[index].name: sums.class_sums()._asdict() for index, sums in self._exact.items()},
             "learned": [learned.clone() for learned in self._learned],
+            "sample": None if self._sample is None else self._sample.state_dict(),
             "batches": self._batches,
             "waiting": self._buffer.waiting(),
             "unmatched": dict(self.unmatched),
@@ -216,6 +226,8 @@ class ActivationCollector:
         for own, learned in zip(self._learned, state["learned"], strict=True):
             own.copy_(torch.as_tensor(learned))  # in earlier versions one answer for all features
         self._batches = state["batches"]
+        if (sample := state.get("sample")) is not None:  # not in earlier versions
+            self._sample = Sample.restored(sample, self._device)
         self.unmatched |= state.get("unmatched", {})  # not in earlier versions
         self._buffer.restore(*state["waiting"])
 
@@ -277,7 +289,15 @@ class ActivationCollector:
         features, labels = self._buffer.take()
         if len(features):
             everything = range(len(self._probes))
+            self._sampled().add(features, labels)
             self._sums.add(everything, features, labels, self._batches - len(labels), self._weights)
+
+    def _sampled(self) -> Sample:
+        """The sample of this round; the first batch says which features are learned."""
+        if self._sample is None:
+            given = (~torch.cat(self._learned)).nonzero().flatten()
+            self._sample = Sample(given.to(self._device, non_blocking=True))
+        return self._sample
 
     def _check_finite(self, squares: Tensor) -> None:
         for probe, columns in zip(self._probes, self._buffer.columns, strict=True):

@@ -46,6 +46,8 @@ class FeatureStatistics:
         mean_square: (features,) mean squared activation.
         variance: (features,) variance of the activation.
         degrees: degrees of freedom of both F, between and within the classes: (C − 1, n − C).
+        shared: (features,) share of its variance within classes that a feature without evidence has in common with one
+            that has; see `common.shared_variance`.
         learned: (features,) bool, whether trained weight matrices had a part in it; see `origins.learned_features`.
     """
 
@@ -55,4 +57,5 @@ class FeatureStatistics:
     mean_square: Tensor
     variance: Tensor
     degrees: tuple[float, float]
+    shared: Tensor
     learned: Tensor

@@ -9,6 +9,7 @@ from lightning_fscreen.data import (
     FlippedDigitsDataModule,
     PairsDataModule,
     ShellsDataModule,
+    SpectraDataModule,
     SumsDataModule,
     XorDataModule,
 )
@@ -43,7 +44,7 @@ def test_relevant_columns_come_first_and_no_mean_tells_the_classes_apart(
     assert (p_values < 1e-3).mean() < 0.1
 
 
-@pytest.mark.parametrize("module", [row[0] for row in MODULES])
+@pytest.mark.parametrize("module", [*(row[0] for row in MODULES), SpectraDataModule])
 def test_the_split_seed_decides_and_no_global_generator_is_touched(module):
     state = torch.get_rng_state()
     data = [module(noise_columns=3, split_seed=seed) for seed in (1, 1, 2)]
@@ -85,6 +86,25 @@ def test_the_largest_sum_decides_and_classes_are_equally_frequent():
     sums = torch.stack([light * features[:, part] + heavy * features[:, part + 3] for part in range(3)], dim=1)
     assert torch.equal(sums.argmax(1), labels)
     assert torch.bincount(labels).double().div(len(labels)).sub(1 / 3).abs().max() < 0.03
+
+
+def test_most_channels_of_spectra_are_the_same_in_all_classes_but_move_with_the_others():
+    data = SpectraDataModule(noise_columns=10)
+    features, labels = everything(data)
+    assert features.shape == (1000, 410) and data.num_classes == 5
+    _, p_values = f_classif(features[:, :400], labels)
+    telling = torch.from_numpy(p_values < 1e-6)
+    assert 0.1 < telling.double().mean() < 0.5
+    silent = torch.from_numpy(p_values > 1e-3)
+    correlation = torch.corrcoef(features[:, :400].T)[silent][:, telling].square().amax(1)
+    assert (correlation > 0.5).double().mean() > 0.8
+    # Bands are where they were in the training.
+    means = [
+        torch.stack([x[y == label][:, :400].mean(0) for label in range(5)])
+        for x, y in ((features, labels), everything(data, test=True))
+    ]
+    offsets = torch.stack([(own - own.mean(0))[:, telling].flatten() for own in means])
+    assert torch.corrcoef(offsets)[0, 1] > 0.8
 
 
 def test_digits_are_flipped_as_a_whole():

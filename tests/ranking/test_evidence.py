@@ -34,6 +34,7 @@ def layer_of(features, labels, weight, num_classes=2, module=None, learned=False
         spread=spread_over(found.spread),
         variance=spread_over(found.variance),
         mean_square=spread_over(found.mean_square),
+        shared=spread_over(found.shared),
         learned=spread_over(torch.full_like(found.learned, learned)),
     )
 
@@ -61,9 +62,22 @@ def test_each_test_speaks_where_the_others_are_silent():
     evidence = gather_evidence(layer_of(features, labels, weight), "a")
     assert strong(evidence) == [0, 1, 2, 3]
     assert (evidence.features, evidence.mean, evidence.spread, evidence.joint, evidence.silent) == (60, 1, 2, 1, 56)
-    counts = {"features": 60, "mean": 1, "spread": 2, "joint": 1, "shrunk": 56}
+    counts = {"features": 60, "mean": 1, "spread": 2, "shared": 0, "joint": 1, "shrunk": 56}
     assert evidence.to_dict() == {**counts, "learned": 0, "trusted": None}
-    assert str(evidence).startswith("of 60 features 1 are spoken for by class means, 2 more by spread, 1 more by joint")
+    assert str(evidence).startswith("of 60 features 1 are spoken for by class means, 2 more by spread, 0 more by what")
+
+
+def test_what_moves_with_a_relevant_feature_and_is_the_same_in_all_classes_is_spoken_for():
+    """Sensor 0 tells the class, and drifts; 1 and 2 tell the drift, 2 with more noise than that."""
+    features, labels, weight = noise(used=(0,))
+    rng = torch.Generator().manual_seed(1)
+    drift = torch.randn(3000, generator=rng)
+    features[:, 0] = labels + drift
+    features[:, 1] = drift + 0.5 * torch.randn(3000, generator=rng)
+    features[:, 2] = drift + 2 * torch.randn(3000, generator=rng)
+    evidence = gather_evidence(layer_of(features, labels, weight), "a")
+    assert strong(evidence) == [0, 1]
+    assert (evidence.mean, evidence.shared, evidence.silent) == (1, 1, 58)
 
 
 def test_irrelevant_features_are_seldom_spoken_for():

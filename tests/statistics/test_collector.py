@@ -244,7 +244,7 @@ def test_a_state_taken_in_the_middle_of_an_epoch_continues(attached, exact):
     feed(second, resumed_model, data[2:], optimizer)
     for name, found in second.statistics().items():
         expected = straight.statistics()[name]
-        for field in ("f", "spread", "mean", "mean_square", "variance"):
+        for field in ("f", "spread", "mean", "mean_square", "variance", "shared"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-10, atol=1e-12)
         assert found.learned.equal(expected.learned)
 
