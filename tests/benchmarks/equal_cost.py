@@ -3,11 +3,11 @@
     PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl FOLDER NETWORK SEED METHOD...  # resumable
     PYTHONPATH=. python tests/benchmarks/equal_cost.py RESULTS.jsonl  # the table
 
-FOLDER: an image folder of CIFAR-10; NETWORK: resnet20, vgg16 (VGG-16-BN of a quarter of the width), or vit (the small
-one). Needs torch-pruning==1.6.1. A dense network trains for ten epochs on 20,000 of the images; every method prunes it
-until 75, 50 or 25 % of its multiply–adds are left, as torch's counter counts them, and trains what is left for two
-more. Methods that take another amount get the one that leaves this cost, by bisection; where none does, they are left
-out. "at once" is the error before these.
+FOLDER: an image folder of CIFAR-10; NETWORK: resnet20, vgg16 (VGG-16-BN of a quarter of the width), vit or convnext
+(the small ones). Needs torch-pruning==1.6.1. A dense network trains for ten epochs on 20,000 of the images; every
+method prunes it until 75, 50 or 25 % of its multiply–adds are left, as torch's counter counts them, and trains what is
+left for two more. Methods that take another amount get the one that leaves this cost, by bisection; where none does,
+they are left out. "at once" is the error before these.
 """
 
 import copy
@@ -48,6 +48,7 @@ NETWORKS = {
     "resnet20": Recipe(models.resnet20),
     "vgg16": Recipe(lambda: models.vgg16_bn(width_mult=0.25)),
     "vit": Recipe(models.vit, ADAM, 1e-3, 5e-4),
+    "convnext": Recipe(models.convnext, ADAM, 2e-3, 1e-3),
 }
 
 
@@ -100,7 +101,7 @@ def candidates(network, left, batches):
     return smaller
 
 
-def peer(importance, pruner="BasePruner"):
+def peer(importance, pruner="BasePruner", units_alone=False):
     """Torch-Pruning, every layer alike, which is its default; of the small ViT hidden units, since heads fail."""
 
     def pruned(network, left, batches):
@@ -110,7 +111,7 @@ def peer(importance, pruner="BasePruner"):
             smaller = copy.deepcopy(network).eval()
             layers = {name: own for name, own in smaller.named_modules() if isinstance(own, nn.Linear | nn.Conv2d)}
             whole = [list(layers.values())[-1]]
-            if isinstance(network, models.ViT):
+            if units_alone or isinstance(network, models.ViT):
                 whole = [own for name, own in layers.items() if not name.endswith("expand")]
             rank, kind = getattr(tp.importance, importance)(), getattr(tp.pruner, pruner)
             images = torch.zeros(2, 3, 32, 32)
@@ -131,6 +132,7 @@ METHODS = {
     "random": ours(criterion="random"),
     "errors per cost, hidden units": ours(**UNITS_ALONE),
     "Torch-Pruning, norms of groups": peer("GroupMagnitudeImportance"),
+    "Torch-Pruning, norms of groups, hidden units": peer("GroupMagnitudeImportance", units_alone=True),
     "Torch-Pruning, scales": peer("BNScaleImportance", "BNScalePruner"),
 }
 

@@ -187,15 +187,31 @@ def hidden_units_against_torch_pruning():
     return _more_errors("vit", "errors per cost, hidden units")
 
 
+def _in_one_fit(network, kind, amount, method):
+    """Mean error in %, and multiply–adds."""
+    lines = map(json.loads, (RESULTS / "in_one_fit.jsonl").read_text().splitlines())
+    cell = network, kind, amount, method
+    found = [line for line in lines if tuple(line[key] for key in ("network", "kind", "amount", "method")) == cell]
+    error, macs = (statistics.fmean(line[key] for line in found) for key in ("test_error", "macs"))
+    return 100 * error, macs
+
+
+def units_of_a_convnext():
+    """By errors, and by magnitude, against any of them."""
+    errors, magnitude = (_more_errors("convnext", ours, "random") for ours in ("errors per cost", "magnitude per cost"))
+    return f"{errors}; by magnitude: {magnitude}"
+
+
+def convnext_against_torch_pruning():
+    """At equal multiply–adds."""
+    return _more_errors("convnext")
+
+
 def half_of_the_heads():
     """Of a vision transformer, by magnitude."""
-    lines = [json.loads(line) for line in (RESULTS / "heads.jsonl").read_text().splitlines()]
-    dense = [line for line in lines if line["method"] == "dense"]
-    half = [line for line in lines if (line["kind"], line["method"], line["amount"]) == ("heads", "magnitude", 0.5)]
-    means = [[statistics.fmean(line[key] for line in own) for key in ("test_error", "macs")] for own in (half, dense)]
-    (error, macs), (least, most) = means
-    more, saved = 100 * (error - least), 100 * (1 - macs / most)
-    return f"half of them cost {more:.1f} points and save {saved:.0f} % of the multiply–adds"
+    error, macs = _in_one_fit("vit", "heads", 0.5, "magnitude")
+    least, most = _in_one_fit("vit", "both", 0.0, "dense")
+    return f"half of them cost {error - least:.1f} points and save {100 * (1 - macs / most):.0f} % of the multiply–adds"
 
 
 def with_streams():
@@ -234,6 +250,8 @@ FIGURES = {
         against_torch_pruning_vgg16,
         heads_and_units_by_errors,
         hidden_units_against_torch_pruning,
+        units_of_a_convnext,
+        convnext_against_torch_pruning,
         half_of_the_heads,
         with_streams,
         regard_to_costs,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_fscreen.cli.tables import by_layer, grouped, markdown, summary
-from tests.benchmarks import columns, equal_cost, finetune, heads, one_call, redundancy, unit_magnitude
+from tests.benchmarks import columns, equal_cost, finetune, in_one_fit, one_call, redundancy, unit_magnitude
 from tests.benchmarks.committed import RESULTS, table_and_results
 from tests.benchmarks.prose import FIGURES, default_of, finetuned
 
@@ -49,7 +49,7 @@ def rendered(name):
         return by_layer(*table_and_results(name.removesuffix("_layers")))
     if not (RESULTS / f"{name}.jsonl").exists():
         return (RESULTS / f"{name}.md").read_text()
-    modules = (columns, equal_cost, finetune, heads, one_call, redundancy, unit_magnitude)
+    modules = (columns, equal_cost, finetune, in_one_fit, one_call, redundancy, unit_magnitude)
     scripts = {module.__name__.rpartition(".")[2]: module for module in modules}
     if name in scripts:
         return scripts[name].table(RESULTS / f"{name}.jsonl")

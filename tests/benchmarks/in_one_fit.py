@@ -1,11 +1,12 @@
-"""Heads, hidden units and both of a vision transformer, pruned by one callback as a trained network is fine-tuned.
+"""Heads and hidden units of trained networks, pruned by one callback as these are fine-tuned.
 
-    PYTHONPATH=. python tests/benchmarks/heads.py RESULTS.jsonl FOLDER SEED METHOD...  # resumable; after equal_cost.py
-    PYTHONPATH=. python tests/benchmarks/heads.py RESULTS.jsonl  # the table
+    PYTHONPATH=. python tests/benchmarks/in_one_fit.py RESULTS.jsonl FOLDER NETWORK SEED METHOD...  # resumable
+    PYTHONPATH=. python tests/benchmarks/in_one_fit.py RESULTS.jsonl  # the table
 
-FOLDER: an image folder of CIFAR-10. The dense small ViT of equal_cost.py, of its results in the same folder, trains for
-two more epochs on a quarter of its images under one cosine schedule; METHOD, a criterion, prunes the share of the
-heads, of the hidden units, or of both at once after ten of the 80 steps. "dense" prunes nothing.
+FOLDER: an image folder of CIFAR-10; NETWORK: vit or convnext. The dense network of equal_cost.py, which has run before
+with its results in the same folder, trains for two more epochs on a quarter of its images under one cosine schedule;
+METHOD, a criterion, prunes a share of its heads, of its hidden units, or of both at once after ten of the 80 steps.
+"dense" prunes nothing.
 """
 
 import json
@@ -25,9 +26,12 @@ from lightning_fscreen.models.classifier import ImageClassifier
 from tests.benchmarks.equal_cost import IMAGES, NETWORKS, error, images_of, lines_of, macs
 from tests.conftest import trainer
 
-AMOUNTS = (0.3, 0.5, 0.7)
 EPOCHS, STEPS = 2, 10
 KINDS = {"heads": "kind=head", "hidden units": "kind=neuron", "both": ["kind=head", "kind=neuron"]}
+CELLS = {  # what is pruned of every network, and how much
+    "vit": [(kind, amount) for kind in KINDS for amount in (0.3, 0.5, 0.7)],
+    "convnext": [("hidden units", amount) for amount in (0.5, 0.7, 0.9)],
+}
 
 
 class Augmented(ImageClassifier):
@@ -38,9 +42,9 @@ class Augmented(ImageClassifier):
         return random_horizontal_flip(random_crop(images, 4)), labels
 
 
-def fine_tuned(state, criterion, kind, amount, images, labels):
+def fine_tuned(name, state, criterion, kind, amount, images, labels):
     """What the default trainer makes of it."""
-    recipe = NETWORKS["vit"]
+    recipe = NETWORKS[name]
     network = recipe.build()
     network.load_state_dict(state)
     optimizer = partial(recipe.optimizer, lr=recipe.tuning_rate)
@@ -57,23 +61,23 @@ def fine_tuned(state, criterion, kind, amount, images, labels):
 
 def key_of(line):
     """What a line is of."""
-    return line["kind"], line["method"], line["amount"], line["seed"]
+    return line["network"], line["kind"], line["amount"], line["method"], line["seed"]
 
 
-def main(results, folder, seed, *methods):
+def main(results, folder, name, seed, *methods):
     """Run what is missing."""
     results, seed = Path(results), int(seed)
-    checkpoint = results.absolute().with_name("equal_cost.work") / f"vit_{seed}.pt"
+    checkpoint = results.absolute().with_name("equal_cost.work") / f"{name}_{seed}.pt"
     state = torch.load(checkpoint, weights_only=True)
     (images, labels), test_set = images_of(folder, seed)
     images, labels = images[: IMAGES // 4], labels[: IMAGES // 4]
     for method in methods:
-        for kind, amount in [("both", 0.0)] if method == "dense" else [(k, a) for a in AMOUNTS for k in KINDS]:
-            key = {"kind": kind, "method": method, "amount": amount, "seed": seed}
+        for kind, amount in [("both", 0.0)] if method == "dense" else CELLS[name]:
+            key = {"network": name, "kind": kind, "method": method, "amount": amount, "seed": seed}
             if key_of(key) in map(key_of, lines_of(results)):
                 continue
             seed_everything(1000 + seed, verbose=False)
-            network = fine_tuned(state, method, kind, amount, images, labels)
+            network = fine_tuned(name, state, method, kind, amount, images, labels)
             line = key | {"macs": macs(network), "test_error": error(network, *test_set)}
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -82,13 +86,14 @@ def main(results, folder, seed, *methods):
 def table(results):
     """Markdown: errors, and in brackets the multiply–adds that are left."""
     lines = lines_of(Path(results))
-    dense = [line for line in lines if line["method"] == "dense"]
     methods = [name for name in dict.fromkeys(line["method"] for line in lines) if name != "dense"]
-    rows = [f"| | pruned | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
-    for kind, amount in ((kind, amount) for kind in KINDS for amount in AMOUNTS):
-        groups = [[line for line in lines if key_of(line)[:3] == (kind, name, amount)] for name in methods]
-        rows.append(f"| {kind} | {amount:.0%} | {' | '.join(_cell(group, dense) for group in groups)} |")
-    rows += [f"| dense | | {' | '.join([_cell(dense, dense)] * len(methods))} |"] if dense else []
+    rows = [f"| | | pruned | {' | '.join(methods)} |", "|---" * (3 + len(methods)) + "|"]
+    for network, cells in CELLS.items():
+        dense = [line for line in lines if key_of(line)[:1] == (network,) and line["method"] == "dense"]
+        for kind, amount in cells:
+            groups = [[line for line in lines if key_of(line)[:4] == (network, kind, amount, own)] for own in methods]
+            rows.append(f"| {network} | {kind} | {amount:.0%} | {' | '.join(_cell(own, dense) for own in groups)} |")
+        rows.append(f"| {network} | dense | | {' | '.join([_cell(dense, dense)] * len(methods))} |")
     return "\n".join(rows) + "\n"
 
 
