@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
 from lightning_fscreen.functional.members import IGNORED
 from lightning_fscreen.statistics.buffer import ActivationBuffer
-from lightning_fscreen.statistics.common import Sample, shared_variance
+from lightning_fscreen.statistics.common import Marks, Sample, shared_variance
 from lightning_fscreen.statistics.connections import ConnectionSums
 from lightning_fscreen.statistics.features import PositionMeans, feature_dimension
 from lightning_fscreen.statistics.labels import check_proportions
@@ -157,6 +157,7 @@ class ActivationCollector:
         self._flush()
         moments = merge(self._sums.moments)
         self._check_finite(moments.class_sums.squares)
+        learned = merge(Marks(torch.cat(self._learned).to(moments.shift))).counts > 0  # layers may run in some alone
         places = list(zip(self._probes, self._buffer.columns, strict=True))
         ran = moments.counts.any(0)
         if not bool(ran.any()):
@@ -187,9 +188,9 @@ class ActivationCollector:
             present = merged.counts[:, columns.start]
             between = float((present > 0).sum()) - 1
             degrees = between, float(present.sum()) - between - 1
-            marginal, means = torch.maximum(f[columns], spread[columns].nan_to_num(0)), moments.class_means[:, columns]
-            learned = self._learned[index]
-            shared = shared_variance(self._sampled(), place.start, means, marginal, degrees, learned, merge)
+            own = ClassSums(*(part[..., columns] for part in merged))
+            marginal = torch.maximum(f[columns], spread[columns].nan_to_num(0))
+            shared = shared_variance(self._sampled(), place.start, own, marginal, degrees, learned[place], merge)
             statistics[probe.name] = FeatureStatistics(
                 f=probe_f,
                 spread=spread[columns],
@@ -198,7 +199,7 @@ class ActivationCollector:
                 variance=variance[columns],
                 degrees=degrees,
                 shared=shared,
-                learned=learned,
+                learned=learned[place],
             )
         return statistics
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fscreen.functional import LEVEL, f_critical
+from lightning_fscreen.functional import LEVEL, ClassSums, f_critical
 
 _ROWS, _BYTES = 256, 4 * 2**20  # of a sample
 _FEWEST = 30  # instances; with so many, half of the variance is in common by accident once in 10⁵ times
@@ -34,6 +34,16 @@ class CrossSums(NamedTuple):
     squares: Tensor
     fourths: Tensor
     others: Tensor
+
+
+class Marks(NamedTuple):
+    """In how many processes something holds of every feature.
+
+    Attributes:
+        counts: (p,) float64.
+    """
+
+    counts: Tensor
 
 
 class Sample:
@@ -95,7 +105,7 @@ class Sample:
 def shared_variance(
     sample: Sample,
     first: int,
-    means: Tensor,
+    sums: ClassSums,
     marginal: Tensor,
     degrees: tuple[float, float],
     learned: Tensor,
@@ -109,29 +119,31 @@ def shared_variance(
     Args:
         sample: instances of this process.
         first: column of the first of these p features among all.
-        means: (C, p) class means.
+        sums: of their classes in all processes, with counts (C, p).
         marginal: (p,) the larger of the F-statistics of the mean and of the spread.
         degrees: of freedom of both.
-        learned: (p,) whether the network has learned the feature; then it is not looked at.
+        learned: (p,) whether the network has learned the feature, in any process; then it is not looked at.
         merge: adds the sums of other processes; all of them call it, or none.
 
     Returns:
         (p,) float64; 0 for the others, and where fewer than 30 instances, as (Σ w²)² / Σ w⁴ counts them, make up a
         feature's variance: the same few outliers in two features are no common cause.
     """
-    shared = torch.zeros_like(marginal)
-    given = ~learned.to(marginal.device)
-    number = max(int(given.sum()), 1)
+    shared, given = torch.zeros_like(marginal), ~learned
+    number = int(given.sum())
+    if not number:
+        return shared
     silent = given & (marginal <= f_critical(LEVEL, *degrees))
     partners = (given & (marginal > f_critical(LEVEL / number, *degrees))).nonzero().flatten()
     if not len(partners) or not bool(silent.any()):
         return shared
     partners = partners[:: -(-len(partners) // _PARTNERS)]
+    means = sums.shift + sums.sums / sums.counts.clamp(min=1)
     own, others = (
         sample.offsets(first + places, means[:, places]) for places in (silent.nonzero().flatten(), partners)
     )
     squares = own.square()
-    sums = merge(CrossSums(own.T @ others, squares.sum(0), squares.square().sum(0), others.square().sum(0)))
-    correlation = sums.products.square() / (sums.squares.unsqueeze(1) * sums.others)
-    enough = sums.squares**2 >= _FEWEST * sums.fourths
+    cross = merge(CrossSums(own.T @ others, squares.sum(0), squares.square().sum(0), others.square().sum(0)))
+    correlation = cross.products.square() / (cross.squares.unsqueeze(1) * cross.others)
+    enough = cross.squares**2 >= _FEWEST * cross.fourths
     return shared.masked_scatter(silent, torch.where(enough, correlation.nan_to_num(0).amax(1), 0.0))

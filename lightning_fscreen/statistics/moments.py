@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fscreen.functional import ClassSums, f_from_sums, f_statistic_merge, per_feature, rounding_of
 from lightning_fscreen.functional.members import Members
-from lightning_fscreen.statistics.common import CrossSums
+from lightning_fscreen.statistics.common import CrossSums, Marks
 
 
 class ClassMoments(NamedTuple):
@@ -35,11 +35,6 @@ class ClassMoments(NamedTuple):
     fourths: Tensor
 
     @property
-    def class_means(self) -> Tensor:
-        """(C, p) mean of every feature in every class; the shift in those that do not occur."""
-        return self.shift + self.sums / per_feature(self.counts).clamp(min=1)
-
-    @property
     def class_sums(self) -> ClassSums:
         """The part that the F-statistic of the means needs."""
         return ClassSums(self.shift, self.counts, self.sums, self.squares.sum(0))
@@ -56,7 +51,7 @@ class ClassMoments(NamedTuple):
             total[..., columns] += part
 
 
-Sums = TypeVar("Sums", ClassSums, ClassMoments, CrossSums)
+Sums = TypeVar("Sums", ClassSums, ClassMoments, CrossSums, Marks)
 
 
 def empty_moments(num_classes: int, num_features: int, device: torch.device, by_feature: bool = False) -> ClassMoments:
@@ -98,8 +93,8 @@ def merge_sums(first: Sums, second: Sums) -> Sums:
     """Sums over the union of two disjoint sets of instances; exact, whatever their shifts."""
     if isinstance(first, ClassSums):
         return f_statistic_merge(first, second)
-    if isinstance(first, CrossSums):
-        return CrossSums(*(one + other for one, other in zip(first, second, strict=True)))
+    if isinstance(first, CrossSums | Marks):
+        return type(first)(*(one + other for one, other in zip(first, second, strict=True)))
     empty = first.counts.sum(0) == 0  # then the other's shift is the one to keep
     shift = torch.where(empty, second.shift, first.shift)
     parts = zip(_from_origin(first, shift)[1:], _from_origin(second, shift)[1:], strict=True)

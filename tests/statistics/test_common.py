@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lightning_fscreen.statistics.collector import ActivationCollector
-from lightning_fscreen.statistics.common import CrossSums, Sample
-from lightning_fscreen.statistics.moments import merge_sums
+from lightning_fscreen.statistics.common import CrossSums, Marks, Sample
+from lightning_fscreen.statistics.moments import ClassMoments, merge_sums
 from lightning_fscreen.statistics.probes import Probe
 
 P, N = 12, 200
@@ -75,10 +75,11 @@ def test_processes_together_have_the_answer_of_one():
     def of_the_second(sums):
         if isinstance(sums, CrossSums):
             products.append(sums)
-        return sums if isinstance(sums, CrossSums) else merge_sums(first._sums.moments, sums)
+        return merge_sums(first._sums.moments, sums) if isinstance(sums, ClassMoments) else sums
 
     def of_both(sums):
-        return merge_sums(sums, products[0] if isinstance(sums, CrossSums) else second._sums.moments)
+        found = {CrossSums: products, ClassMoments: [second._sums.moments], Marks: [Marks(torch.zeros(P))]}
+        return merge_sums(sums, found[type(sums)][0])
 
     first._flush()
     second.statistics(of_the_second)
@@ -101,6 +102,16 @@ def test_learned_features_are_not_looked_at():
     collector.remove()
     collector.update(labels)
     assert not collector.statistics()["a"].shared.any() and not collector.state_dict()["sample"]["rows"]
+
+
+def test_features_that_any_process_has_learned_are_learned():
+    collector = collected(data())
+
+    def merge(sums):
+        return merge_sums(sums, Marks(torch.ones(P))) if isinstance(sums, Marks) else sums
+
+    found = collector.statistics(merge)["a"]
+    assert found.learned.all() and not found.shared.any()
 
 
 def test_of_very_many_features_too_few_instances_are_kept():
