@@ -134,9 +134,10 @@ class ActivationCollector:
             else:
                 self._flush()
                 if len(labels) and ran:
+                    features = buffer.features()
                     if len(ran) == len(self._probes):
-                        self._sampled().add(buffer.features(), [labels])
-                    self._sums.add(ran, buffer.features(), [labels], self._batches, self._weights)
+                        self._sampled().add(features, [labels])
+                    self._sums.add(ran, features, [labels], self._batches, self._weights)
             self._batches += 1
         finally:
             self.discard()
