@@ -229,7 +229,7 @@ class ActivationCollector:
             own.copy_(torch.as_tensor(learned))  # in earlier versions one answer for all features
         self._batches = state["batches"]
         if (sample := state.get("sample")) is not None:  # not in earlier versions
-            self._sample = Sample.restored(sample, self._device)
+            self._sample = Sample.restored(sample, self._sums.moments.shift.device)
         self.unmatched |= state.get("unmatched", {})  # not in earlier versions
         self._buffer.restore(*state["waiting"])
 
@@ -298,7 +298,8 @@ class ActivationCollector:
         """The sample of this round; the first batch says which features are learned."""
         if self._sample is None:
             given = (~torch.cat(self._learned)).nonzero().flatten()
-            self._sample = Sample(given.to(self._device, non_blocking=True))
+            device = self._sums.moments.shift.device  # when a fit ends, Lightning moves the model to the CPU
+            self._sample = Sample(given.to(device, non_blocking=True))
         return self._sample
 
     def _check_finite(self, squares: Tensor) -> None:
