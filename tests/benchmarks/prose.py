@@ -1,5 +1,6 @@
 """Sentences of the documents that quote the committed results: one function for each, which computes its numbers."""
 
+import itertools
 import json
 import math
 import statistics
@@ -132,6 +133,27 @@ def all_at_once():
     return f"pruning all at once costs {at_98:.1f} points at 98 % and {at_99_5:.0f} at 99.5 %"
 
 
+def blind_spots_behind():
+    """Cells within one standard error of the better of two others, and runs far behind magnitude."""
+    table, results = table_and_results("blind_spots")
+    by_seed = {}
+    for line in results:
+        cell = by_seed.setdefault((line["setting"], line["amount"], line["method"]), {})
+        cell[line["seed"]] = 100 * line["test_error"]
+    near, behind = [], []
+    for place in itertools.product(table["settings"], table["amounts"]):
+        own, magnitude, earlier = (by_seed[(*place, method)] for method in ("screening", "magnitude", "means_alone"))
+        better = min(magnitude, earlier, key=lambda errors: statistics.fmean(errors.values()))
+        more = statistics.fmean(own.values()) - statistics.fmean(better.values())
+        variance = statistics.variance(own.values()) + statistics.variance(better.values())
+        near.append(more <= (variance / len(own)) ** 0.5)
+        behind += [own[seed] - magnitude[seed] > 2 for seed in own]
+    return (
+        f"in {sum(near)} of these {len(near)} cells. Of its {len(behind)} runs {sum(behind)} are more than two points "
+        "behind magnitude"
+    )
+
+
 def half_of_resnet20():
     """Half of its channels: size, latency, error."""
     lines, dense = finetuned("magnitude", 0.5), finetuned("dense", None)
@@ -245,6 +267,7 @@ FIGURES = {
         units_within_a_layer,
         digits_macs,
         all_at_once,
+        blind_spots_behind,
         half_of_resnet20,
         against_torch_pruning_resnet20,
         against_torch_pruning_vgg16,
