@@ -70,7 +70,8 @@ class ScreeningPruningCallback(Results):
         scope: "global" ranks all layers together; "layer" prunes the same fraction of every layer: safer where much
             goes at once, because it leaves no layer with next to nothing; "kind", of batch norms and of other layers.
         criterion: ranking metric: "screening", "screening_sum" (the paper's), "screening_product", "screening_rank",
-            "magnitude", "activation", "gradient", "taylor", "random", or your own (`register_criterion`).
+            "magnitude", "connected_magnitude", "activation", "gradient", "taylor", "random", or your own
+            (`register_criterion`).
         min_channels: candidates that every layer keeps at least; the others still meet the budget.
         include: glob patterns over module names, one of which a layer must match. Without it, weight pruning leaves
             alone what is all zero at the start among others: the new head of a fine-tuning.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,11 @@ from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.gradients import GradientStatistics
 from lightning_fscreen.statistics.probes import FeatureStatistics
 
+_FEW = 1e-3  # of the candidates left: each ranking finds a fraction of what the one before has found
+
+FindIdle = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Masks by layer → which of their candidates do nothing then, by layer, of those that are understood."""
+
 
 class Decision:
     """Decides which candidates are pruned next, and prunes them.
@@ -33,6 +38,9 @@ class Decision:
         gradients: by layer.
         unmatched: layers without statistics of activations because they ran on other numbers of instances than there
             are labels; on which.
+        errors: of units, by layer, as of `ScoringInputs`.
+        find_idle: finds candidates that do nothing; None if there can be none.
+        last: what was explained at the last ranking, by layer.
 
     Attributes:
         explained: why layers are ranked as they are; empty if the criterion does not say.
@@ -48,18 +56,25 @@ class Decision:
         gradients: Mapping[str, GradientStatistics],
         unmatched: Mapping[str, str],
         errors: Mapping[str, Tensor] | None = None,
+        find_idle: FindIdle | None = None,
+        last: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
         self._spending = spending
+        self._find_idle = find_idle if settings.resolved_criterion.needs_idle else None
         inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
         inputs |= {name: replace(inputs[name], unmatched=why) for name, why in unmatched.items() if name in inputs}
         inputs |= {name: replace(inputs[name], error=own) for name, own in (errors or {}).items() if name in inputs}
+        inputs = {name: replace(own, last=(last or {}).get(name)) for name, own in inputs.items()}
         context, explain = ScoringContext(inputs, settings.screening_weight), settings.resolved_criterion.explain
         self.explained: Mapping[str, Explained] = {} if explain is None else explain(context)
         self._context = replace(context, explained=self.explained)
 
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.
+
+        Where that would leave some that do nothing, they are ranked again with these known, until fewer than a
+        thousandth of those left are found anew.
 
         Args:
             fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
@@ -68,7 +83,21 @@ class Decision:
         Raises:
             ValueError: NaN scores; a budget that the floors make impossible.
         """
-        settings, scores = self._settings, self.scores(fraction, seed)
+        masks = self._lowest_pruned(self.scores(fraction, seed), fraction)
+        if self._find_idle is None:
+            return masks
+        idle: dict[str, Tensor] = {}
+        while True:
+            found = {name: own & masks[name] for name, own in self._find_idle(masks).items() if name in masks}
+            new = {name: own & ~idle[name] if name in idle else own for name, own in found.items()}
+            left, nothing, more = (sum(int(mask.sum()) for mask in each.values()) for each in (masks, found, new))
+            if nothing == left or more <= left * _FEW:  # where all paths are cut, nothing tells them apart
+                return masks
+            idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}
+            masks = self._lowest_pruned(self.scores(fraction, seed, idle), fraction)
+
+    def _lowest_pruned(self, scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+        settings = self._settings
         if (masks := self._spending.prune(scores, self._masks, fraction)) is not None:
             return masks
         masks = dict(self._masks.present)
@@ -88,10 +117,19 @@ class Decision:
             )
         return masks
 
-    def scores(self, fraction: float, seed: int) -> Mapping[str, Tensor]:
-        """Layer → scores of its candidates, by which `new_masks` ranks them; the arguments are the same."""
+    def scores(self, fraction: float, seed: int, idle: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """Layer → scores of its candidates, by which `new_masks` ranks them.
+
+        Args:
+            fraction: as of `new_masks`.
+            seed: likewise.
+            idle: layer → candidates that are known to do nothing.
+        """
+        idle = idle or {}
+        layers = self._context.layers
         context = replace(
             self._context,
+            layers={name: replace(own, idle=idle[name]) if name in idle else own for name, own in layers.items()},
             generator=torch.Generator().manual_seed(seed),
             progress=self._progress(fraction),
         )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_fscreen.candidates.granularity import Granularity
 from lightning_fscreen.costs.size import add_sizes
 from lightning_fscreen.fit.compiled import Eagerly
+from lightning_fscreen.fit.connectivity import Connectivity
 from lightning_fscreen.fit.copies import Copies
 from lightning_fscreen.fit.decision import Decision
 from lightning_fscreen.fit.discovery import Discovery
@@ -75,6 +76,7 @@ class Pruner:
         reattach(model, self._applied_plan)
         self._optimizers: list[Optimizer] = []
         self.found = Discovery(model, settings, state, copies)
+        self._connectivity = Connectivity(model, self.found)
         self._record = Record(state.get("sizes"), state.get("evidence", {}))
         self._timings = settings.timings(model.device, state.get("timings"))
         self.spending = Spending(settings, self.found, self._record, self._timings, state.get("asked"))
@@ -238,8 +240,17 @@ class Pruner:
         unmatched: Mapping[str, str],
     ) -> Decision:
         """Rank the candidates, and note for the report why they are ranked so; see `Decision`."""
-        found = statistics, gradients, unmatched
-        decision = Decision(self._settings, self.granularity, self.masks, self.spending, *found)
+        decision = Decision(
+            self._settings,
+            self.granularity,
+            self.masks,
+            self.spending,
+            statistics,
+            gradients,
+            unmatched,
+            find_idle=self._connectivity.idle,
+            last=self._record.evidence,
+        )
         self._record.note(decision.explained)
         return decision
 
@@ -313,6 +324,7 @@ class Pruner:
         """Go on with a model that this pruner or another one has made smaller."""
         self._applied_plan = self._applied_plan.then(plan)
         self.found.find_again(self.masks.kept)
+        self._connectivity = Connectivity(self._model, self.found)
         self._replace_masks(self._make_masks(self.masks.kept, self.masks.held))
         self.measure()
 

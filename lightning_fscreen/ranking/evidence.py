@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ _FEWEST = 10  # features that make a null distribution
 _WORTH = 0.01  # of the error
 _MOST = 0.5  # of a feature's variance
 _SIMILAR, _APART = 2 / 3, 0.95
+_MEDIAN_ERROR = math.sqrt(math.pi / 2)  # of a median of n normal variables, in σ/√n
 _NORMAL_MAD = NormalDist().inv_cdf(0.75)  # median absolute deviation of a standard normal variable
 
 
@@ -33,6 +35,8 @@ class Evidence:
         joint: how many of the others the test of joint effects speaks for.
         dead: how many of those with candidates left are zero on all instances.
         learned: how many more features there are, which the network has learned; not tested unless all of them are.
+        preferred: whether the network makes more of the silent features than of the established ones, beyond accident,
+            now or at an earlier ranking.
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
@@ -44,6 +48,7 @@ class Evidence:
     shared: int = 0
     dead: int = 0
     learned: int = 0
+    preferred: bool = False
     trusted: str | None = None
 
     @property
@@ -69,7 +74,7 @@ class Evidence:
 
     def to_dict(self) -> dict[str, int | str | None]:
         """The counts, as in a report."""
-        names = ("features", "mean", "spread", "shared", "joint", "shrunk", "learned", "trusted")
+        names = ("features", "mean", "spread", "shared", "joint", "shrunk", "learned", "preferred", "trusted")
         return {name: getattr(self, name) for name in names}
 
 
@@ -104,7 +109,9 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
       nearest mean decides, of those that a test speaks for and of all;
     - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
       for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
-      the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident.
+      the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident. If it has once
+      made more of the silent ones than by accident at level α (the medians of log g differ by more than z(1 − α)
+      standard errors of medians), they stay trusted: later it makes less of them only because pruning leaves it less.
 
     *Dead* features are never trusted: where x = 0 on all instances, nothing depends on w·x, and the size of w says only
     where it started. (Where instances are too few for any test, they are too few for this, too.)
@@ -131,7 +138,7 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     spread = f if layer.spread is None else layer.spread.double().nan_to_num(nan=0, posinf=math.inf)
     marginal = torch.maximum(f, spread)
     spoken, mean = _by_feature(marginal > critical, shape) & given, _by_feature(f > critical, shape) & given
-    counts = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
+    counts: dict[str, Any] = {"features": number, "mean": int(mean.sum()), "spread": int((spoken & ~mean).sum())}
     if math.isinf(critical):
         why = "too few instances for any test"
         return Evidence(significant=torch.ones_like(f, dtype=torch.bool), joint=0, trusted=why, **counts)
@@ -156,15 +163,18 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
         quartile = reference[(3 * len(reference)) // 4].clamp(min=torch.finfo(made.dtype).tiny)
         joint = torch.where(silent, torch.maximum(joint, made / quartile), 0.0)
     counts |= {"joint": int((joint > 1).sum())}
+    preferred = bool((layer.last or {}).get("preferred")) or _preferred(made[silent & ~established], reference)
     trusted = None
     if not len(reference):
         trusted = "no feature stands out"
     elif _would_help(f, spread, silent, spoken, (between, within)):
         trusted = "those that no test speaks for tell the classes apart all together"
+    elif preferred:
+        trusted = "the network has made more of features that no test speaks for than of the others"
     elif _used_alike(made[silent & ~established], reference):
         trusted = "the network makes nearly as much of features that no test speaks for as of the others"
     significant = alive if trusted else torch.where(learned, alive, (marginal > critical) | shared | (joint > 1))
-    return Evidence(significant=significant, trusted=trusted, **counts)
+    return Evidence(significant=significant, trusted=trusted, preferred=preferred, **counts)
 
 
 def _deviations(made: Tensor, left: Tensor, silent: Tensor) -> Tensor:
@@ -180,9 +190,14 @@ def _deviations(made: Tensor, left: Tensor, silent: Tensor) -> Tensor:
     logarithms = made[null].log()
     if len(logarithms) < max(_FEWEST, int(silent.sum()) / 2):
         return nothing.masked_scatter(silent, _surprise(left[silent]))
-    offsets = logarithms - logarithms.median()
-    deviation = (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(torch.float64).tiny)
+    offsets, deviation = _spread_of(logarithms)
     return nothing.masked_scatter(null, (offsets / deviation).clamp(min=0))
+
+
+def _spread_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets from the median, and the standard deviation that their own median stands for; not zero."""
+    offsets = values - values.median()
+    return offsets, (offsets.abs().median() / _NORMAL_MAD).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _surprise(counts: Tensor) -> Tensor:
@@ -212,6 +227,15 @@ def _would_help(f: Tensor, spread: Tensor, silent: Tensor, spoken: Tensor, degre
     )
     error, lower = (NormalDist().cdf(-math.sqrt(told)) for told in (known, known + more))
     return error - lower > _WORTH
+
+
+def _preferred(silent: Tensor, established: Tensor) -> bool:
+    """Whether more is made of silent features than of established ones, beyond accident."""
+    if len(silent) < _FEWEST or not len(established) or not bool(silent.median() * established.median() > 0):
+        return False
+    logarithms = silent[silent > 0].log()
+    error = _MEDIAN_ERROR * float(_spread_of(logarithms)[1]) * math.sqrt(1 / len(silent) + 1 / len(established))
+    return float(logarithms.median() - established.log().median()) > NormalDist().inv_cdf(1 - LEVEL) * error
 
 
 def _used_alike(silent: Tensor, established: Tensor) -> bool:

@@ -14,6 +14,7 @@ from lightning_fscreen.ranking.criteria import (
     register_criterion,
     required,
     scoring_dtype,
+    without_idle,
 )
 from lightning_fscreen.ranking.evidence import Evidence, gather_evidence
 
@@ -30,9 +31,12 @@ def _explain(context: ScoringContext) -> dict[str, Evidence]:
     return {name: gather_evidence(layer, name) for name, layer in context.layers.items()}
 
 
-@register_criterion("screening", needs_statistics=_wanted, explain=_explain)
+@register_criterion("screening", needs_statistics=_wanted, explain=_explain, needs_idle=True)
 def screening(context: ScoringContext) -> Scores:
     """Rank by |w|^(1 − λ) · s^λ: s = 1 where there is evidence for the feature, else 10^(−3t); λ = `screening_weight`.
+
+    s = 0 of connections that are *idle*: what they read no longer depends on the input, or nothing reads what they
+    write. They do nothing, whatever they weigh, so that others are kept in their place.
 
     There is evidence if one of the tests of `gather_evidence` speaks for it (the classes' means, their spread, joint
     effects), or if the features of the layer are trusted (because the network has learned them, or because nothing
@@ -55,7 +59,7 @@ def screening(context: ScoringContext) -> Scores:
     for name, evidence in (context.explained or _explain(context)).items():
         if evidence.dead or not evidence.trusted:
             scores[name] = torch.where(evidence.significant.to(scores[name].device), 1.0, shrunken) * scores[name]
-    return scores
+    return without_idle(scores, context)
 
 
 @register_criterion("screening_product", needs_statistics=_wanted)

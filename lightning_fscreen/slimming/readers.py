@@ -28,6 +28,10 @@ class Reader(ABC):
     def reads(self, rows: Tensor) -> Tensor:
         """(in,) bool: inputs that some of these outputs, (out,) bool, depend on."""
 
+    @abstractmethod
+    def feeds(self, columns: Tensor) -> Tensor:
+        """(out,) bool: outputs that depend on some of these inputs, (in,) bool."""
+
     def silent(self) -> Tensor:
         """(in,) bool: inputs that are always zero."""
         return self.known & (self.constant == 0)
@@ -69,6 +73,11 @@ class DenseReader(Reader):
         read = rows.any().expand(len(self.inputs)) if self.nonzero is None else self.nonzero[rows].any(0)
         return read if self.muted is None else read & ~self.muted
 
+    def feeds(self, columns: Tensor) -> Tensor:
+        """Outputs with a weight that is not zero in one of the columns."""
+        columns = columns if self.muted is None else columns & ~self.muted
+        return columns.any().expand(len(self.outputs)) if self.nonzero is None else self.nonzero[:, columns].any(1)
+
     def spared(self) -> Tensor:
         """Constants go into the bias; where padding meets them, into one of them that stays."""
         return self.known if self.foldable or self.padded else self.silent()
@@ -84,6 +93,10 @@ class GroupedReader(Reader):
         """All inputs of the groups that the rows belong to."""
         return rows.reshape(self.groups, -1).any(1).repeat_interleave(len(self.inputs) // self.groups)
 
+    def feeds(self, columns: Tensor) -> Tensor:
+        """All outputs of the groups that the columns belong to."""
+        return columns.reshape(self.groups, -1).any(1).repeat_interleave(len(self.outputs) // self.groups)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeanReader(Reader):
@@ -92,6 +105,10 @@ class MeanReader(Reader):
     def reads(self, rows: Tensor) -> Tensor:
         """All channels."""
         return rows.any().expand(len(self.inputs))
+
+    def feeds(self, columns: Tensor) -> Tensor:
+        """All channels."""
+        return columns.any().expand(len(self.outputs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +124,10 @@ class NormReader(Reader):
     def reads(self, rows: Tensor) -> Tensor:
         """The same channels."""
         return rows
+
+    def feeds(self, columns: Tensor) -> Tensor:
+        """The same channels."""
+        return columns
 
     def spared(self) -> Tensor:
         """Those that are multiplied by zero; every other output channel needs its input channel."""

@@ -63,7 +63,7 @@ def test_each_test_speaks_where_the_others_are_silent():
     assert strong(evidence) == [0, 1, 2, 3]
     assert (evidence.features, evidence.mean, evidence.spread, evidence.joint, evidence.silent) == (60, 1, 2, 1, 56)
     counts = {"features": 60, "mean": 1, "spread": 2, "shared": 0, "joint": 1, "shrunk": 56}
-    assert evidence.to_dict() == {**counts, "learned": 0, "trusted": None}
+    assert evidence.to_dict() == {**counts, "learned": 0, "preferred": False, "trusted": None}
     assert str(evidence).startswith("of 60 features 1 are spoken for by class means, 2 more by spread, 0 more by what")
 
 
@@ -158,10 +158,23 @@ def test_where_the_network_makes_as_much_of_silent_features_all_are_trusted():
     """Many features that matter jointly are no outliers among each other."""
     features, labels, weight = noise(used=range(60))
     features[:, 0] += labels
-    weight[:, 0] /= 4
+    weight[:, 0] *= 0.9
     evidence = gather_evidence(layer_of(features, labels, weight), "a")
     assert "nearly as much of features that no test speaks for" in evidence.trusted
-    assert evidence.significant.all()
+    assert evidence.significant.all() and not evidence.preferred
+
+
+def test_silent_features_that_the_network_preferred_stay_trusted():
+    """Pruning leaves it less of them later; what it made of them when it could tells more than what is left."""
+    features, labels, weight = noise(used=range(5, 60))
+    features[:, :5] += labels.view(-1, 1)
+    preferring = layer_of(features, labels, weight.clone())
+    early = gather_evidence(preferring, "a")
+    assert early.preferred and "has made more of features that no test speaks for" in early.trusted
+    starved = layer_of(features, labels, weight * torch.where(torch.arange(60) < 5, 2.0, 0.25))
+    assert gather_evidence(starved, "a").trusted is None
+    late = gather_evidence(replace(starved, last=early.to_dict()), "a")
+    assert late.preferred and late.trusted == early.trusted and late.significant.all()
 
 
 @pytest.mark.parametrize(("level", "scatter", "trusted"), [(0.85, 0.01, True), (0.85, 0.2, False), (0.7, 0.01, False)])

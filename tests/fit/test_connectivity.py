@@ -1,0 +1,102 @@
+"""Connections that do nothing go first, and others stay in their place."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
+from tests.conftest import Classifier, loader, mlp, trainer
+
+WeightPruning = functools.partial(ScreeningPruningCallback, granularity="weight", end_epoch=3)
+
+
+def fitted(net, **arguments):
+    torch.manual_seed(0)
+    callback = WeightPruning(**arguments)
+    trainer([callback]).fit(Classifier(net), loader())
+    return callback
+
+
+def left_over(callback):
+    """Connections that remain, and those of them that went as dead when the fit ended."""
+    layers = callback.report().layers
+    return sum(layer.kept for layer in layers), sum(layer.dead for layer in layers)
+
+
+@pytest.mark.parametrize("schedule", ["logistic", "one_shot"])
+def test_nothing_that_remains_does_nothing(schedule):
+    torch.manual_seed(0)
+    screened = left_over(fitted(mlp(), amount=0.97, schedule=schedule))
+    torch.manual_seed(0)
+    ranked = left_over(fitted(mlp(), amount=0.97, schedule=schedule, criterion="magnitude"))
+    assert screened[0] == ranked[0] and screened[1] == 0 < ranked[1]
+
+
+def test_convolutions_behind_batch_norms():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *[nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
+        *[nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
+        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)],
+    )
+    kept, dead = left_over(fitted(net, amount=0.95))
+    assert kept > 0 == dead
+
+
+def test_a_network_that_cannot_be_captured_is_pruned_nevertheless(caplog):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+        def forward(self, x):
+            x = self.first(x.flatten(1)).relu()
+            return self.last(self.second(x).relu() if float(x.sum()) > 0 else x)
+
+    with caplog.at_level(logging.INFO, "lightning_fscreen"):
+        callback = fitted(Branching(), amount=0.97)
+    assert callback.report().pruned_fraction == pytest.approx(0.97, abs=1e-3)
+    assert caplog.text.count("it is not known which connections") == 1
+
+
+def test_two_networks_in_one_module():
+    torch.manual_seed(0)
+
+    class Both(Classifier):
+        def __init__(self):
+            super().__init__(mlp())
+            self.other = mlp()
+
+        def forward(self, x):
+            return self.net(x) + self.other(x)
+
+    callback = WeightPruning(amount=0.97)
+    trainer([callback]).fit(Both(), loader())
+    assert left_over(callback)[1] == 0
+
+
+def test_a_criterion_learns_what_its_own_ranking_would_leave_idle(monkeypatch):
+    seen = []
+
+    def spy(context):
+        magnitudes = {name: layer.weight.abs() for name, layer in context.layers.items()}
+        idle = {name: layer.idle for name, layer in context.layers.items() if layer.idle is not None}
+        seen.append(sum(int(own.sum()) for own in idle.values()))
+        return magnitudes | {name: magnitudes[name].masked_fill(own, 0) for name, own in idle.items()}
+
+    monkeypatch.setitem(CRITERIA, "spy", Criterion(spy, lambda screening_weight: False, needs_idle=True))
+    assert left_over(fitted(mlp(), amount=0.97, schedule="one_shot", criterion="spy"))[1] == 0
+    assert seen[0] == 0 < seen[-1] and seen == sorted(seen)  # nothing is known before the first ranking
+
+
+def test_where_all_paths_would_be_cut_the_ranking_decides(monkeypatch):
+    everything = {"find": lambda self, kept: {name: torch.ones_like(mask) for name, mask in kept.items()}}
+    monkeypatch.setattr("lightning_fscreen.fit.connectivity.Connectivity.idle", everything["find"])
+    screened = fitted(mlp(), amount=0.9, screening_weight=0.0)
+    monkeypatch.undo()
+    ranked = fitted(mlp(), amount=0.9, criterion="magnitude")
+    assert screened.report().pruned_fraction == ranked.report().pruned_fraction
