@@ -20,8 +20,6 @@ from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.gradients import GradientStatistics
 from lightning_fscreen.statistics.probes import FeatureStatistics
 
-_FEW = 1e-3  # of the candidates left: each ranking finds a fraction of what the one before has found
-
 FindIdle = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Masks by layer → which of their candidates do nothing then, by layer, of those that are understood."""
 
@@ -73,8 +71,7 @@ class Decision:
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.
 
-        Where that would leave some that do nothing, they are ranked again with these known, until fewer than a
-        thousandth of those left are found anew.
+        Where that would leave some that do nothing, they are ranked again with these known, until there are no more.
 
         Args:
             fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
@@ -91,7 +88,7 @@ class Decision:
             found = {name: own & masks[name] for name, own in self._find_idle(masks).items() if name in masks}
             new = {name: own & ~idle[name] if name in idle else own for name, own in found.items()}
             left, nothing, more = (sum(int(mask.sum()) for mask in each.values()) for each in (masks, found, new))
-            if nothing == left or more <= left * _FEW:  # where all paths are cut, nothing tells them apart
+            if not more or nothing == left:  # where all paths are cut, nothing tells them apart
                 return masks
             idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}
             masks = self._lowest_pruned(self.scores(fraction, seed, idle), fraction)
