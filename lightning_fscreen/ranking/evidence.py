@@ -35,8 +35,8 @@ class Evidence:
         joint: how many of the others the test of joint effects speaks for.
         dead: how many of those with candidates left are zero on all instances.
         learned: how many more features there are, which the network has learned; not tested unless all of them are.
-        preferred: whether the network makes more of the silent features than of the established ones, beyond accident,
-            now or at an earlier ranking.
+        preferred: whether the network makes half as much again of the silent features as of the established ones, now
+            or at an earlier ranking.
         trusted: why magnitude alone ranks the layer; None if the tests decide.
     """
 
@@ -110,8 +110,8 @@ def gather_evidence(layer: ScoringInputs, name: str) -> Evidence:
     - the network makes as much of the silent features as of the established ones, by their medians: it has found uses
       for them that the tests do not see. Two thirds are enough where it tells the two clearly apart (less is made of
       the silent one in 95 % of the pairs), for then what it makes of the silent ones is no accident. If it has once
-      made more of the silent ones than by accident at level α (the medians of log g differ by more than z(1 − α)
-      standard errors of medians), they stay trusted: later it makes less of them only because pruning leaves it less.
+      made half as much again of them, and that is none at level α either (the medians of log g differ by more than
+      z(1 − α) standard errors), they stay trusted: later it makes less of them only because pruning leaves it less.
 
     *Dead* features are never trusted: where x = 0 on all instances, nothing depends on w·x, and the size of w says only
     where it started. (Where instances are too few for any test, they are too few for this, too.)
@@ -230,12 +230,13 @@ def _would_help(f: Tensor, spread: Tensor, silent: Tensor, spoken: Tensor, degre
 
 
 def _preferred(silent: Tensor, established: Tensor) -> bool:
-    """Whether more is made of silent features than of established ones, beyond accident."""
+    """Whether half as much again is made of silent features as of established ones, and not by accident."""
     if len(silent) < _FEWEST or not len(established) or not bool(silent.median() * established.median() > 0):
         return False
     logarithms = silent[silent > 0].log()
     error = _MEDIAN_ERROR * float(_spread_of(logarithms)[1]) * math.sqrt(1 / len(silent) + 1 / len(established))
-    return float(logarithms.median() - established.log().median()) > NormalDist().inv_cdf(1 - LEVEL) * error
+    least = max(NormalDist().inv_cdf(1 - LEVEL) * error, -math.log(_SIMILAR))
+    return float(logarithms.median() - established.log().median()) > least
 
 
 def _used_alike(silent: Tensor, established: Tensor) -> bool:
