@@ -154,6 +154,35 @@ def blind_spots_behind():
     )
 
 
+def doing_nothing():
+    """Weights that LeNet-300-100 keeps although they lead nowhere or come from nowhere, in any run of the default."""
+    lines = [line for line in table_and_results("lenet300")[1] if line["method"] == "screening"]
+    most = max(lines, key=lambda line: sum(layer["dead"] for layer in line["layers"]) / line["candidates"]["kept"])
+    return f"at most {sum(layer['dead'] for layer in most['layers'])} of {most['candidates']['kept']:,}"
+
+
+def connected_alone():
+    """What the rule for connections that do nothing gains by itself, with magnitude, where 98 % go."""
+    table, results = table_and_results("blind_spots")
+    own, magnitude, screening = (
+        [
+            statistics.fmean(
+                100 * line["test_error"]
+                for line in results
+                if (line["setting"], line["method"], line["amount"]) == (setting, method, 0.98)
+            )
+            for setting in table["settings"]
+        ]
+        for method in ("connected magnitude", "magnitude", "screening")
+    )
+    gains = [before - after for before, after in zip(magnitude, own, strict=True)]
+    behind = sum(error > best for error, best in zip(own, screening, strict=True))
+    return (
+        f"in {sum(gain > 0 for gain in gains)} of the {len(gains)} settings (from {min(gains):.1f} to {max(gains):.1f} "
+        f"points, {statistics.median(gains):.1f} in the median), and is behind screening in {behind}"
+    )
+
+
 def half_of_resnet20():
     """Half of its channels: size, latency, error."""
     lines, dense = finetuned("magnitude", 0.5), finetuned("dense", None)
@@ -268,6 +297,8 @@ FIGURES = {
         digits_macs,
         all_at_once,
         blind_spots_behind,
+        doing_nothing,
+        connected_alone,
         half_of_resnet20,
         against_torch_pruning_resnet20,
         against_torch_pruning_vgg16,
