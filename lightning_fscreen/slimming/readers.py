@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -76,7 +77,9 @@ class DenseReader(Reader):
     def feeds(self, columns: Tensor) -> Tensor:
         """Outputs with a weight that is not zero in one of the columns."""
         columns = columns if self.muted is None else columns & ~self.muted
-        return columns.any().expand(len(self.outputs)) if self.nonzero is None else self.nonzero[:, columns].any(1)
+        if self.nonzero is None:
+            return columns.any().expand(len(self.outputs))
+        return torch.mv(self.nonzero.float(), columns.float()) > 0  # several times faster than to pick the columns out
 
     def spared(self) -> Tensor:
         """Constants go into the bias; where padding meets them, into one of them that stays."""
