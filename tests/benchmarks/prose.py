@@ -149,8 +149,8 @@ def blind_spots_behind():
         near.append(more <= (variance / len(own)) ** 0.5)
         behind += [own[seed] - magnitude[seed] > 2 for seed in own]
     return (
-        f"in {sum(near)} of these {len(near)} cells. Of its {len(behind)} runs {sum(behind)} are more than two points "
-        "behind magnitude"
+        f"in {sum(near)} of these {len(near)} cells. Of its {len(behind)} runs {sum(behind)} "
+        f"{'is' if sum(behind) == 1 else 'are'} more than two points behind magnitude"
     )
 
 
@@ -180,7 +180,7 @@ def connected_alone():
     return (
         f"in {sum(gain > 0 for gain in gains)} of the {len(gains)} settings (from {min(gains):.1f} to {max(gains):.1f} "
         f"points, {statistics.median(gains):.1f} in the median), and is behind screening in {behind}"
-    )
+    ).replace("-", "−")
 
 
 def half_of_resnet20():
