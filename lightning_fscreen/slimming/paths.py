@@ -44,12 +44,14 @@ class Paths:
         self._given = self._none()  # classes of which a part comes from elsewhere: inputs, tables
         self._given[classes[~made]] = True
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(network).items()}
-        fits = {reader.weight: True for reader in slots.readers if isinstance(reader, DenseReader)}
-        for reader in slots.readers:
-            if isinstance(reader, DenseReader):
-                sizes = shapes[reader.weight][1 - reader.input_dim], shapes[reader.weight][reader.input_dim]
-                fits[reader.weight] &= sizes == (len(reader.outputs), len(reader.inputs))
-        self._weights = {name for name, whole in fits.items() if whole}
+        dense = [reader for reader in slots.readers if isinstance(reader, DenseReader)]
+        in_part = {  # of which a call reads some rows
+            reader.weight
+            for reader in dense
+            if shapes[reader.weight][1 - reader.input_dim] != len(reader.outputs)
+            or shapes[reader.weight][reader.input_dim] != len(reader.inputs)
+        }
+        self._weights = {reader.weight for reader in dense} - in_part
 
     def idle(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The connections that do nothing, or would if they were left.

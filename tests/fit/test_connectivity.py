@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
@@ -27,24 +28,34 @@ def left_over(callback):
     return sum(layer.kept for layer in layers), sum(layer.dead for layer in layers)
 
 
-@pytest.mark.parametrize("schedule", ["logistic", "one_shot"])
-def test_nothing_that_remains_does_nothing(schedule):
-    torch.manual_seed(0)
-    screened = left_over(fitted(mlp(), amount=0.97, schedule=schedule))
-    torch.manual_seed(0)
-    ranked = left_over(fitted(mlp(), amount=0.97, schedule=schedule, criterion="magnitude"))
-    assert screened[0] == ranked[0] and screened[1] == 0 < ranked[1]
-
-
-def test_convolutions_behind_batch_norms():
-    torch.manual_seed(0)
-    net = nn.Sequential(
+def convolutions():
+    return nn.Sequential(
         *[nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
         *[nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
         *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)],
     )
-    kept, dead = left_over(fitted(net, amount=0.95))
-    assert kept > 0 == dead
+
+
+@pytest.mark.parametrize("schedule", ["logistic", "one_shot"])
+@pytest.mark.parametrize(("make", "amount"), [(mlp, 0.97), (convolutions, 0.95)])
+def test_nothing_that_remains_does_nothing(make, amount, schedule):
+    torch.manual_seed(0)
+    screened = left_over(fitted(make(), amount=amount, schedule=schedule))
+    torch.manual_seed(0)
+    ranked = left_over(fitted(make(), amount=amount, schedule=schedule, criterion="magnitude"))
+    assert screened[0] == ranked[0] and screened[1] == 0 < ranked[1]
+
+
+def test_tasks_without_labels():
+    class Regression(Classifier):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.mse_loss(self(batch[0]), batch[0].flatten(1)[:, :10])
+
+    torch.manual_seed(0)
+    callback = WeightPruning(amount=0.97, criterion="connected_magnitude")
+    images = loader().dataset.tensors[0]
+    trainer([callback]).fit(Regression(mlp()), DataLoader(TensorDataset(images), batch_size=64))
+    assert left_over(callback)[1] == 0 and callback.report().pruned_fraction == pytest.approx(0.97, abs=1e-3)
 
 
 def test_a_network_that_cannot_be_captured_is_pruned_nevertheless(caplog):
@@ -63,9 +74,8 @@ def test_a_network_that_cannot_be_captured_is_pruned_nevertheless(caplog):
     assert caplog.text.count("it is not known which connections") == 1
 
 
-def test_two_networks_in_one_module():
-    torch.manual_seed(0)
-
+@pytest.mark.parametrize(("criterion", "idle"), [("connected_magnitude", False), ("magnitude", True)])
+def test_two_networks_in_one_module(criterion, idle):
     class Both(Classifier):
         def __init__(self):
             super().__init__(mlp())
@@ -74,9 +84,10 @@ def test_two_networks_in_one_module():
         def forward(self, x):
             return self.net(x) + self.other(x)
 
-    callback = WeightPruning(amount=0.97)
+    torch.manual_seed(0)
+    callback = WeightPruning(amount=0.97, criterion=criterion)
     trainer([callback]).fit(Both(), loader())
-    assert left_over(callback)[1] == 0
+    assert (left_over(callback)[1] > 0) is idle
 
 
 def test_a_criterion_learns_what_its_own_ranking_would_leave_idle(monkeypatch):
@@ -94,9 +105,12 @@ def test_a_criterion_learns_what_its_own_ranking_would_leave_idle(monkeypatch):
 
 
 def test_where_all_paths_would_be_cut_the_ranking_decides(monkeypatch):
-    everything = {"find": lambda self, kept: {name: torch.ones_like(mask) for name, mask in kept.items()}}
-    monkeypatch.setattr("lightning_fscreen.fit.connectivity.Connectivity.idle", everything["find"])
-    screened = fitted(mlp(), amount=0.9, screening_weight=0.0)
-    monkeypatch.undo()
-    ranked = fitted(mlp(), amount=0.9, criterion="magnitude")
-    assert screened.report().pruned_fraction == ranked.report().pruned_fraction
+    def everything(self, kept):
+        return {name: torch.ones_like(mask) for name, mask in kept.items()}
+
+    monkeypatch.setattr("lightning_fscreen.fit.connectivity.Connectivity.idle", everything)
+    masks = []
+    for criterion in ("connected_magnitude", "magnitude"):
+        torch.manual_seed(0)
+        masks.append(fitted(mlp(), amount=0.9, criterion=criterion).masks)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
