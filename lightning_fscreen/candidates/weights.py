@@ -129,7 +129,7 @@ class Weights(Granularity[PrunableWeight]):
     def still_there(self, plan: SlimmingPlan) -> str | None:
         """Why nothing went, or which units without incoming weights stay."""
         weights = [layer.weight.detach() for layer in self._layers]
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
         empty = sum(int((weight.flatten(1) == 0).all(1).sum()) for weight in weights)
         if not zeros or (plan.removed and not empty):
             return None

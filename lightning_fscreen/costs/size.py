@@ -89,7 +89,7 @@ def measure_size(
         )
         if size.params or size.macs:
             layers[join(name, layer)] = size
-    return Size(sum(p.numel() for p in parameters), sum(int((p != 0).sum()) for p in parameters), macs, layers)
+    return Size(sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters), macs, layers)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ class Decision:
     ) -> None:
         self._settings, self._granularity, self._masks, self._statistics = settings, granularity, masks, statistics
         self._spending = spending
-        self._find_idle = find_idle if settings.resolved_criterion.needs_idle else None
+        idle_first = settings.resolved_criterion.idle_first(settings.screening_weight)
+        self._find_idle = find_idle if idle_first else None
         inputs = granularity.scoring_inputs(masks.present, statistics, gradients)
         inputs |= {name: replace(inputs[name], unmatched=why) for name, why in unmatched.items() if name in inputs}
         inputs |= {name: replace(inputs[name], error=own) for name, own in (errors or {}).items() if name in inputs}
@@ -71,7 +72,7 @@ class Decision:
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.
 
-        Where that would leave some that do nothing, they are ranked again with these known, until there are no more.
+        Where that would leave some that do nothing, those go first, until there are no more.
 
         Args:
             fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
@@ -80,18 +81,20 @@ class Decision:
         Raises:
             ValueError: NaN scores; a budget that the floors make impossible.
         """
-        masks = self._lowest_pruned(self.scores(fraction, seed), fraction)
+        scores = self.scores(fraction, seed)
+        masks = self._lowest_pruned(scores, fraction)
         if self._find_idle is None:
             return masks
         idle: dict[str, Tensor] = {}
         while True:
             found = {name: own & masks[name] for name, own in self._find_idle(masks).items() if name in masks}
             new = {name: own & ~idle[name] if name in idle else own for name, own in found.items()}
-            left, nothing, more = (sum(int(mask.sum()) for mask in each.values()) for each in (masks, found, new))
+            left, nothing, more = (sum(int(mask.count_nonzero()) for mask in each.values()) for each in (masks, found, new))
             if not more or nothing == left:  # where all paths are cut, nothing tells them apart
                 return masks
             idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}
-            masks = self._lowest_pruned(self.scores(fraction, seed, idle), fraction)
+            first = {name: torch.where(own, -torch.inf, scores[name]) for name, own in idle.items()}
+            masks = self._lowest_pruned({**scores, **first}, fraction)
 
     def _lowest_pruned(self, scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
         settings = self._settings
@@ -114,21 +117,10 @@ class Decision:
             )
         return masks
 
-    def scores(self, fraction: float, seed: int, idle: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """Layer → scores of its candidates, by which `new_masks` ranks them.
-
-        Args:
-            fraction: as of `new_masks`.
-            seed: likewise.
-            idle: layer → candidates that are known to do nothing.
-        """
-        idle = idle or {}
-        layers = self._context.layers
+    def scores(self, fraction: float, seed: int) -> Mapping[str, Tensor]:
+        """Layer → scores of its candidates, by which `new_masks` ranks them; arguments as there."""
         context = replace(
-            self._context,
-            layers={name: replace(own, idle=idle[name]) if name in idle else own for name, own in layers.items()},
-            generator=torch.Generator().manual_seed(seed),
-            progress=self._progress(fraction),
+            self._context, generator=torch.Generator().manual_seed(seed), progress=self._progress(fraction)
         )
         return self._settings.resolved_criterion.score(context)
 

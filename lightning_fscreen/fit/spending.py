@@ -131,7 +131,7 @@ class Spending:
         costs, dense = self.costs(), self._dense
         if costs is not None and dense is not None:
             return 1 - costs.of(least) / dense
-        return 1 - sum(int(mask.sum()) for mask in least.values()) / masks.total
+        return 1 - sum(int(mask.count_nonzero()) for mask in least.values()) / masks.total
 
     def prune(self, scores: Mapping[str, Tensor], masks: Masks, fraction: float) -> dict[str, Tensor] | None:
         """New masks, at the present size, with which a fraction of the cost is gone; None if candidates are counted.

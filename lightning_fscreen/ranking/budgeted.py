@@ -64,7 +64,7 @@ def rank_and_prune(
         together = ranked_together(kept, scope, units, kinds)
         return _prune_units(scores, kept, amount, together, min_kept, units, blocks)
     totals = {name: mask.numel() for name, mask in kept.items()}
-    left = {name: int(mask.sum()) for name, mask in kept.items()}
+    left = {name: int(mask.count_nonzero()) for name, mask in kept.items()}
     floors = {name: min(min_kept, count) for name, count in left.items()}
     budget = sum(totals.values()) - round(amount * sum(totals.values()))  # candidates to keep
     _check_floors(amount, budget, sum(totals.values()), sum(floors.values()), min_kept, len(totals))
@@ -74,9 +74,10 @@ def rank_and_prune(
     drop = sum(left.values()) - budget
     if drop <= 0:
         return {name: mask.clone() for name, mask in kept.items()}
-    masks = _drop_lowest_of_all(scores, kept, kept, drop)
-    if any(int(mask.sum()) < floors[name] for name, mask in masks.items()):  # seldom, and slow to look for beforehand
-        removable = {name: _removable(scores[name], mask, floors[name]) for name, mask in kept.items()}
+    removable = dict(kept)
+    masks = _drop_lowest_of_all(scores, kept, removable, drop)
+    while short := [name for name, mask in masks.items() if int(mask.count_nonzero()) < floors[name]]:
+        removable |= {name: _removable(scores[name], kept[name], floors[name]) for name in short}
         masks = _drop_lowest_of_all(scores, kept, removable, drop)
     return masks
 
@@ -136,7 +137,7 @@ def _prune_units(
         count = max(left[place] - keep[place], 0) + missed
         found = part.drop(max(count, 0), queues_of(part, blocks))
         if blocks is not None:  # half a multiple in every layer could add up
-            missed = count - left[place] + sum(int(mask.sum()) for mask in found.values())
+            missed = count - left[place] + sum(int(mask.count_nonzero()) for mask in found.values())
         masks |= found
     return {name: masks[name] for name in kept}
 
@@ -169,7 +170,7 @@ def _check_floors(
 
 def _removable(scores: Tensor, kept: Tensor, floor: int) -> Tensor:
     """Candidates left, without the `floor` best ones, which the layer keeps whatever the others are worth."""
-    spare = int(kept.sum()) - floor
+    spare = int(kept.count_nonzero()) - floor
     return _lowest(scores.flatten(), kept.flatten(), spare).view_as(kept) if spare > 0 else torch.zeros_like(kept)
 
 
@@ -191,7 +192,7 @@ def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
     # Several times faster than to pick the eligible ones out.
     threshold = _smallest_(torch.where(eligible, scores.detach(), torch.inf), count)
     lowest = eligible & (scores <= threshold)
-    if excess := int(lowest.sum()) - count:
+    if excess := int(lowest.count_nonzero()) - count:
         lowest[(eligible & (scores == threshold)).nonzero().flatten()[-excess:]] = False
     return lowest
 

@@ -39,8 +39,6 @@ class ScoringInputs:
             asked for.
         unmatched: why there are no statistics of activations although they were gathered: on how many instances the
             layer ran, other than there are labels. None if there are.
-        idle: bool of the weight's shape: connections that do nothing, because no path of those that are left leads to
-            them from an input of the network, or from them to an output. None if it was not asked for, or not known.
         last: what the criterion's own `explain` said of the layer at the last ranking, as primitives; None if nothing.
     """
 
@@ -57,7 +55,6 @@ class ScoringInputs:
     learned: Tensor | None = None
     error: Tensor | None = None
     unmatched: str | None = None
-    idle: Tensor | None = None
     last: Mapping[str, Any] | None = None
 
 
@@ -96,6 +93,10 @@ class Explained(Protocol):
 Explain = Callable[[ScoringContext], Mapping[str, Explained]]
 
 
+def _never(screening_weight: float) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A named way to score candidates.
@@ -107,7 +108,9 @@ class Criterion:
             screening_weight.
         needs_gradients: whether it wants `gradient` and `taylor`.
         needs_errors: whether it wants `error`, and its scores are such: they add up, over layers too.
-        needs_idle: whether it wants `idle`; it is asked again with what its own ranking would leave idle.
+        idle_first: whether connections that would do nothing under its own ranking go before all others, for a given
+            screening_weight: those that no path of connections reaches from an input of the network, or leads from to
+            an output.
         explain: context → {layer: why it is ranked so}, for reports; may be None.
     """
 
@@ -116,7 +119,7 @@ class Criterion:
     needs_gradients: bool = False
     explain: Explain | None = None
     needs_errors: bool = False
-    needs_idle: bool = False
+    idle_first: Callable[[float], bool] = _never
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "score", _of_context(self.score))
@@ -136,11 +139,11 @@ Function = TypeVar("Function", bound=Callable[..., Scores])
 
 def register_criterion(
     name: str,
-    needs_statistics: Callable[[float], bool] = lambda screening_weight: False,
+    needs_statistics: Callable[[float], bool] = _never,
     needs_gradients: bool = False,
     explain: Explain | None = None,
     needs_errors: bool = False,
-    needs_idle: bool = False,
+    idle_first: Callable[[float], bool] = _never,
 ) -> Callable[[Function], Function]:
     """Decorator that makes a scoring function available as `criterion=name`; see `Criterion` for the arguments.
 
@@ -160,7 +163,7 @@ def register_criterion(
     def register(score: Function) -> Function:
         if name in CRITERIA:
             raise ValueError(f"a criterion named {name!r} is registered already; choose another name")
-        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain, needs_errors, needs_idle)
+        CRITERIA[name] = Criterion(score, needs_statistics, needs_gradients, explain, needs_errors, idle_first)
         return score
 
     return register
@@ -192,14 +195,14 @@ def magnitude(context: ScoringContext) -> Scores:
     return {name: layer.weight.abs() for name, layer in context.layers.items()}
 
 
-@register_criterion("connected_magnitude", needs_idle=True)
+@register_criterion("connected_magnitude", idle_first=lambda screening_weight: True)
 def connected_magnitude(context: ScoringContext) -> Scores:
-    """R = |w|, and 0 of connections that do nothing because others are pruned; see `ScoringInputs.idle`.
+    """R = |w|, but first go connections that do nothing because others are pruned.
 
     Pruning counts what still has an effect then, as in "Connectivity Matters: Neural Network Pruning Through the Lens
     of Effective Sparsity" (Vysogorets and Kempe 2023).
     """
-    return without_idle(magnitude(context), context)
+    return magnitude(context)
 
 
 @register_criterion("random")
@@ -250,12 +253,6 @@ def reconstruction(context: ScoringContext) -> Scores:
         error = required(layer.error, "errors without each unit", name).to(shares)
         scores[name] = torch.where(error.isnan(), shares, error)
     return scores
-
-
-def without_idle(scores: Scores, context: ScoringContext) -> Scores:
-    """The scores, but 0 of what is known to do nothing."""
-    idle = {name: layer.idle for name, layer in context.layers.items() if layer.idle is not None}
-    return {name: own.masked_fill(idle[name], 0) if name in idle else own for name, own in scores.items()}
 
 
 def scoring_dtype(layer: ScoringInputs) -> torch.dtype:

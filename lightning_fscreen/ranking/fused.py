@@ -14,7 +14,6 @@ from lightning_fscreen.ranking.criteria import (
     register_criterion,
     required,
     scoring_dtype,
-    without_idle,
 )
 from lightning_fscreen.ranking.evidence import Evidence, gather_evidence
 
@@ -25,18 +24,22 @@ def _wanted(screening_weight: float) -> bool:
     return screening_weight > 0
 
 
+def _both(screening_weight: float) -> bool:
+    return 0 < screening_weight < 1
+
+
 def _explain(context: ScoringContext) -> dict[str, Evidence]:
     if context.screening_weight == 0:
         return {}
     return {name: gather_evidence(layer, name) for name, layer in context.layers.items()}
 
 
-@register_criterion("screening", needs_statistics=_wanted, explain=_explain, needs_idle=True)
+@register_criterion("screening", needs_statistics=_wanted, explain=_explain, idle_first=_both)
 def screening(context: ScoringContext) -> Scores:
     """Rank by |w|^(1 − λ) · s^λ: s = 1 where there is evidence for the feature, else 10^(−3t); λ = `screening_weight`.
 
-    s = 0 of connections that are *idle*: what they read no longer depends on the input, or nothing reads what they
-    write. They do nothing, whatever they weigh, so that others are kept in their place.
+    Before all others go connections that are *idle*: what they read no longer depends on the input, or nothing reads
+    what they write. They do nothing, whatever they weigh, so that others are kept in their place.
 
     There is evidence if one of the tests of `gather_evidence` speaks for it (the classes' means, their spread, joint
     effects), or if the features of the layer are trusted (because the network has learned them, or because nothing
@@ -59,7 +62,7 @@ def screening(context: ScoringContext) -> Scores:
     for name, evidence in (context.explained or _explain(context)).items():
         if evidence.dead or not evidence.trusted:
             scores[name] = torch.where(evidence.significant.to(scores[name].device), 1.0, shrunken) * scores[name]
-    return without_idle(scores, context)
+    return scores
 
 
 @register_criterion("screening_product", needs_statistics=_wanted)
@@ -119,7 +122,7 @@ def _finite(layers: Mapping[str, ScoringInputs]) -> Scores:
 def _normalised(values: Mapping[str, Tensor], layers: Mapping[str, ScoringInputs]) -> Scores:
     """Divide by the mean over all candidates that are left."""
     total = sum(float((value * layers[name].kept).sum(dtype=torch.float64)) for name, value in values.items())
-    mean = total / max(sum(int(layer.kept.sum()) for layer in layers.values()), 1)
+    mean = total / max(sum(int(layer.kept.count_nonzero()) for layer in layers.values()), 1)
     scale = 1 / mean if mean > 0 else 1.0
     return {name: value * scale for name, value in values.items()}
 

@@ -90,18 +90,14 @@ def test_two_networks_in_one_module(criterion, idle):
     assert (left_over(callback)[1] > 0) is idle
 
 
-def test_a_criterion_learns_what_its_own_ranking_would_leave_idle(monkeypatch):
-    seen = []
+@pytest.mark.parametrize("first", [False, True])
+def test_criteria_of_ones_own_can_have_that_whatever_their_scores(monkeypatch, first):
+    def below_zero(context):
+        return {name: -1 / layer.weight.abs() for name, layer in context.layers.items()}
 
-    def spy(context):
-        magnitudes = {name: layer.weight.abs() for name, layer in context.layers.items()}
-        idle = {name: layer.idle for name, layer in context.layers.items() if layer.idle is not None}
-        seen.append(sum(int(own.sum()) for own in idle.values()))
-        return magnitudes | {name: magnitudes[name].masked_fill(own, 0) for name, own in idle.items()}
-
-    monkeypatch.setitem(CRITERIA, "spy", Criterion(spy, lambda screening_weight: False, needs_idle=True))
-    assert left_over(fitted(mlp(), amount=0.97, schedule="one_shot", criterion="spy"))[1] == 0
-    assert seen[0] == 0 < seen[-1] and seen == sorted(seen)  # nothing is known before the first ranking
+    own = Criterion(below_zero, idle_first=lambda screening_weight: first, needs_statistics=lambda weight: False)
+    monkeypatch.setitem(CRITERIA, "own", own)
+    assert (left_over(fitted(mlp(), amount=0.97, criterion="own"))[1] == 0) is first
 
 
 def test_where_all_paths_would_be_cut_the_ranking_decides(monkeypatch):

@@ -49,16 +49,15 @@ def test_zero_screening_weight_ranks_by_magnitude_and_asks_for_no_statistics(nam
     assert CRITERIA[name].needs_statistics(1e-9)
 
 
-@pytest.mark.parametrize("name", ["screening", "connected_magnitude"])
-def test_what_is_idle_comes_last_and_nothing_else_changes_its_place(name):
-    given_layers = layers()
-    mark = torch.Generator().manual_seed(5)
-    idle = {n: torch.rand(layer.weight.shape, generator=mark) < 0.3 for n, layer in given_layers.items()}
-    known = {n: replace(layer, idle=idle[n]) for n, layer in given_layers.items()}
-    before, after = (score(name, each, 0.25) for each in (given_layers, known))
-    for n in given_layers:
-        assert bool((after[n][idle[n]] == 0).all()) and torch.equal(after[n][~idle[n]], before[n][~idle[n]])
-    assert CRITERIA[name].needs_idle
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        *[("screening", [0.25, 0.75]), ("connected_magnitude", [0.0, 0.25, 0.75, 1.0])],
+        *[("magnitude", []), ("screening_sum", [])],
+    ],
+)
+def test_which_criteria_let_idle_connections_go_first(name, weights):
+    assert [weight for weight in (0.0, 0.25, 0.75, 1.0) if CRITERIA[name].idle_first(weight)] == weights
 
 
 @pytest.mark.parametrize("name", FUSIONS)
