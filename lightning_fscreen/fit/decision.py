@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fscreen.candidates.granularity import Granularity
-from lightning_fscreen.fit.masks import Masks
+from lightning_fscreen.fit.masks import Masks, num_true
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.ranking.amounts import parts
@@ -89,7 +89,7 @@ class Decision:
         while True:
             found = {name: own & masks[name] for name, own in self._find_idle(masks).items() if name in masks}
             new = {name: own & ~idle[name] if name in idle else own for name, own in found.items()}
-            left, nothing, more = (sum(int(mask.count_nonzero()) for mask in each.values()) for each in (masks, found, new))
+            left, nothing, more = (sum(num_true(each).values()) for each in (masks, found, new))
             if not more or nothing == left:  # where all paths are cut, nothing tells them apart
                 return masks
             idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}

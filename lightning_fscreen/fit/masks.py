@@ -59,7 +59,7 @@ class Masks:
             self._kept = {name: _all_kept(own) for name, own in members.items()}
         else:
             self._kept = {name: m.to(members[name].weight.device) if name in members else m for name, m in kept.items()}
-        self._num_kept = {name: int(mask.count_nonzero()) for name, mask in self._kept.items()}
+        self._num_kept = num_true(self._kept)
         present = {name: self._kept[name] for name in members}
         if kept is not None:
             present = {name: self._cut(name, mask) for name, mask in present.items()}
@@ -97,13 +97,13 @@ class Masks:
     @property
     def num_dead(self) -> dict[str, int]:
         """Number of kept candidates, by layer, that slimming took along: they led nowhere, or came from nowhere."""
-        left = {name: self._cut(name, self._kept[name]) for name in self.members}
-        return {name: count - int(left[name].count_nonzero()) if name in left else 0 for name, count in self._num_kept.items()}
+        left = num_true({name: self._cut(name, self._kept[name]) for name in self.members})
+        return {name: count - left[name] if name in left else 0 for name, count in self._num_kept.items()}
 
     @property
     def num_kept(self) -> dict[str, int]:
         """Layer → number of candidates that are kept."""
-        return self._num_kept if self.held else {name: int(mask.count_nonzero()) for name, mask in self.kept.items()}
+        return self._num_kept if self.held else num_true(self.kept)
 
     def set(self, present: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
         """Replace the masks, and zero the pruned values and their state in these optimizers.
@@ -137,7 +137,7 @@ class Masks:
         for name, present in self.present.items():
             nothing = torch.zeros_like(self._kept[name])
             self._kept[name] = self._kept[name] & self._full_size(name, torch.ones_like(present), nothing)
-        self._num_kept = {name: int(mask.count_nonzero()) for name, mask in self._kept.items()}
+        self._num_kept = num_true(self._kept)
 
     def fit(self, masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether masks are of the size that the layers have in a network with these parameters, by name."""
@@ -160,7 +160,7 @@ class Masks:
 
     def _record(self, present: Mapping[str, Tensor]) -> None:
         self._kept |= {name: self._full_size(name, mask) for name, mask in present.items()}
-        self._num_kept = {name: int(mask.count_nonzero()) for name, mask in self._kept.items()}
+        self._num_kept = num_true(self._kept)
 
     def _full_size(self, name: str, present: Tensor, full: Tensor | None = None) -> Tensor:
         """A mask at full size: these values where candidates are left; elsewhere those of `full`, or `kept`."""
@@ -209,6 +209,11 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def num_true(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of True in each of these masks."""
+    return {name: int(mask.count_nonzero()) for name, mask in masks.items()}  # on CPUs ten times as fast as a sum
 
 
 def _multiply_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
