@@ -20,7 +20,7 @@ from lightning_fscreen.slimming.rewrite import Undo, install
 from lightning_fscreen.slimming.sizes import Sizes, stale_sizes
 from lightning_fscreen.slimming.slots import Assumption
 from lightning_fscreen.slimming.state import attach
-from lightning_fscreen.slimming.verify import Verification, VerificationError
+from lightning_fscreen.slimming.verify import OtherSizeError, Verification, VerificationError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ def remove_dead_slots(
     """Plan the removal of all dead slots, carry it out in place, verify it, and remember the plan on the layers.
 
     Sizes in forward are taken for computed; if verification refuses that, it is found out by trying which lines of the
-    source have them written as numbers.
+    source have them written as numbers. Constants that go are carried into other layers; where that is right at the
+    sizes of the example alone (padding to an even size, sums divided by the square root of a length), those stay that
+    are not zero.
 
     Args:
         network: the network.
@@ -65,11 +67,12 @@ def remove_dead_slots(
         VerificationError: the smaller network, or a smaller copy, would not compute the same, or a copy would lose
             other slots; network and copies are untouched then, as after an error of `agree`.
     """
+    zeros_alone = False
 
     def change(literal: Collection[str] = (), numbers: Numbers = "computed") -> tuple[Change, Mapping[str, Assumption]]:
         switched = off and off()
         slots = find_slots(network, captured, switched, literal)
-        return make_change(network, slots, switched, numbers, round_to), slots.assumed
+        return make_change(network, slots, switched, numbers, round_to, zeros_alone), slots.assumed
 
     def carry_out(own: Change, literal: Collection[str] = (), numbers: Numbers = "computed") -> Undo:
         for follower in followers:
@@ -79,25 +82,44 @@ def remove_dead_slots(
     def rehearse() -> None:
         verification.rehearse(args, kwargs, captured.training)
 
+    def attempt(literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
+        own, _ = change(literal, numbers)
+        own = _with_stale_sizes(network, own, rehearse)
+        return own, carry_out(own, literal, numbers) if own.plan else _nothing
+
+    def carried_out(own: Change, assumed: Mapping[str, Assumption]) -> tuple[Change, Undo]:
+        try:
+            return own, carry_out(own) if own.plan else _nothing
+        except OtherSizeError:
+            raise
+        except VerificationError as error:
+            if not assumed:
+                raise
+            let_go(error)
+            log.info("sizes seem to be written into forward: %s", error)
+            return _take_literally(attempt, assumed)
+
     own, assumed = change()
     if not own.plan:
         return own.plan
     verification = Verification(network, args, kwargs, training=off is not None)
+    if own.exact:
+        verification.look_elsewhere()
     followers = [_Follower(copy, network, args, kwargs, off is not None) for copy in copies]
     try:
-        undo = carry_out(own)
-    except VerificationError as error:
-        if not assumed:
-            raise
+        own, undo = carried_out(own, assumed)
+    except OtherSizeError as error:
         let_go(error)
-        log.info("sizes seem to be written into forward: %s", error)
-
-        def attempt(literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
-            own, _ = change(literal, numbers)
-            own = _with_stale_sizes(network, own, rehearse)
-            return own, carry_out(own, literal, numbers) if own.plan else _nothing
-
-        own, undo = _take_literally(attempt, assumed)
+        log.info("constants depend on the sizes of the input: %s", error)
+        zeros_alone = True
+        try:
+            own, undo = carried_out(*change())
+        except OtherSizeError as elsewhere:
+            let_go(elsewhere)
+            log.warning("the smaller network is right at the sizes of the example alone: %s", elsewhere)
+            verification.stay_here()
+            zeros_alone = False
+            own, undo = carried_out(*change())
     try:
         agree(own.plan)
     except BaseException:

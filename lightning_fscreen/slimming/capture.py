@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import first_names, in_mode, uncompiled
@@ -32,12 +33,14 @@ class Capture:
         tensors: placeholder name → name of the parameter or buffer of the network that it stands for; the first, if it
             has several.
         training: whether it is the train mode.
+        numbers: placeholder name → number that forward makes a tensor of.
         memory: what has been found out about the graph alone, to be asked once.
     """
 
     graph: fx.Graph
     tensors: dict[str, str]
     training: bool = False
+    numbers: Mapping[str, float] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def users(self, tensor: str) -> list[fx.Node]:
@@ -79,14 +82,30 @@ def capture(
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
         raise CaptureError(
             f"{type(network).__name__} cannot be captured by torch.export, so nothing can be removed from it "
-            f"(usual causes: control flow that depends on values, .item(), unsupported operators): {error}"
+            f"({_cause(network)}): {error}"
         ) from error
     _inline(program.graph_module, program.graph)
     signature = program.graph_signature
     names = first_names(network)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     use_linear(program.graph, tensors)
-    return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training)
+    constants = {
+        place: program.constants[name]
+        for place, name in signature.inputs_to_lifted_tensor_constants.items()
+        if name.startswith("lifted_tensor")  # others are attributes, which may change
+    }
+    numbers = {place: float(each) for place, each in constants.items() if each.numel() == 1 and not each.is_complex()}
+    return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training, numbers)
+
+
+def _cause(network: nn.Module) -> str:
+    """Why a network may not be captured."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"module {name!r} is TorchScript; put the module that it was made of in its place"
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            return f"layer {name!r} is not initialised; run a batch through the network first"
+    return "usual causes: control flow that depends on values, .item(), unsupported operators"
 
 
 def _inline(parts: Any, graph: fx.Graph) -> None:

@@ -28,20 +28,24 @@ ACTIVATIONS = """
     clamp clamp_ clamp_min clamp_max threshold
 """.split()
 _POINTWISE = """
-    abs neg exp expm1 log log1p sqrt rsqrt reciprocal square pow floor erf sin cos tan asin acos atan sinh cosh sign
-    absolute negative sub sub_ subtract subtract_ div div_ divide divide_ true_divide rsub maximum minimum clone
-    contiguous alias detach detach_
+    abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow floor ceil round trunc frac erf
+    erfc sin cos tan asin acos atan sinh cosh asinh acosh atanh sign sgn logit absolute negative sub subtract rsub
+    maximum minimum fmax fmin lerp hardshrink softshrink nan_to_num isnan isinf isfinite gt ge lt le eq ne greater
+    greater_equal less less_equal not_equal logical_and logical_or logical_not logical_xor bitwise_and bitwise_or
+    bitwise_not bitwise_xor __and__ __or__ __xor__ clone contiguous alias detach lift_fresh_copy
 """.split()
 _VIEWS = ("view", "reshape", "unsqueeze")
 
 
-def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = False) -> Value:
+def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = False, divides: bool = False) -> Value:
     """Elements that meet share their slot; constants are computed by the operator itself, in float64.
 
     Args:
         walk: the walk.
         node: the call.
         zero_absorbs: whether the output is zero where one of the operands is, as in a product.
+        divides: whether it is zero where the first operand is, as in a quotient, whatever the second one is: by zero
+            nothing can be divided anyway.
         adds: whether a constant plus a parameter is a constant, which training changes.
 
     Raises:
@@ -55,6 +59,7 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = Fa
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
     labels = unify_operands(walk, operands, shape)
+    _note_mixed(walk, node.all_input_nodes, operands, labels)
     known = torch.ones([1] * rank, dtype=torch.bool)
     for value in operands:
         known = known & _with_rank(value.known, rank)
@@ -64,25 +69,48 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = Fa
         if written(node):  # in place there must be room for the result
             constants = list(torch.broadcast_tensors(*constants))
         replaced = dict(zip(node.all_input_nodes, constants, strict=True))
-        args, kwargs = pytree.tree_map_only(fx.Node, lambda source: replaced[source].clone(), (node.args, node.kwargs))
+        args, kwargs = pytree.tree_map_only(
+            fx.Node, lambda source: _as_it_was(source, replaced[source]), (node.args, node.kwargs)
+        )
         constant = _with_rank(node.target(*args, **kwargs).double(), rank)
-    if zero_absorbs:
-        for value in operands:
-            zero = _with_rank(value.known & (value.constant == 0), rank)
-            known, zero = torch.broadcast_tensors(known, zero)
-            constant = torch.where(zero, 0.0, constant)
-            known = known | zero
+    for value in operands if zero_absorbs else operands[:1] if divides and node.args[0] in node.all_input_nodes else []:
+        # A known quotient stays as it was computed: zero by zero is none.
+        zero = _with_rank(value.known & (value.constant == 0), rank) & (~known if divides else True)
+        known, zero = torch.broadcast_tensors(known, zero)
+        constant = torch.where(zero, 0.0, constant)
+        known = known | zero
     if adds:
         _note_trained(walk, node.all_input_nodes, labels, known)
     return Value(shape, labels, constant, known)
 
 
+def _as_it_was(source: fx.Node, constant: Tensor) -> Tensor:
+    """A copy of the constants of a node, with its dtype if that is no number's."""
+    return constant.to(torch.bool) if source.meta["val"].dtype == torch.bool else constant.clone()
+
+
 def masked(walk: Walk, node: Any) -> Value:
-    """Some elements are replaced by a number, or by those of another tensor, as a mask says."""
+    """Some elements are replaced by a number, or by those of another tensor, as a mask says.
+
+    Where both are the same constant, so is the result.
+    """
     shape = tuple(node.meta["val"].shape)
-    labels = unify_operands(walk, [operand_of(walk, source) for source in node.all_input_nodes], shape)
-    ones = [1] * len(shape)
-    return Value(shape, labels, torch.zeros(ones, dtype=torch.float64), torch.zeros(ones, dtype=torch.bool))
+    operands = {source: operand_of(walk, source) for source in node.all_input_nodes}
+    labels = unify_operands(walk, list(operands.values()), shape)
+    _note_mixed(walk, operands, list(operands.values()), labels)
+    given, ones = arguments(node), [1] * len(shape)
+    sides = [given[name] for name in ("self", "other" if "other" in given else "value")]
+    constants, known = zip(
+        *(
+            (_with_rank(operands[side].constant, len(shape)), _with_rank(operands[side].known, len(shape)))
+            if isinstance(side, fx.Node)
+            else (torch.full(ones, float(side), dtype=torch.float64), torch.ones(ones, dtype=torch.bool))
+            for side in sides
+        ),
+        strict=True,
+    )
+    same = known[0] & known[1] & (constants[0] == constants[1])
+    return Value(shape, labels, torch.where(same, constants[0], 0.0), same)
 
 
 def causal(walk: Walk, node: Any) -> Value:
@@ -100,6 +128,7 @@ def addcmul(walk: Walk, node: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
     labels = unify_operands(walk, [shift, *factors], shape)
+    _note_mixed(walk, sources, [shift, *factors], labels)
     shift = _shift(walk, sources[0], shift)
     constant = node.target(shift.constant, *(factor.constant for factor in factors), **node.kwargs)
     first, second = (_with_rank(factor.known, rank) for factor in factors)
@@ -120,6 +149,15 @@ def _note_trained(walk: Walk, sources: Iterable[Any], labels: Tensor, known: Ten
     if walk.training and any(parameter_behind(walk, source) for source in sources):
         labels, known = torch.broadcast_tensors(labels, known)
         walk.slots.trained.append(labels[known])
+
+
+def _note_mixed(walk: Walk, sources: Iterable[Any], operands: Iterable[Value], labels: Tensor) -> None:
+    """What meets an activation that is the same for all channels (spatial attention, a mask) is no constant then."""
+    alone = [
+        node for node, own in zip(sources, operands, strict=True) if own.labels.numel() == 1 and not own.known.all()
+    ]
+    if labels.numel() > 1 and any(walk.name(node) is None for node in alone):  # parameters are constants
+        walk.slots.mixed.append(labels.flatten())
 
 
 def parameter_behind(walk: Walk, node: Any) -> str | None:
@@ -143,7 +181,10 @@ def fill(walk: Walk, node: Any) -> Value:
     value = walk.value(node.args[0])
     number = node.args[1] if len(node.args) > 1 else 0.0
     if isinstance(number, fx.Node):
-        raise Unsupported("it fills in a number that is computed from values")
+        source = walk.values.get(number)
+        if not isinstance(source, Value) or not bool(source.known.all()):
+            raise Unsupported("it fills in a number that is computed from values")
+        number = float(source.constant.flatten()[0])
     return Value(value.shape, value.labels, torch.full_like(value.constant, number), torch.ones_like(value.known))
 
 
@@ -176,6 +217,12 @@ def prelu(walk: Walk, node: Any) -> Value:
     if walk.training:  # whatever their signs, so that it is known which can go before their values are
         walk.slots.trained.append(labels[known])
     return by_channel(node, 1, labels, torch.where(constant < 0, walk.tensor(name), 1.0) * constant, known)
+
+
+def rrelu(walk: Walk, node: Any) -> Value:
+    """A random slope, of which zeros know nothing."""
+    value = walk.value(node.args[0])
+    return Value(value.shape, value.labels, torch.zeros_like(value.constant), value.known & (value.constant == 0))
 
 
 def dropout(walk: Walk, node: Any, keeps_zero: bool = True) -> Value:
@@ -256,7 +303,8 @@ def _with_rank(tensor: Tensor, rank: int) -> Tensor:
 
 
 HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys((*ACTIVATIONS, *_POINTWISE), pointwise),
+    **dict.fromkeys((*ACTIVATIONS, *_POINTWISE, *(f"{name}_" for name in _POINTWISE)), pointwise),
+    **dict.fromkeys(("div", "div_", "divide", "divide_", "true_divide"), partial(pointwise, divides=True)),
     **dict.fromkeys(("add", "add_"), partial(pointwise, adds=True)),
     **dict.fromkeys(("mul", "mul_", "multiply", "multiply_"), partial(pointwise, zero_absorbs=True)),
     "addcmul": addcmul,
@@ -266,6 +314,7 @@ HANDLERS: dict[str, Handler] = {
     "copy_": copy,
     **dict.fromkeys(("fill_", "zero_"), fill),
     "prelu": prelu,
+    **dict.fromkeys(("rrelu", "rrelu_"), rrelu),
     **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "feature_dropout_"), dropout),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), partial(dropout, keeps_zero=False)),
     **dict.fromkeys(("bernoulli", "bernoulli_", "uniform_", "normal_"), noise),

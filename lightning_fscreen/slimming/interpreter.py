@@ -84,7 +84,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self._aliases = Aliases(self.values)
         self.streams: dict[fx.Node, Tensor] = {}  # selects of ours → the channels of the stream that they select from
-        self._graph = captured.graph
+        self._graph, self._numbers = captured.graph, captured.numbers
         self._handlers = handlers
         tensors = named_tensors(network)
         first_name = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
@@ -111,6 +111,9 @@ class Walk:
             if node.op == "placeholder":
                 value = node.meta.get("val")
                 self.values[node] = Value.pinned(tuple(value.shape)) if isinstance(value, Tensor) else value
+                if (number := self._numbers.get(node.name)) is not None:
+                    self.values[node].constant.fill_(number)
+                    self.values[node].known.fill_(True)
             elif node.op == "output":
                 pytree.tree_map_only(
                     fx.Node, lambda source: self.pin(source, "it is an output of the network"), node.args

@@ -12,11 +12,21 @@ from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.readers import DenseReader, NormReader, Reader
 from lightning_fscreen.slimming.slots import SlotGraph
 
+_VARIES = (
+    "multiplied by what depends on the input (squeeze-and-excitation), behind a PReLU with one slope for all channels, "
+    "or after the zero padding of a depthwise convolution, so that it is no constant there"
+)
+_SIZES = "as a constant that depends on the sizes of the input, or may do so"
 _SHAPE = "a layer keeps at least one channel, or as many as make its width a multiple of round_to"
 
 
 def kept_for(
-    slots: SlotGraph, readers: Sequence[Reader], live: Tensor, kept: Tensor, off: Mapping[str, Off]
+    slots: SlotGraph,
+    readers: Sequence[Reader],
+    live: Tensor,
+    kept: Tensor,
+    off: Mapping[str, Off],
+    zeros_alone: bool = False,
 ) -> dict[str, str]:
     """Batch norm → how many of its channels that are switched off stay, and why.
 
@@ -26,9 +36,12 @@ def kept_for(
         live: (number of slots,) bool, those that the function needs.
         kept: likewise, with those that are kept for a tensor's shape.
         off: batch norm → its channels that are switched off.
+        zeros_alone: as of `make_change`.
     """
     root = slots.components(pinned=False)
-    why = _reasons(slots, root, readers, live, off)
+    folded = any(bool((channels.constant[channels.pruned] != 0).any()) for channels in off.values())
+    varies = (_SIZES if zeros_alone else _VARIES) + ("; bias='zero' removes it" if folded else "")
+    why = _reasons(slots, root, readers, live, off, varies)
     texts = {}
     for name, channels in off.items():
         labels = slots.gates.get(name)
@@ -43,7 +56,7 @@ def kept_for(
 
 
 def _reasons(
-    slots: SlotGraph, root: Tensor, readers: Sequence[Reader], live: Tensor, off: Mapping[str, Off]
+    slots: SlotGraph, root: Tensor, readers: Sequence[Reader], live: Tensor, off: Mapping[str, Off], varies: str
 ) -> dict[int, str]:
     """Class of slots → why it lives."""
     why: dict[int, str] = {}
@@ -67,9 +80,7 @@ def _reasons(
         constant = reader.known & (reader.constant != 0)
         note(
             reader.inputs[read & ~reader.known],
-            f"{reader.layer!r} reads it multiplied by what depends on the input (squeeze-and-excitation), behind a "
-            "PReLU with one slope for all channels, or after the zero padding of a depthwise convolution, so that it "
-            "is no constant there; bias='zero' removes it",
+            f"{reader.layer!r} reads it {varies}",
         )
         if isinstance(reader, DenseReader) and reader.padded:
             note(

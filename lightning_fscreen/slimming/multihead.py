@@ -162,26 +162,32 @@ def without_hints(network: nn.Module) -> Iterator[None]:
 
 
 def match_heads(module: nn.Module) -> list[Undo]:
-    """Let an attention that has lost heads compute by the sizes of its weights; one that has all of them as torch does.
+    """Let an attention compute by the sizes of its weights if it has lost heads, or channels that it reads or writes.
 
-    torch's fused path, which would not, is closed for it, and nested tensors for the encoder around it.
+    One that has all of them computes as torch does. torch's fused path, which would not, is closed for it, and nested
+    tensors for the encoder around it.
     """
     if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
         inside = (part for part in module.modules() if isinstance(part, nn.MultiheadAttention))
-        return [_set(module, "use_nested_tensor", False)] if any(map(_lacks_heads, inside)) else []
+        return [_set(module, "use_nested_tensor", False)] if any(map(_is_smaller, inside)) else []
     if not isinstance(module, nn.MultiheadAttention) or not is_plain(module):
         return []
     own = isinstance(vars(module).get("forward"), Multihead)
     undo = []
-    if _lacks_heads(module) != own:
+    if _is_smaller(module) != own:
         undo.append(_set(module, "forward", None if own else Multihead(module)))
         undo.append(_set(module, "_qkv_same_embed_dim", own and module.in_proj_weight is not None))
     heads = module.out_proj.weight.shape[1] // module.head_dim
     return [*undo, _set(module, "num_heads", heads)] if heads != module.num_heads else undo
 
 
-def _lacks_heads(module: nn.MultiheadAttention) -> bool:
-    return bool(module.out_proj.weight.shape[1] < module.embed_dim)
+def _is_smaller(module: nn.MultiheadAttention) -> bool:
+    projections: list[tuple[Tensor | None, int]] = [
+        *[(module.in_proj_weight, module.embed_dim), (module.q_proj_weight, module.embed_dim)],
+        *[(module.k_proj_weight, module.kdim), (module.v_proj_weight, module.vdim)],
+    ]
+    inputs = any(weight is not None and weight.shape[1] < size for weight, size in projections)
+    return inputs or min(module.out_proj.weight.shape) < module.embed_dim
 
 
 def _set(module: nn.Module, name: str, value: object) -> Undo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -193,8 +194,10 @@ def lookup(walk: Walk, node: Any) -> Value:
     given = arguments(node)
     table, numbers = (given["weight"], [given["indices"]]) if "weight" in given else (node.args[0], given["indices"])
     places = [place for place, item in enumerate(numbers) if item is not None]
-    if len(places) != 1 or numbers[places[0]].meta["val"].dtype == torch.bool:
-        raise Unsupported("it takes elements apart by their numbers")
+    if any(numbers[place].meta["val"].dtype == torch.bool for place in places):
+        raise Unsupported("how many elements it takes depends on values")
+    if len(places) != 1:
+        return _at_places(walk, node, dict(zip(places, (numbers[place] for place in places), strict=True)))
     (place,) = places
     value = _table(walk, table, 1 - place)
     if (name := walk.name(table)) is not None and len(walk.shape(name)) == 2:  # it may be an output layer's, too
@@ -214,6 +217,18 @@ def lookup(walk: Walk, node: Any) -> Value:
         return part.reshape(*part.shape[:place], *new, *part.shape[place + 1 :])
 
     return Value(tuple(node.meta["val"].shape), spread(value.labels), spread(constant), spread(known))
+
+
+def _at_places(walk: Walk, node: Any, numbers: Mapping[int, Any]) -> Value:
+    """Positions by their numbers in several dimensions, none of which is one of channels."""
+    value = walk.value(node.args[0])
+    if any(part.shape[place] > 1 for part in value.fields() for place in numbers):
+        raise Unsupported("it takes elements apart by their numbers")
+    if any(walk.value(item).labels.numel() > 1 for item in numbers.values()):
+        raise Unsupported("it takes other elements of every channel")
+    first = {place: torch.zeros(tuple(item.meta["val"].shape), dtype=torch.int64) for place, item in numbers.items()}
+    index = tuple(first.get(place, slice(None)) for place in range(len(value.shape)))
+    return Value(tuple(node.meta["val"].shape), *(compress(part[index]) for part in value.fields()))
 
 
 def _table(walk: Walk, source: Any, dim: int) -> Value:

@@ -41,8 +41,10 @@ class Paths:
         for reader in slots.readers:
             if not isinstance(reader, MeanReader):  # its outputs are its inputs
                 made[reader.outputs] = True
-        self._given = self._none()  # classes of which a part comes from elsewhere: inputs, tables
+        self._given = self._none()  # classes of which a part comes from elsewhere: inputs, tables, masks
         self._given[classes[~made]] = True
+        if slots.mixed:
+            self._given[classes[torch.cat(slots.mixed)]] = True
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(network).items()}
         dense = [reader for reader in slots.readers if isinstance(reader, DenseReader)]
         in_part = {  # of which a call reads some rows

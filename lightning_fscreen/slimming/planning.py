@@ -52,6 +52,7 @@ def make_change(
     off: Mapping[str, Off] | None = None,
     numbers: Numbers = "computed",
     round_to: int = 1,
+    zeros_alone: bool = False,
 ) -> Change:
     """The plan that removes all dead slots; network and slots stay as they are.
 
@@ -61,9 +62,12 @@ def make_change(
         off: batch norm → its channels that are switched off.
         numbers: what is done about numbers in forward that seem to count channels.
         round_to: widths of layers become multiples of it, or stay; dead slots are kept for that.
+        zeros_alone: whether no other constants go, because they depend on the sizes of the inputs.
     """
     tensors, modules = named_tensors(network), dict(network.named_modules())
     readers = carriable(network, slots)
+    if zeros_alone:
+        readers = [replace(own, known=own.silent()) if isinstance(own, DenseReader) else own for own in readers]
     root = slots.components()
     widths = [root[labels] for labels in slots.widths.values()]
     live, kept = live_slots(slots, readers, find_multiples(widths, slots.count, round_to) if round_to > 1 else None)
@@ -83,7 +87,7 @@ def make_change(
         pinned=dict(slots.pinned),
         removed=_removed(modules, slots, dense, selects, kept),
         streams=streams,
-        kept_for=kept_for(slots, readers, live, kept, off or {}),
+        kept_for=kept_for(slots, readers, live, kept, off or {}, zeros_alone),
         attributes=followed(
             proposed_attributes(network, slots.assumed.values(), kept, numbers == "given")
             if numbers in ("attributes", "given")

@@ -27,7 +27,7 @@ def pool(walk: Walk, node: Any, rank: int, averages: bool = False) -> Value | li
     labels, constant, known = walk.slots.along(value, dim)
     if averages:
         given = arguments(node)
-        padding = given["padding"]
+        padding = given["padding"] if given["count_include_pad"] else 0
         if any(padding if isinstance(padding, list | tuple) else [padding]) or given.get("divisor_override"):
             known = known & (constant == 0)
     pooled = by_channel(node, dim, labels, constant, known)
@@ -106,6 +106,13 @@ def softmax(walk: Walk, node: Any) -> Value:
     return Value(value.shape, value.labels, torch.zeros_like(value.constant), torch.zeros_like(value.known))
 
 
+def sample(walk: Walk, node: Any) -> Value:
+    """Values between positions, wherever these are; beyond the border there may be zeros."""
+    labels, constant, known = walk.slots.along(walk.value(node.args[0]), 1)
+    walk.pin(node.args[1], "it says where another activation is read")
+    return by_channel(node, 1, labels, constant, known & (constant == 0))
+
+
 def _pools(names: str, averages: bool = False) -> dict[str, Handler]:
     """Handlers of operators for one, two and three dimensions of positions; {} stands for their number."""
     return {
@@ -121,5 +128,6 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("max", "min"), extremum),
     "sum": partial(reduce, adds=True),
     "linalg_vector_norm": length,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), sample),
     **dict.fromkeys(("softmax", "log_softmax"), softmax),
 }

@@ -164,6 +164,7 @@ class SlotGraph:
         pinned: operators that could not be followed → reason.
         pins: slots that have to stay, and why.
         assumed: operators whose sizes were taken for computed.
+        mixed: slots of values in which an activation without channels of its own has a part.
         trained: slots whose constant is a parameter, so that training changes it.
         products: call that multiplies activations, or weight that all heads share → the slots of its result, flattened.
         attended: modules that combine heads, the slots of these, in their order, and how many readers come before.
@@ -183,6 +184,7 @@ class SlotGraph:
     pinned: dict[str, str] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     assumed: dict[str, Assumption] = field(default_factory=dict)
+    mixed: list[Tensor] = field(default_factory=list)
     trained: list[Tensor] = field(default_factory=list)
     products: dict[str, Tensor] = field(default_factory=dict)
     attended: list[tuple[str, Tensor, int]] = field(default_factory=list)

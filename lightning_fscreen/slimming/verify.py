@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_fscreen.functional.precision import without_tf32
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
 from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double
+from lightning_fscreen.slimming.examples import first_instance, smaller, with_noise
 from lightning_fscreen.slimming.modes import without_mode
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ _AS_USED, _COPIED, _OWN = _WAYS = ("float64", "float64, copied", "its own dtype"
 
 class VerificationError(RuntimeError):
     """The slimmed network would not compute the same function; the network was left as it was."""
+
+
+class OtherSizeError(VerificationError):
+    """It would at the sizes of the example, but not at others."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,15 @@ class Verification:
         self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
     ) -> None:
         self._network = network
-        evaluation = [_Run(given, named, False) for given, named in _with_noise((args, kwargs))]
+        self._elsewhere: list[tuple[_Run, list[Any]]] = []  # at other sizes, and the outputs there
+        evaluation = [_Run(given, named, False) for given, named in with_noise((args, kwargs))]
         attempts = [(evaluation, way) for way in _WAYS]
         if training:
             once = [replace(run, training=None) for run in evaluation]
             both = [_Run(args, kwargs, True), *evaluation]
             attempts = [(once, _AS_USED), *((both, way) for way in _WAYS), *attempts]
             if not any(isinstance(module, _BatchNorm) for module in network.modules()):  # which need more instances
-                first, named = _first_instance((args, kwargs))
+                first, named = first_instance((args, kwargs))
                 attempts.insert(1, ([_Run(first, named, True), *evaluation], _AS_USED))
         self._device: torch.device | None
         reason: Exception | None = None
@@ -105,6 +111,22 @@ class Verification:
                 )
             raise VerificationError(f"{type(network).__name__} fails on its example, or on noise: {reason}") from reason
 
+    def look_elsewhere(self) -> None:
+        """Compare at other sizes, too, at those at which the network runs: one position less in each dimension."""
+        for args, kwargs in smaller((self._runs[-1].args, self._runs[-1].kwargs)):
+            run = replace(self._runs[-1], args=args, kwargs=kwargs)
+            try:
+                outputs = self._run_all({}, [run])[0]
+            except Exception as error:  # whatever forward raises
+                let_go(error)
+                continue
+            if _says_something(outputs):
+                self._elsewhere.append((run, outputs))
+
+    def stay_here(self) -> None:
+        """Compare at the sizes of the example alone."""
+        self._elsewhere.clear()
+
     def check(self, exact: Mapping[str, Exact]) -> None:
         """Compare with the outputs of the network as it is now.
 
@@ -112,7 +134,8 @@ class Verification:
             exact: values of tensors by name, more exact than those in the network.
 
         Raises:
-            VerificationError: the outputs differ, or forward fails.
+            VerificationError: the outputs differ, or forward fails; an `OtherSizeError` if that is so at other sizes
+                alone.
         """
         name = type(self._network).__name__
         try:
@@ -125,15 +148,30 @@ class Verification:
             ) from error
         for run, first, second in zip(self._runs, self._before, after, strict=True):
             difference = _difference(first, second)
-            tolerance = _TRAIN_TOLERANCE if run.training else _TOLERANCE
-            if self._way == _OWN:
-                tolerance = max([_OWN_TOLERANCE, *(_OWN_STEPS * _step(output) for output in first)])
-            if not difference <= tolerance:
+            if not difference <= self._tolerance(run, first):
                 raise VerificationError(
                     f"slimming {name} would change its outputs by {difference:.1e} (relative) in "
                     f"{run.mode} mode, so nothing was removed; its forward does something that the captured graph does "
                     "not show"
                 )
+        for run, outputs in self._elsewhere:
+            try:
+                difference = _difference(outputs, self._run_all(exact, [run])[0])
+            except Exception as error:  # whatever forward raises
+                let_go(error)
+                difference = float("inf")
+            if not difference <= self._tolerance(run, outputs):
+                leaves = pytree.tree_leaves((run.args, run.kwargs))
+                sizes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+                raise OtherSizeError(
+                    f"slimming {name} would change its outputs by {difference:.1e} (relative) on inputs of the sizes "
+                    f"{sizes}, other than those of the example"
+                )
+
+    def _tolerance(self, run: _Run, outputs: list[Any]) -> float:
+        if self._way == _OWN:
+            return max([_OWN_TOLERANCE, *(_OWN_STEPS * _step(output) for output in outputs)])
+        return _TRAIN_TOLERANCE if run.training else _TOLERANCE
 
     def rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
         """Run the network as it is now, on these inputs; nothing of it changes by that."""
@@ -153,10 +191,10 @@ class Verification:
         self._device = torch.device("cpu")
         return self._run_all(exact)
 
-    def _run_all(self, exact: Mapping[str, Exact]) -> list[list[Any]]:
+    def _run_all(self, exact: Mapping[str, Exact], runs: Sequence[_Run] | None = None) -> list[list[Any]]:
         copies = named_tensors(self._network) if self._way == _COPIED else dict(self._network.named_buffers())
         copies = {name: self._convert(tensor, exact.get(name)) for name, tensor in copies.items()}
-        return [self._run(run, copies, exact) for run in self._runs]
+        return [self._run(run, copies, exact) for run in (self._runs if runs is None else runs)]
 
     def _run(self, run: _Run, copies: Mapping[str, Tensor], exact: Mapping[str, Exact]) -> list[Any]:
         parameters = {name for name, _ in self._network.named_parameters()}
@@ -220,33 +258,6 @@ def _is_elsewhere(value: Any) -> bool:
 
 def _step(output: Any) -> float:
     return torch.finfo(output.dtype).eps if isinstance(output, Tensor) and output.is_floating_point() else 0.0
-
-
-def _with_noise(example: Any) -> list[Any]:
-    """Example inputs, with normal noise, from a generator of its own, in place of the second half of the instances.
-
-    Of a single instance both the example and noise.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def mixed(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        noise, kept = torch.randn(value.shape, generator=generator).to(value), _instances(value) // 2
-        return torch.cat([value[:kept], noise[kept:]]) if kept else noise
-
-    alone = all(_instances(leaf) < 2 for leaf in pytree.tree_leaves(example))
-    return [*([example] if alone else []), pytree.tree_map(mixed, example)]
-
-
-def _first_instance(example: Any) -> Any:
-    """Example inputs without the other instances: of all tensors that have as many rows as the first one."""
-    count = next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), 0)
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.ndim and len(leaf) == count else leaf, example)
-
-
-def _instances(value: Any) -> int:
-    return len(value) if isinstance(value, Tensor) and value.ndim else 1
 
 
 def _says_something(outputs: list[Any]) -> bool:

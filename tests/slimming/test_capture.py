@@ -221,3 +221,15 @@ def test_what_a_network_returns_to_be_given_back_to_it_is_no_result() -> None:
         after = network(x, known=network(x)["known"])
     assert after["known"].layers[0]["keys"].shape == (3, 3)
     torch.testing.assert_close(after["logits"], before["logits"])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda: torch.jit.script(nn.ReLU()), "module '1' is TorchScript"),
+        (lambda: nn.LazyLinear(4), "layer '1' is not initialised; run a batch"),
+    ],
+)
+def test_a_part_that_cannot_be_captured_is_named(part, message):
+    with pytest.raises(CaptureError, match=message):
+        capture(nn.Sequential(nn.Linear(4, 4), part()), (torch.randn(3, 4),))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_fscreen import find_gates, load_slimmed, save_slimmed, slim
-from lightning_fscreen.slimming import Gate, SlimmingPlan
+from lightning_fscreen.slimming import Gate, SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.carried import plan_of
 from lightning_fscreen.slimming.plan import PlanError
 from lightning_fscreen.slimming.resize import slim_like
@@ -305,6 +305,44 @@ def test_bad_masks_are_named_and_change_nothing(keep: dict[str, Tensor], message
     with pytest.raises(ValueError, match=message):
         slim(block, keep, inputs(block))
     assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
+class Reading(nn.Module):
+    """Attention around which the stream is free to lose channels: nothing normalises it."""
+
+    def __init__(self, **settings: int) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True, **settings)
+        self.other, self.last = nn.Linear(5, settings.get("kdim", 8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, other = self.embed(x), self.other(x)
+        out: Tensor = self.last(tokens + self.attention(tokens, other, other)[0])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("settings", "sides"),
+    [({}, ["embed", "other"]), ({"kdim": 6, "vdim": 6}, ["embed"]), ({"kdim": 6, "vdim": 6}, ["other"])],
+)
+def test_channels_that_it_reads_and_writes_can_go_though_all_heads_stay(
+    settings: dict[str, int], sides: list[str]
+) -> None:
+    torch.manual_seed(0)
+    network, x = Reading(**settings).double(), torch.randn(4, 7, 5, dtype=torch.float64)
+    projection = network.attention.out_proj
+    with torch.no_grad():
+        for layer in [*map(network.get_submodule, sides), *([projection] if "embed" in sides else [])]:
+            layer.weight[2:5] = layer.bias[2:5] = 0  # type: ignore[index, operator]
+    masked = copy.deepcopy(network)
+    remove_dead_units(network, (x,))
+    for side in sides:
+        assert len(network.get_submodule(side).weight) == len(masked.get_submodule(side).weight) - 3  # type: ignore[arg-type]
+    assert projection.weight.shape == (5 if "embed" in sides else 8, 8) and network.attention.num_heads == 2
+    with torch.no_grad():
+        for training in (True, False):
+            assert difference([network.train(training)(x)], [masked.train(training)(x)]) < 1e-9
+        assert difference([copy.deepcopy(network)(x)], [masked(x)]) < 1e-9
 
 
 def test_an_encoder_with_padding_is_right_on_all_its_paths() -> None:

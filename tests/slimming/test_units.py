@@ -54,6 +54,19 @@ class Scaled(nn.Module):
         return x * self.scale
 
 
+class Attention(nn.Module):
+    """Tokens that attend to each other, or to inputs of another width."""
+
+    def __init__(self, width: int, **settings: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True, **settings)
+        self.other = nn.Linear(width, settings["kdim"]) if settings else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = self.other(x)
+        return x + self.attention(x, other, other)[0]
+
+
 class Product(nn.Module):
     """A linear layer written as a product, with the constants of what it reads in the bias or in none."""
 
@@ -165,6 +178,11 @@ NETWORKS = {
         ),
         (3, 4, 4),
     ),
+    "attention without norms": (lambda: nn.Sequential(nn.Linear(4, 8), Attention(8), nn.Linear(8, 3)), (5, 4)),
+    "attention to another width": (
+        lambda: nn.Sequential(nn.Linear(4, 8), Attention(8, kdim=6, vdim=6), nn.Linear(8, 3)),
+        (5, 4),
+    ),
     "a batch norm in a part": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3),
@@ -254,6 +272,8 @@ def test_what_is_left_computes_what_the_masked_network_does(name: str, bias: str
         "gated, two layers": ["0", "1.inner.0.up", "1.inner.0.gate", "1.inner.0.down"],
         "a transformer, norm first": ["1.self_attn", "1.linear1"],
         "a ConvNeXt block": ["1.inner.1"],
+        "attention without norms": ["1.attention"],
+        "attention to another width": ["1.attention", "1.other"],
         "a batch norm in a part": ["1", "4"],
         "gated linear units": ["0", "2"],
         "products": ["0", "3"],

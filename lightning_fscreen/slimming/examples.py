@@ -1,0 +1,52 @@
+"""Inputs that a network is verified on, made of its example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_SIZES = 4  # that are tried, besides those of the example
+
+
+def with_noise(example: Any) -> list[Any]:
+    """Example inputs, with normal noise, from a generator of its own, in place of the second half of the instances.
+
+    Of a single instance both the example and noise.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise, kept = torch.randn(value.shape, generator=generator).to(value), _instances(value) // 2
+        return torch.cat([value[:kept], noise[kept:]]) if kept else noise
+
+    alone = all(_instances(leaf) < 2 for leaf in pytree.tree_leaves(example))
+    return [*([example] if alone else []), pytree.tree_map(mixed, example)]
+
+
+def smaller(example: Any) -> Iterator[Any]:
+    """Example inputs with one element less along all dimensions of one size, but those of the instances."""
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    for size in sorted({size for tensor in tensors for size in tensor.shape[1:] if size > 1}, reverse=True)[:_SIZES]:
+
+        def cut(tensor: Tensor, size: int = size) -> Tensor:
+            for dim in range(1, tensor.ndim):
+                tensor = tensor.narrow(dim, 0, size - 1) if tensor.shape[dim] == size else tensor
+            return tensor
+
+        yield pytree.tree_map_only(Tensor, cut, example)
+
+
+def first_instance(example: Any) -> Any:
+    """Example inputs without the other instances: of all tensors that have as many rows as the first one."""
+    count = next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.ndim and len(leaf) == count else leaf, example)
+
+
+def _instances(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.ndim else 1
