@@ -233,6 +233,12 @@ def new_like(walk: Walk, node: Any, constant: float | None = None) -> Value:
     return Value(value.shape, value.labels, filled, torch.full_like(value.known, constant is not None))
 
 
+def full_like(walk: Walk, node: Any) -> Value:
+    """The same number everywhere, in the shape of another tensor."""
+    number = arguments(node)["fill_value"]
+    return new_like(walk, node, float(number))
+
+
 def check(walk: Walk, node: Any) -> None:
     """Assertions on tensors, which have no output."""
 
@@ -264,5 +270,6 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("empty_like", "rand_like", "randn_like"), new_like),
     "zeros_like": partial(new_like, constant=0.0),
     "ones_like": partial(new_like, constant=1.0),
+    "full_like": full_like,
     **dict.fromkeys(("_assert_tensor_metadata", "_assert_scalar"), check),
 }

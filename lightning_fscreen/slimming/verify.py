@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.functional.precision import without_tf32
 from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
+from lightning_fscreen.slimming.chance import SameChance
 from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double
 from lightning_fscreen.slimming.examples import first_instance, smaller, with_noise
 from lightning_fscreen.slimming.modes import without_mode
@@ -217,7 +217,7 @@ class Verification:
             device_type = next(iter(devices)).type if devices else "cuda"
             stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
             torch.manual_seed(0)  # noise must be the same before and after; some networks draw it in eval mode, too
-            stack.enter_context(_WithoutDropout())
+            stack.enter_context(SameChance())
             if self._way == _AS_USED:
                 stack.enter_context(InDouble(self._network, exact, self._device))
             elif self._way == _OWN:
@@ -228,28 +228,6 @@ class Verification:
         if self._way == _OWN or not tensor.is_floating_point():
             return tensor.detach().to(self._device or tensor.device)
         return to_double(tensor.detach(), exact, self._device)
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Dropout draws one number per element: on a smaller network it would draw others."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name.rstrip("_").endswith("dropout"):
-            return args[0] if args else kwargs["input"]
-        if name in _DROPOUT_PLACES:
-            place = _DROPOUT_PLACES[name]
-            if len(args) > place:
-                args = (*args[:place], 0.0, *args[place + 1 :])
-            else:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
-_DROPOUT_PLACES = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
-"""Functions that drop some of the attention → the place of the argument dropout_p."""
 
 
 def _is_elsewhere(value: Any) -> bool:
