@@ -9,9 +9,12 @@ from typing import Any, get_args
 
 from torch import nn
 
+from lightning_fscreen.modules import coupled_layers
+from lightning_fscreen.slimming.blame import culprits
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.double import let_go
+from lightning_fscreen.slimming.followers import Follower
 from lightning_fscreen.slimming.interpreter import Off
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.plan import SlimmingPlan
@@ -26,6 +29,12 @@ log = logging.getLogger(__name__)
 
 Agree = Callable[[SlimmingPlan], None]
 """Is called with a plan that has been carried out and verified, and undoes it by raising."""
+
+
+_NOT_SHOWN = (
+    "{0} of {0} pruned channels stay: {0} because without them the outputs would change, since forward does something "
+    "that the captured graph does not show"
+)
 
 
 def unanimous(plan: SlimmingPlan) -> None:
@@ -47,7 +56,8 @@ def remove_dead_slots(
     Sizes in forward are taken for computed; if verification refuses that, it is found out by trying which lines of the
     source have them written as numbers. Constants that go are carried into other layers; where that is right at the
     sizes of the example alone (padding to an even size, sums divided by the square root of a length), those stay that
-    are not zero.
+    are not zero. Where the outputs would change nevertheless, because of something that the graph does not show, it is
+    found out by trying which gates are to blame; these stay, switched off.
 
     Args:
         network: the network.
@@ -65,31 +75,84 @@ def remove_dead_slots(
 
     Raises:
         VerificationError: the smaller network, or a smaller copy, would not compute the same, or a copy would lose
-            other slots; network and copies are untouched then, as after an error of `agree`.
+            other slots, whatever gate loses units; network and copies are untouched then, as after an error of `agree`.
     """
-    zeros_alone = False
+    removal = _Removal(network, captured, args, kwargs, off, round_to)
+    own, assumed = removal.change()
+    if not own.plan:
+        return own.plan
+    removal.prepare(copies, look_elsewhere=bool(own.exact))
+    try:
+        own, undo = removal.carried_out(own, assumed)
+    except VerificationError as error:
+        let_go(error)
+        own, undo = removal.carried_out_in_part(error)
+    try:
+        agree(own.plan)
+    except BaseException:
+        undo()
+        raise
+    attach(network, own.plan)
+    for copy in copies:
+        copy.attach(own.plan)
+    return own.plan
 
-    def change(literal: Collection[str] = (), numbers: Numbers = "computed") -> tuple[Change, Mapping[str, Assumption]]:
-        switched = off and off()
-        slots = find_slots(network, captured, switched, literal)
-        return make_change(network, slots, switched, numbers, round_to, zeros_alone), slots.assumed
 
-    def carry_out(own: Change, literal: Collection[str] = (), numbers: Numbers = "computed") -> Undo:
-        for follower in followers:
-            follower.plan(lambda: _replace_sizes(change(literal, numbers)[0], own.plan.sizes), own)
-        return _apply(network, own, verification, followers)
+class _Removal:
+    """Tries to remove what is dead, and what of it can be where not all can.
 
-    def rehearse() -> None:
-        verification.rehearse(args, kwargs, captured.training)
+    Args:
+        network, captured, args, kwargs, off, round_to: as of `remove_dead_slots`.
+    """
 
-    def attempt(literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
-        own, _ = change(literal, numbers)
-        own = _with_stale_sizes(network, own, rehearse)
-        return own, carry_out(own, literal, numbers) if own.plan else _nothing
+    def __init__(
+        self,
+        network: nn.Module,
+        captured: Capture,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        off: Callable[[], Mapping[str, Off]] | None,
+        round_to: int,
+    ) -> None:
+        self._network, self._captured, self._args, self._kwargs = network, captured, args, kwargs
+        self._off, self._round_to = off, round_to
+        self._zeros_alone = False  # whether only zeros go, of all constants
+        self._staying: Collection[str] = ()  # gates that lose nothing
 
-    def carried_out(own: Change, assumed: Mapping[str, Assumption]) -> tuple[Change, Undo]:
+    def prepare(self, copies: Sequence[Copy], look_elsewhere: bool) -> None:
+        """Note what network and copies compute, as long as nothing has changed.
+
+        Args:
+            copies: of the network.
+            look_elsewhere: whether to do so at other sizes, too.
+        """
+        both = self._off is not None
+        self._verification = Verification(self._network, self._args, self._kwargs, training=both)
+        if look_elsewhere:
+            self._verification.look_elsewhere()
+        self._followers = [Follower(copy, self._network, self._args, self._kwargs, both) for copy in copies]
+
+    def change(
+        self, literal: Collection[str] = (), numbers: Numbers = "computed"
+    ) -> tuple[Change, Mapping[str, Assumption]]:
+        """What would be removed, and what is assumed then."""
+        switched = self._off and self._off()
+        free = switched and {name: own for name, own in switched.items() if name not in self._staying}
+        slots = find_slots(self._network, self._captured, free, literal)
+        change = make_change(self._network, slots, free, numbers, self._round_to, self._zeros_alone)
+        if switched and self._staying:
+            reasons = {name: _NOT_SHOWN.format(int(switched[name].pruned.sum())) for name in self._staying}
+            change = replace(change, plan=replace(change.plan, kept_for=change.plan.kept_for | reasons))
+        return change, slots.assumed
+
+    def carried_out(self, own: Change, assumed: Mapping[str, Assumption]) -> tuple[Change, Undo]:
+        """Carry a change out, or the same with other numbers in forward.
+
+        Raises:
+            VerificationError: neither leaves the outputs as they are.
+        """
         try:
-            return own, carry_out(own) if own.plan else _nothing
+            return own, self._carry_out(own) if own.plan else _nothing
         except OtherSizeError:
             raise
         except VerificationError as error:
@@ -97,38 +160,71 @@ def remove_dead_slots(
                 raise
             let_go(error)
             log.info("sizes seem to be written into forward: %s", error)
-            return _take_literally(attempt, assumed)
+            return _take_literally(self._attempt, assumed)
 
-    own, assumed = change()
-    if not own.plan:
-        return own.plan
-    verification = Verification(network, args, kwargs, training=off is not None)
-    if own.exact:
-        verification.look_elsewhere()
-    followers = [_Follower(copy, network, args, kwargs, off is not None) for copy in copies]
-    try:
-        own, undo = carried_out(own, assumed)
-    except OtherSizeError as error:
-        let_go(error)
-        log.info("constants depend on the sizes of the input: %s", error)
-        zeros_alone = True
+    def carried_out_in_part(self, error: VerificationError) -> tuple[Change, Undo]:
+        """Carry out what can be where not all can.
+
+        Args:
+            error: why not.
+
+        Raises:
+            VerificationError: that error, if nothing can.
+        """
+        if isinstance(error, OtherSizeError):
+            log.info("constants depend on the sizes of the input: %s", error)
+            self._zeros_alone = True
+            try:
+                return self.carried_out(*self.change())
+            except OtherSizeError as elsewhere:
+                log.warning("the smaller network is right at the sizes of the example alone: %s", elsewhere)
+                self._verification.stay_here()
+                self._zeros_alone = False
+                return self.carried_out(*self.change())
+        if not (groups := self._groups()):
+            raise error
+        self._staying = culprits(groups, self._works)
+        own, assumed = self.change()
+        if not own.plan:
+            raise error
+        result = self.carried_out(own, assumed)
+        name, staying = type(self._network).__name__, sorted(self._staying)
+        log.warning("units of %s stay in %s, switched off: forward does something that its graph lacks", staying, name)
+        return result
+
+    def _groups(self) -> list[list[str]]:
+        """Gates that are switched off, in part; those that can only go together in lists of their own."""
+        switched = {name: own for name, own in (self._off() if self._off else {}).items() if bool(own.pruned.any())}
+        slots = find_slots(self._network, self._captured, self._off and self._off())
+        root = slots.components()
+        gates = {**slots.gates, **{name: own.labels for name, own in slots.heads.items()}}
+        units = {name: (root[gates[name]] - 1).tolist() for name in switched if name in gates}  # what is pinned is −1
+        return coupled_layers(units)
+
+    def _works(self, groups: Sequence[Sequence[str]]) -> bool:
+        """Whether it works if these gates lose their units, and no others."""
+        free = {name for names in groups for name in names}
+        self._staying = [name for names in self._groups() for name in names if name not in free]
         try:
-            own, undo = carried_out(*change())
-        except OtherSizeError as elsewhere:
-            let_go(elsewhere)
-            log.warning("the smaller network is right at the sizes of the example alone: %s", elsewhere)
-            verification.stay_here()
-            zeros_alone = False
-            own, undo = carried_out(*change())
-    try:
-        agree(own.plan)
-    except BaseException:
+            _, undo = self.carried_out(*self.change())
+        except VerificationError as error:
+            let_go(error)
+            return False
         undo()
-        raise
-    attach(network, own.plan)
-    for follower in followers:
-        follower.copy.attach(own.plan)
-    return own.plan
+        return True
+
+    def _carry_out(self, own: Change, literal: Collection[str] = (), numbers: Numbers = "computed") -> Undo:
+        for follower in self._followers:
+            follower.plan(lambda: _replace_sizes(self.change(literal, numbers)[0], own.plan.sizes), own)
+        return _apply(self._network, own, self._verification, self._followers)
+
+    def _attempt(self, literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
+        own, _ = self.change(literal, numbers)
+        own = _with_stale_sizes(self._network, own, self._rehearse)
+        return own, self._carry_out(own, literal, numbers) if own.plan else _nothing
+
+    def _rehearse(self) -> None:
+        self._verification.rehearse(self._args, self._kwargs, self._captured.training)
 
 
 def _with_stale_sizes(network: nn.Module, change: Change, rehearse: Callable[[], None]) -> Change:
@@ -190,47 +286,7 @@ def _take_literally(
     return own, undo
 
 
-class _Follower:
-    """A copy of a network on its way to become smaller."""
-
-    def __init__(
-        self, copy: Copy, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
-    ) -> None:
-        self.copy, self._network = copy, network
-        with copy.worn_by(network):
-            self._verification = Verification(network, args, kwargs, training)
-
-    def plan(self, change: Callable[[], Change], own: Change) -> None:
-        """Find its new tensors.
-
-        Raises:
-            VerificationError: it would be cut in another way than the network, or constants of its own would go into
-                a layer that it shares with the network.
-        """
-        with self.copy.worn_by(self._network):
-            self.change = change()
-        if not self.change.plan.is_like(own.plan):
-            raise VerificationError(
-                f"{self.copy.name} would lose other channels than the network that it is a copy of, because values "
-                "that are constant there are not constant here; it cannot follow"
-            )
-        for name, exact in self.change.exact.items():
-            if not self.copy.has(name) and not exact.is_close(own.exact.get(name)):
-                raise VerificationError(
-                    f"constants of {self.copy.name} would have to be carried into {name!r}, which is no part of the "
-                    "copy; it cannot follow"
-                )
-
-    def check(self) -> None:
-        """Verify the copy, which has become smaller, as the network has."""
-        with self.copy.worn_by(self._network):
-            try:
-                self._verification.check(self.change.exact)
-            except VerificationError as error:
-                raise VerificationError(f"{self.copy.name}: {error}") from error
-
-
-def _apply(network: nn.Module, change: Change, verification: Verification, followers: Sequence[_Follower]) -> Undo:
+def _apply(network: nn.Module, change: Change, verification: Verification, followers: Sequence[Follower]) -> Undo:
     steps = [install(network, change.plan, change.tensors)]
 
     def undo() -> None:

@@ -94,11 +94,14 @@ def masked(walk: Walk, node: Any) -> Value:
 
     Where both are the same constant, so is the result.
     """
+    given = arguments(node)
+    if "self" not in given:
+        raise Unsupported("it gives the places where a condition holds")
     shape = tuple(node.meta["val"].shape)
     operands = {source: operand_of(walk, source) for source in node.all_input_nodes}
     labels = unify_operands(walk, list(operands.values()), shape)
     _note_mixed(walk, operands, list(operands.values()), labels)
-    given, ones = arguments(node), [1] * len(shape)
+    ones = [1] * len(shape)
     sides = [given[name] for name in ("self", "other" if "other" in given else "value")]
     constants, known = zip(
         *(
