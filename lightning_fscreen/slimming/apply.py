@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ Agree = Callable[[SlimmingPlan], None]
 """Is called with a plan that has been carried out and verified, and undoes it by raising."""
 
 
+_TRIALS = 64  # until it is given up to find out which gates are to blame
 _NOT_SHOWN = (
     "{0} of {0} pruned channels stay: {0} because without them the outputs would change, since forward does something "
     "that the captured graph does not show"
@@ -183,7 +185,15 @@ class _Removal:
                 return self.carried_out(*self.change())
         if not (groups := self._groups()):
             raise error
-        self._staying = culprits(groups, self._works)
+        trials = itertools.count(1)
+
+        def works(some: Sequence[Sequence[str]]) -> bool:
+            if next(trials) > _TRIALS:
+                raise error
+            self._staying = {name for names in groups for name in names}.difference(*some)
+            return self._works()
+
+        self._staying = culprits(groups, works)
         own, assumed = self.change()
         if not own.plan:
             raise error
@@ -201,10 +211,8 @@ class _Removal:
         units = {name: (root[gates[name]] - 1).tolist() for name in switched if name in gates}  # what is pinned is −1
         return coupled_layers(units)
 
-    def _works(self, groups: Sequence[Sequence[str]]) -> bool:
-        """Whether it works if these gates lose their units, and no others."""
-        free = {name for names in groups for name in names}
-        self._staying = [name for names in self._groups() for name in names if name not in free]
+    def _works(self) -> bool:
+        """Whether it works if those gates lose their units that need not stay."""
         try:
             _, undo = self.carried_out(*self.change())
         except VerificationError as error:

@@ -88,3 +88,12 @@ def test_where_all_of_them_are_to_blame_the_error_says_so_and_nothing_is_changed
     with pytest.raises(VerificationError, match="would change its outputs"):
         slim(network, keep, x)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_it_is_given_up_after_some_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_fscreen.slimming.apply._TRIALS", 1)
+    network, keep, x = build((0,))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(VerificationError, match="would change its outputs"):
+        slim(network, keep, x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
