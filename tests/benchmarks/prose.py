@@ -154,13 +154,6 @@ def blind_spots_behind():
     )
 
 
-def doing_nothing():
-    """Weights that LeNet-300-100 keeps although they lead nowhere or come from nowhere, in any run of the default."""
-    lines = [line for line in table_and_results("lenet300")[1] if line["method"] == "screening"]
-    most = max(lines, key=lambda line: sum(layer["dead"] for layer in line["layers"]) / line["candidates"]["kept"])
-    return f"at most {sum(layer['dead'] for layer in most['layers'])} of {most['candidates']['kept']:,}"
-
-
 def connected_alone():
     """What the rule for connections that do nothing gains by itself, with magnitude, where 98 % go."""
     table, results = table_and_results("blind_spots")
@@ -297,7 +290,6 @@ FIGURES = {
         digits_macs,
         all_at_once,
         blind_spots_behind,
-        doing_nothing,
         connected_alone,
         half_of_resnet20,
         against_torch_pruning_resnet20,
