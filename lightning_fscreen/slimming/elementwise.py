@@ -15,7 +15,6 @@ from lightning_fscreen.slimming.interpreter import (
     Handler,
     Unsupported,
     Walk,
-    arguments,
     by_channel,
     operator_name,
     written,
@@ -30,9 +29,11 @@ ACTIVATIONS = """
 _POINTWISE = """
     abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow floor ceil round trunc frac erf
     erfc sin cos tan asin acos atan sinh cosh asinh acosh atanh sign sgn logit absolute negative sub subtract rsub
-    maximum minimum fmax fmin lerp hardshrink softshrink nan_to_num isnan isinf isfinite gt ge lt le eq ne greater
-    greater_equal less less_equal not_equal logical_and logical_or logical_not logical_xor bitwise_and bitwise_or
-    bitwise_not bitwise_xor __and__ __or__ __xor__ clone contiguous alias detach lift_fresh_copy
+    maximum minimum fmax fmin lerp hardshrink softshrink nan_to_num clone contiguous alias detach lift_fresh_copy
+""".split()
+_ANSWERS = """
+    isnan isinf isfinite gt ge lt le eq ne greater greater_equal less less_equal not_equal logical_and logical_or
+    logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__
 """.split()
 _VIEWS = ("view", "reshape", "unsqueeze")
 
@@ -59,10 +60,10 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = Fa
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
     labels = unify_operands(walk, operands, shape)
-    _note_mixed(walk, node.all_input_nodes, operands, labels)
+    note_mixed(walk, node.all_input_nodes, operands, labels)
     known = torch.ones([1] * rank, dtype=torch.bool)
     for value in operands:
-        known = known & _with_rank(value.known, rank)
+        known = known & with_rank(value.known, rank)
     constant = torch.zeros([1] * rank, dtype=torch.float64)
     if bool(known.any()):
         constants = [value.constant for value in operands]
@@ -72,10 +73,10 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = Fa
         args, kwargs = pytree.tree_map_only(
             fx.Node, lambda source: _as_it_was(source, replaced[source]), (node.args, node.kwargs)
         )
-        constant = _with_rank(node.target(*args, **kwargs).double(), rank)
+        constant = with_rank(node.target(*args, **kwargs).double(), rank)
     for value in operands if zero_absorbs else operands[:1] if divides and node.args[0] in node.all_input_nodes else []:
         # A known quotient stays as it was computed: zero by zero is none.
-        zero = _with_rank(value.known & (value.constant == 0), rank) & (~known if divides else True)
+        zero = with_rank(value.known & (value.constant == 0), rank) & (~known if divides else True)
         known, zero = torch.broadcast_tensors(known, zero)
         constant = torch.where(zero, 0.0, constant)
         known = known | zero
@@ -84,44 +85,16 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = Fa
     return Value(shape, labels, constant, known)
 
 
+def answer(walk: Walk, node: Any) -> Value:
+    """As `pointwise`: yes or no. Masks are none of heads."""
+    if walk.heads.dims is None:
+        raise Unsupported
+    return pointwise(walk, node)
+
+
 def _as_it_was(source: fx.Node, constant: Tensor) -> Tensor:
     """A copy of the constants of a node, with its dtype if that is no number's."""
     return constant.to(torch.bool) if source.meta["val"].dtype == torch.bool else constant.clone()
-
-
-def masked(walk: Walk, node: Any) -> Value:
-    """Some elements are replaced by a number, or by those of another tensor, as a mask says.
-
-    Where both are the same constant, so is the result.
-    """
-    given = arguments(node)
-    if "self" not in given:
-        raise Unsupported("it gives the places where a condition holds")
-    shape = tuple(node.meta["val"].shape)
-    operands = {source: operand_of(walk, source) for source in node.all_input_nodes}
-    labels = unify_operands(walk, list(operands.values()), shape)
-    _note_mixed(walk, operands, list(operands.values()), labels)
-    ones = [1] * len(shape)
-    sides = [given[name] for name in ("self", "other" if "other" in given else "value")]
-    constants, known = zip(
-        *(
-            (_with_rank(operands[side].constant, len(shape)), _with_rank(operands[side].known, len(shape)))
-            if isinstance(side, fx.Node)
-            else (torch.full(ones, float(side), dtype=torch.float64), torch.ones(ones, dtype=torch.bool))
-            for side in sides
-        ),
-        strict=True,
-    )
-    same = known[0] & known[1] & (constants[0] == constants[1])
-    return Value(shape, labels, torch.where(same, constants[0], 0.0), same)
-
-
-def causal(walk: Walk, node: Any) -> Value:
-    """Zeros or sums over the places up to each one, along dimensions that are none of channels."""
-    value, given = walk.value(node.args[0]), arguments(node)
-    if any(value.labels.shape[dim] > 1 for dim in ([given["dim"]] if "dim" in given else [-1, -2])):
-        raise Unsupported("it treats channels by their numbers")
-    return Value(value.shape, value.labels, torch.zeros_like(value.constant), torch.zeros_like(value.known))
 
 
 def addcmul(walk: Walk, node: Any) -> Value:
@@ -131,16 +104,16 @@ def addcmul(walk: Walk, node: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
     labels = unify_operands(walk, [shift, *factors], shape)
-    _note_mixed(walk, sources, [shift, *factors], labels)
+    note_mixed(walk, sources, [shift, *factors], labels)
     shift = _shift(walk, sources[0], shift)
     constant = node.target(shift.constant, *(factor.constant for factor in factors), **node.kwargs)
-    first, second = (_with_rank(factor.known, rank) for factor in factors)
+    first, second = (with_rank(factor.known, rank) for factor in factors)
     known = first & second
     for factor in factors:
-        known = known | _with_rank(factor.known & (factor.constant == 0), rank)
-    known = known & _with_rank(shift.known, rank)
+        known = known | with_rank(factor.known & (factor.constant == 0), rank)
+    known = known & with_rank(shift.known, rank)
     _note_trained(walk, sources[:1], labels, known)
-    return Value(shape, labels, _with_rank(constant, rank), known)
+    return Value(shape, labels, with_rank(constant, rank), known)
 
 
 def _shift(walk: Walk, source: Any, value: Value) -> Value:
@@ -154,7 +127,7 @@ def _note_trained(walk: Walk, sources: Iterable[Any], labels: Tensor, known: Ten
         walk.slots.trained.append(labels[known])
 
 
-def _note_mixed(walk: Walk, sources: Iterable[Any], operands: Iterable[Value], labels: Tensor) -> None:
+def note_mixed(walk: Walk, sources: Iterable[Any], operands: Iterable[Value], labels: Tensor) -> None:
     """What meets an activation that is the same for all channels (spatial attention, a mask) is no constant then."""
     alone = [
         node for node, own in zip(sources, operands, strict=True) if own.labels.numel() == 1 and not own.known.all()
@@ -169,26 +142,6 @@ def parameter_behind(walk: Walk, node: Any) -> str | None:
         node = node.args[0]
     name = walk.name(node)
     return name if name is not None and sum(size > 1 for size in walk.shape(name)) == 1 else None
-
-
-def copy(walk: Walk, node: Any) -> Value:
-    """What is copied into a tensor takes the place of its elements, and goes with them."""
-    target, source = (operand_of(walk, item) for item in node.args[:2])
-    labels = unify_operands(walk, [target, source], target.shape)
-    rank = len(target.shape)
-    return Value(target.shape, labels, _with_rank(source.constant, rank), _with_rank(source.known, rank))
-
-
-def fill(walk: Walk, node: Any) -> Value:
-    """The same number everywhere."""
-    value = walk.value(node.args[0])
-    number = node.args[1] if len(node.args) > 1 else 0.0
-    if isinstance(number, fx.Node):
-        source = walk.values.get(number)
-        if not isinstance(source, Value) or not bool(source.known.all()):
-            raise Unsupported("it fills in a number that is computed from values")
-        number = float(source.constant.flatten()[0])
-    return Value(value.shape, value.labels, torch.full_like(value.constant, number), torch.ones_like(value.known))
 
 
 def cast(walk: Walk, node: Any) -> Value:
@@ -220,28 +173,6 @@ def prelu(walk: Walk, node: Any) -> Value:
     if walk.training:  # whatever their signs, so that it is known which can go before their values are
         walk.slots.trained.append(labels[known])
     return by_channel(node, 1, labels, torch.where(constant < 0, walk.tensor(name), 1.0) * constant, known)
-
-
-def rrelu(walk: Walk, node: Any) -> Value:
-    """A random slope, of which zeros know nothing."""
-    value = walk.value(node.args[0])
-    return Value(value.shape, value.labels, torch.zeros_like(value.constant), value.known & (value.constant == 0))
-
-
-def dropout(walk: Walk, node: Any, keeps_zero: bool = True) -> Value:
-    """In train mode only zeros are constant, and they only if dropping means to set to zero."""
-    value = walk.value(node.args[0])
-    given = arguments(node)
-    if not (given["p"] and (given["train"] or walk.training)):  # the graph of eval mode may stand for both
-        return value
-    known = value.known & (value.constant == 0) if keeps_zero else torch.zeros_like(value.known)
-    return Value(value.shape, value.labels, value.constant, known)
-
-
-def noise(walk: Walk, node: Any) -> Value:
-    """Random numbers of the same shape."""
-    value = walk.value(node.args[0])
-    return Value(value.shape, value.labels, value.constant, torch.zeros_like(value.known))
 
 
 def vector(walk: Walk, source: Any) -> Value:
@@ -283,7 +214,7 @@ def _parameter(walk: Walk, name: str) -> Value:
 
 def unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) -> Tensor:
     """Elements that meet share their slot; an operand of size 1 along the others' slots only broadcasts."""
-    ranked = [(_with_rank(v.labels, len(shape)), (1,) * (len(shape) - len(v.shape)) + v.shape) for v in operands]
+    ranked = [(with_rank(v.labels, len(shape)), (1,) * (len(shape) - len(v.shape)) + v.shape) for v in operands]
     varying = [dim for dim in range(len(shape)) if any(labels.shape[dim] > 1 for labels, _ in ranked)]
     full = [labels for labels, own in ranked if all(own[dim] == shape[dim] for dim in varying)]
     for labels, own in ranked:
@@ -301,24 +232,18 @@ def unify_operands(walk: Walk, operands: list[Value], shape: tuple[int, ...]) ->
     return min((labels for labels in full if bool(labels.any())), key=Tensor.numel, default=full[0])
 
 
-def _with_rank(tensor: Tensor, rank: int) -> Tensor:
+def with_rank(tensor: Tensor, rank: int) -> Tensor:
+    """The same with as many dimensions, new ones in front, as in broadcasting."""
     return tensor.reshape([1] * (rank - tensor.ndim) + list(tensor.shape))
 
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys((*ACTIVATIONS, *_POINTWISE, *(f"{name}_" for name in _POINTWISE)), pointwise),
+    **dict.fromkeys((*_ANSWERS, *(f"{name}_" for name in _ANSWERS if not name.startswith("_"))), answer),
     **dict.fromkeys(("div", "div_", "divide", "divide_", "true_divide"), partial(pointwise, divides=True)),
     **dict.fromkeys(("add", "add_"), partial(pointwise, adds=True)),
     **dict.fromkeys(("mul", "mul_", "multiply", "multiply_"), partial(pointwise, zero_absorbs=True)),
     "addcmul": addcmul,
     **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
-    **dict.fromkeys(("masked_fill", "masked_fill_", "where"), masked),
-    **dict.fromkeys(("tril", "triu", "cumsum"), causal),
-    "copy_": copy,
-    **dict.fromkeys(("fill_", "zero_"), fill),
     "prelu": prelu,
-    **dict.fromkeys(("rrelu", "rrelu_"), rrelu),
-    **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "feature_dropout_"), dropout),
-    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), partial(dropout, keeps_zero=False)),
-    **dict.fromkeys(("bernoulli", "bernoulli_", "uniform_", "normal_"), noise),
 }

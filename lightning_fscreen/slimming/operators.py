@@ -15,6 +15,7 @@ from lightning_fscreen.slimming import (
     parts,
     pooling,
     repeating,
+    replacing,
     shapes,
 )
 from lightning_fscreen.slimming.capture import Capture
@@ -25,6 +26,7 @@ from lightning_fscreen.slimming.slots import SlotGraph
 
 HANDLERS: dict[str, Handler] = {
     **elementwise.HANDLERS,
+    **replacing.HANDLERS,
     **shapes.HANDLERS,
     **repeating.HANDLERS,
     **parts.HANDLERS,

@@ -222,7 +222,7 @@ def lookup(walk: Walk, node: Any) -> Value:
 def _at_places(walk: Walk, node: Any, numbers: Mapping[int, Any]) -> Value:
     """Positions by their numbers in several dimensions, none of which is one of channels."""
     value = walk.value(node.args[0])
-    if any(part.shape[place] > 1 for part in value.fields() for place in numbers):
+    if walk.heads.dims is None or any(part.shape[place] > 1 for part in value.fields() for place in numbers):
         raise Unsupported("it takes elements apart by their numbers")
     if any(walk.value(item).labels.numel() > 1 for item in numbers.values()):
         raise Unsupported("it takes other elements of every channel")
