@@ -20,7 +20,6 @@ NOISE: dict[str, Use] = {
     "dropout by hand": lambda h: h * (torch.rand_like(h) > 0.3),
     "dropout by a mask": lambda h: h * torch.bernoulli(torch.full_like(h, 0.7)) / 0.7,
     "in place": lambda h: h * torch.empty_like(h).normal_(1.0, 0.2) * torch.empty_like(h).uniform_(0.5, 1.5),
-    "of a distribution": lambda h: h * torch.distributions.Normal(torch.ones_like(h), 0.5).rsample(),
     "randomised slope": lambda h: F.rrelu(h, training=True),
     "dropped paths": lambda h: h * torch.rand(len(h), 1).bernoulli_(0.8),
     "torch's own": lambda h: F.feature_alpha_dropout(F.dropout(h), 0.0),
