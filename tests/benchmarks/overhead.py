@@ -106,7 +106,9 @@ def measure(experiment, names, overrides):
             fixed = [f"experiment={experiment}", f"trainer.max_epochs={EPOCHS}", f"paths.output_dir={folder}/{name}"]
             connection, turns = context.Pipe()
             connections.enter_context(connection)
-            process = context.Process(target=train, args=(turns, [*fixed, *quiet, *VARIANTS[name], *overrides]))
+            absent = "~callbacks.fscreen" in VARIANTS[name]
+            own = [item for item in overrides if not (absent and item.startswith("callbacks.fscreen."))]
+            process = context.Process(target=train, args=(turns, [*fixed, *quiet, *VARIANTS[name], *own]))
             process.start()
             turns.close()
             training[name] = process, connection
