@@ -179,7 +179,11 @@ class _Removal:
             try:
                 return self.carried_out(*self.change())
             except OtherSizeError as elsewhere:
-                log.warning("the smaller network is right at the sizes of the example alone: %s", elsewhere)
+                log.warning(
+                    "the smaller network is right at the sizes of the example alone; use it at these, or slim it with "
+                    "bias='zero', or on an example of the sizes that it will get: %s",
+                    elsewhere,
+                )
                 self._verification.stay_here()
                 self._zeros_alone = False
                 return self.carried_out(*self.change())
@@ -199,7 +203,12 @@ class _Removal:
             raise error
         result = self.carried_out(own, assumed)
         name, staying = type(self._network).__name__, sorted(self._staying)
-        log.warning("units of %s stay in %s, switched off: forward does something that its graph lacks", staying, name)
+        log.warning(
+            "units of %s stay in %s, switched off: forward does something that its graph lacks (it divides by the "
+            "square root of a width, say); leave these layers out with exclude, or write that with a fixed number",
+            staying,
+            name,
+        )
         return result
 
     def _groups(self) -> list[list[str]]:
