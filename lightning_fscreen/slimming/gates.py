@@ -228,7 +228,10 @@ def _all_off(module: nn.Module) -> Off:
 
 
 def _normalised(network: nn.Module, captured: Capture) -> list[str]:
-    """Linear and convolution layers whose outputs a batch norm normalises."""
+    """Linear and convolution layers whose outputs a batch norm normalises, and switches off.
+
+    In h + norm(depthwise(h)) it does not switch h off, which what makes h has to do itself.
+    """
     batch_norms = {name: part for name, part in network.named_modules() if _kind(part) == "channel"}
     if not batch_norms:
         return []
@@ -236,11 +239,20 @@ def _normalised(network: nn.Module, captured: Capture) -> list[str]:
     switched = {name: _all_off(part) for name, part in batch_norms.items() if name not in fixed}
     slots = find_slots(network, captured, switched)
     root = slots.components(pinned=False)
-    read = torch.zeros(len(root), dtype=torch.bool)
+    read, around, others = torch.zeros(3, len(root), dtype=torch.bool)
     for reader in slots.readers:
         if isinstance(reader, NormReader):
-            read[root[reader.inputs]] = True
-    return [name for name, outputs in slots.layers.items() if bool(read[root[outputs]].any())]
+            inputs, outputs = root[reader.inputs], root[reader.outputs]
+            read[inputs] = True
+            around[inputs[inputs == outputs]] = True
+        else:
+            others[root[reader.inputs[~reader.known]]] = True
+    left = around & others
+    return [
+        name
+        for name, outputs in slots.layers.items()
+        if bool(read[root[outputs]].any()) and (name in slots.depthwise or not bool(left[root[outputs]].any()))
+    ]
 
 
 def _why_not(network: nn.Module, slots: SlotGraph, root: Tensor) -> dict[int, str]:

@@ -183,6 +183,14 @@ NETWORKS = {
         lambda: nn.Sequential(nn.Linear(4, 8), Attention(8, kdim=6, vdim=6), nn.Linear(8, 3)),
         (5, 4),
     ),
+    "a normalised branch of a stream": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            *(Residual(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)), nn.SiLU()),
+            *(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)),
+        ),
+        (3, 5, 5),
+    ),
     "a batch norm in a part": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3),
@@ -274,6 +282,7 @@ def test_what_is_left_computes_what_the_masked_network_does(name: str, bias: str
         "a ConvNeXt block": ["1.inner.1"],
         "attention without norms": ["1.attention"],
         "attention to another width": ["1.attention", "1.other"],
+        "a normalised branch of a stream": ["0", "1.inner.1", "4"],
         "a batch norm in a part": ["1", "4"],
         "gated linear units": ["0", "2"],
         "products": ["0", "3"],
