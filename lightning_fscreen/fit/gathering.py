@@ -19,7 +19,7 @@ from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
-from lightning_fscreen.statistics.labels import class_labels, find_num_classes
+from lightning_fscreen.statistics.labels import class_labels, find_labels, find_num_classes, warn_of_choice
 from lightning_fscreen.statistics.padding import find_tokens
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.statistics.sampling import collection_stride, instances_needed
@@ -44,9 +44,6 @@ class Collection:
         self._batch: tuple[Any, int] | None = None  # of the running step, and its index
         self.found_stride: int | None = None  # for collect_every="auto", the same in every process
 
-    def _labels(self, batch: Any) -> Tensor:
-        return class_labels(self._settings.labels(batch))
-
     @property
     def stride(self) -> int | None:
         """Every so many-th batch is gathered; None while that is not known."""
@@ -70,14 +67,16 @@ class Collection:
         Raises:
             ValueError: the number of classes cannot be found; no labels in the batch.
         """
+        with _naming_batch(batch_idx, trainer):
+            given = self._settings.labels(batch)
+            labels = class_labels(given)
         if self._num_classes is None:
-            with _naming_batch(batch_idx, trainer):
-                labels = self._labels(batch)
             datamodule = getattr(trainer, "datamodule", None)
             self._num_classes = find_num_classes(datamodule, pl_module, labels=labels)
+        if self._settings.labels is find_labels:
+            warn_of_choice(batch, given, self._num_classes)
         if self.stride is None:
-            with _naming_batch(batch_idx, trainer):
-                instances = len(self._labels(batch)) * trainer.world_size
+            instances = len(labels) * trainer.world_size
             batches = batches_per_round(trainer, window) * self._settings.collect_epochs
             stride = collection_stride(batches, instances, self._num_classes)
             self.found_stride = trainer.strategy.broadcast(stride) if trainer.world_size > 1 else stride

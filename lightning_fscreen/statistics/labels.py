@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+
+log = logging.getLogger(__name__)
 
 _TOLERANCE = 0.02  # of a sum of proportions in bfloat16
 _WAYS = (
@@ -41,6 +44,24 @@ def find_labels(batch: Any) -> Tensor:
             f"attributes named {', '.join(_KEYS)}. {_WAYS}. For instance labels=lambda batch: batch['class']"
         )
     return found
+
+
+def warn_of_choice(batch: Any, labels: Tensor, num_classes: int) -> None:
+    """Warn where a later item of a batch (x, y, …) could be the labels as well as its second one.
+
+    A category among the inputs, (numbers, category, label), looks like labels; an index, weights or lengths do not.
+    """
+    if not isinstance(batch, Sequence) or len(batch) < 3 or batch[1] is not labels:
+        return
+    for place, item in enumerate(batch[2:], 2):
+        alike = isinstance(item, Tensor) and item.shape == labels.shape and item.dtype == labels.dtype
+        if alike and bool(((item >= 0) & (item < num_classes)).all()):
+            log.warning(
+                "labels are taken from the second item of the batch, but item %d looks like labels of %d classes, too: "
+                "%s. If it is, pass labels=lambda batch: batch[%d]; if not, labels=lambda batch: batch[1] says so",
+                *(place + 1, num_classes, describe(batch), place),
+            )
+            return
 
 
 def class_labels(labels: Tensor) -> Tensor:

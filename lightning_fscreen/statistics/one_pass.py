@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lightning_fscreen.modules import evaluating
 from lightning_fscreen.statistics.collector import ActivationCollector
-from lightning_fscreen.statistics.labels import class_labels, describe
+from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, warn_of_choice
 from lightning_fscreen.statistics.padding import find_tokens
 from lightning_fscreen.statistics.second_moments import SecondMoments
 
@@ -56,7 +56,10 @@ def observe(
                 given, tokens = labels_of(batch, labels, make_collector is not None), find_tokens(batch)
                 if make_collector is not None and given is not None:
                     batch_labels = class_labels(given)
-                    collector = collector or make_collector(batch_labels)
+                    if collector is None:
+                        collector = make_collector(batch_labels)
+                        if labels is find_labels:
+                            warn_of_choice(batch, given, collector.num_classes)
                     collector.attach(tokens)
                 with nullcontext() if moments is None else moments.counting(tokens):
                     call(model, batch, given, forward)

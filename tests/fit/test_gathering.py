@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen import ScreeningPruningCallback, screen
 from tests.conftest import Classifier, digits, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
 
@@ -215,3 +215,16 @@ def test_without_labels_some_criteria_work(granularity, criterion):
 def test_bad_runs_say_what_is_wrong_and_what_to_do(arguments, change, message):
     with pytest.raises(ValueError, match=message):
         trainer([WeightPruning(**{"amount": 0.5, **arguments})]).fit(_Unlabelled(mlp()), _batches(change))
+
+
+@pytest.mark.parametrize("labels", [None, lambda batch: batch[1]])
+@pytest.mark.parametrize("door", ["fit", "screen"])
+def test_labels_that_are_taken_from_one_of_two_possible_items_are_warned_of(door, labels, caplog):
+    batches = _batches(lambda x, y: (x, y // 5, y))
+    if door == "fit":
+        callback = WeightPruning(amount=0.5, end_epoch=1, labels=labels)
+        trainer([callback], max_epochs=1).fit(_Unlabelled(mlp()), batches)
+    else:
+        screen(mlp(), batches, progress=False, **({} if labels is None else {"labels": labels}))
+    warned = [record for record in caplog.records if "labels=lambda batch: batch[2]" in record.getMessage()]
+    assert len(warned) == (labels is None)

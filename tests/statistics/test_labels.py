@@ -18,6 +18,7 @@ from lightning_fscreen.statistics.labels import (
     find_labels,
     find_num_classes,
     infer_num_classes,
+    warn_of_choice,
 )
 
 X, Y, OTHER = torch.zeros(4, 3), torch.tensor([0, 1, 1, 0]), torch.arange(4)
@@ -56,6 +57,25 @@ def test_labels_are_found_where_classifiers_carry_them(batch):
 
 def test_a_named_field_of_a_namedtuple_says_more_than_its_position():
     assert find_labels(Indexed(OTHER, X, Y)) is Y
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        ((X, Y, Y.flip(0)), "item 3"),  # numbers, a category, the label
+        ([X, Y, X, 1 - Y], "item 4"),
+        ((X, Y), None),
+        ((X, Y, OTHER), None),  # an index: there are two classes
+        ((X, Y, Y.float()), None),  # weights
+        ((X, Y, X.long()), None),
+        ({"x": X, "label": Y, "y": Y.flip(0)}, None),
+        (Indexed(OTHER, X, Y), None),
+    ],
+    ids=describe,
+)
+def test_labels_that_may_be_another_item_are_warned_of(batch, named, caplog):
+    warn_of_choice(batch, find_labels(batch), 2)
+    assert [named in record.getMessage() for record in caplog.records] == [True] * (named is not None)
 
 
 @pytest.mark.parametrize(
