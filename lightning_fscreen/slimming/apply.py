@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +17,11 @@ from lightning_fscreen.slimming.copies import Copy
 from lightning_fscreen.slimming.double import let_go
 from lightning_fscreen.slimming.followers import Follower
 from lightning_fscreen.slimming.interpreter import Off
+from lightning_fscreen.slimming.literals import replace_sizes, take_literally, with_stale_sizes
 from lightning_fscreen.slimming.operators import find_slots
 from lightning_fscreen.slimming.plan import SlimmingPlan
 from lightning_fscreen.slimming.planning import Change, Numbers, make_change
 from lightning_fscreen.slimming.rewrite import Undo, install
-from lightning_fscreen.slimming.sizes import Sizes, stale_sizes
 from lightning_fscreen.slimming.slots import Assumption
 from lightning_fscreen.slimming.state import attach
 from lightning_fscreen.slimming.verify import OtherSizeError, Verification, VerificationError
@@ -162,7 +162,7 @@ class _Removal:
                 raise
             let_go(error)
             log.info("sizes seem to be written into forward: %s", error)
-            return _take_literally(self._attempt, assumed)
+            return take_literally(self._attempt, assumed)
 
     def carried_out_in_part(self, error: VerificationError) -> tuple[Change, Undo]:
         """Carry out what can be where not all can.
@@ -232,75 +232,20 @@ class _Removal:
 
     def _carry_out(self, own: Change, literal: Collection[str] = (), numbers: Numbers = "computed") -> Undo:
         for follower in self._followers:
-            follower.plan(lambda: _replace_sizes(self.change(literal, numbers)[0], own.plan.sizes), own)
+            follower.plan(lambda: replace_sizes(self.change(literal, numbers)[0], own.plan.sizes), own)
         return _apply(self._network, own, self._verification, self._followers)
 
     def _attempt(self, literal: Collection[str], numbers: Numbers) -> tuple[Change, Undo]:
         own, _ = self.change(literal, numbers)
-        own = _with_stale_sizes(self._network, own, self._rehearse)
+        own = with_stale_sizes(self._network, own, self._rehearse)
         return own, self._carry_out(own, literal, numbers) if own.plan else _nothing
 
     def _rehearse(self) -> None:
         self._verification.rehearse(self._args, self._kwargs, self._captured.training)
 
 
-def _with_stale_sizes(network: nn.Module, change: Change, rehearse: Callable[[], None]) -> Change:
-    """The change, with those of its sizes that do not follow by themselves.
-
-    Raises:
-        VerificationError: the smaller network does not run.
-    """
-    if not change.plan.sizes:
-        return change
-    undo = install(network, replace(change.plan, sizes={}), change.tensors)
-    try:
-        return _replace_sizes(change, stale_sizes(network, change.plan.sizes, rehearse))
-    except Exception as error:  # whatever forward raises
-        let_go(error)
-        raise VerificationError(f"forward of {type(network).__name__} fails on the smaller network: {error}") from error
-    finally:
-        undo()
-
-
-def _replace_sizes(change: Change, sizes: Sizes) -> Change:
-    """A change with other sizes."""
-    return replace(change, plan=replace(change.plan, sizes=sizes))
-
-
 def _nothing() -> None:
     """Undo nothing."""
-
-
-def _take_literally(
-    attempt: Callable[[Collection[str], Numbers], tuple[Change, Undo]], assumed: Mapping[str, Assumption]
-) -> tuple[Change, Undo]:
-    """Let numbers follow the channels that they count: as attributes of their module, or where calls are given them.
-
-    Where neither does, find the lines of the source that have them, by trying; their channels stay.
-    """
-
-    def literally(lines: Collection[str], numbers: Numbers = "attributes") -> tuple[Change, Undo]:
-        return attempt({name for name, assumption in assumed.items() if assumption.line in lines}, numbers)
-
-    for numbers in get_args(Numbers)[1:]:
-        try:
-            return literally([], numbers)
-        except VerificationError as error:
-            let_go(error)
-            log.info("numbers in forward do not follow as %s: %s", numbers, error)
-    lines = list(dict.fromkeys(assumption.line for assumption in assumed.values()))
-    own, undo = literally(lines)
-    for line in list(lines) if len(lines) > 1 else []:
-        undo()
-        try:
-            own, undo = literally([other for other in lines if other != line])
-        except VerificationError:
-            own, undo = literally(lines)
-            continue
-        lines.remove(line)
-    for line in lines:
-        log.warning("sizes are written into forward as numbers, so channels stay there: %s", line)
-    return own, undo
 
 
 def _apply(network: nn.Module, change: Change, verification: Verification, followers: Sequence[Follower]) -> Undo:
