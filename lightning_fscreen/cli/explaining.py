@@ -17,6 +17,7 @@ from lightning_fscreen.callback import ScreeningPruningCallback
 from lightning_fscreen.cli.figures import save_figures
 from lightning_fscreen.cli.layer_figures import units_figure
 from lightning_fscreen.cli.parts import check_writable, data_of, instantiate_all, network_of
+from lightning_fscreen.cli.weights import load_weights
 from lightning_fscreen.files import replacing
 from lightning_fscreen.slimming.state import resize_on_load
 from lightning_fscreen.trained.arguments import Ranking
@@ -28,11 +29,11 @@ def explain_run(config: DictConfig) -> Explanation:
 
     Its callback's arguments are those of `explain`; those of its schedule, of masks and of training count for nothing
     here. The statistics are those of the training data, in one pass and without augmentation; the weights those of
-    `ckpt_path`, or those before any training.
+    `ckpt_path` or `weights`, or those before any training.
 
     Raises:
         ValueError: no `ScreeningPruningCallback` in the configuration; as `explain`.
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: there is no such checkpoint, or file of weights.
         OSError: the run folder cannot be written.
     """
     folder = Path(config.paths.output_dir)
@@ -44,6 +45,8 @@ def explain_run(config: DictConfig) -> Explanation:
     if pruning is None:
         raise ValueError("nothing prunes: there is no ScreeningPruningCallback in callbacks; leave callbacks=none out")
     model: LightningModule = instantiate(config.model, _convert_="all")
+    if config.weights is not None:
+        load_weights(model, config.weights, config.weights_exclude)
     if config.ckpt_path is not None:
         _load(model, folder / "checkpoints" / "last.ckpt" if config.ckpt_path == "last" else Path(config.ckpt_path))
     # It trains nothing, but data modules ask it for its state and its devices.
@@ -64,8 +67,9 @@ def explain_run(config: DictConfig) -> Explanation:
     )
     _write(explanation, folder, config.extras.figures)
     console = Console()
-    weights = "before any training" if config.ckpt_path is None else f"of {config.ckpt_path}"
-    console.print(f"with the weights {weights}", style="italic", markup=False)
+    source = config.ckpt_path or config.weights
+    weights = f"of {source}" if source else "before any training"
+    console.print(f"with the weights {weights}", style="italic", markup=False, soft_wrap=True)
     console.print(str(explanation), markup=False, highlight=False, soft_wrap=True)
     console.print(f"results: {folder}", markup=False, soft_wrap=True)
     return explanation

@@ -36,6 +36,7 @@ from lightning_fscreen.cli.outputs import (
 )
 from lightning_fscreen.cli.parts import check_writable, data_of, instantiate_all, network_of
 from lightning_fscreen.cli.resuming import EpochSeed, KeepMetrics, WholeCheckpoints
+from lightning_fscreen.cli.weights import load_weights
 from lightning_fscreen.files import replacing
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.saving.onnx import export_onnx
@@ -109,6 +110,8 @@ def _run(config: DictConfig) -> float | None:
 
     model: LightningModule = instantiate(config.model, _convert_="all")
     network = network_of(model)
+    if config.weights is not None:
+        load_weights(model, config.weights, config.weights_exclude)
     callbacks, loggers = instantiate_all(config.callbacks), instantiate_all(config.logger)
     kept = KeepMetrics(folder)
     trainer: Trainer = instantiate(

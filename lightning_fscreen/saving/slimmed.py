@@ -164,6 +164,16 @@ def load_slimmed(
     return model
 
 
+def is_slimmed_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of `save_slimmed`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError:
+        return False
+    return _KEY in metadata or _OLD_KEYS[0] in metadata
+
+
 def _from_file(path: Path) -> tuple[SlimmingPlan, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
