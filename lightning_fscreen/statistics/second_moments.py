@@ -35,7 +35,7 @@ class SecondMoments(TorchFunctionMode):
         super().__init__()
         self._inputs = {id(weight): places.to(weight.device) for weight, places in inputs.items()}
         self._in_order = {
-            id(weight) for weight, places in inputs.items() if places.flatten().tolist() == list(range(places.numel()))
+            id(weight) for weight, places in inputs.items() if places.tolist() == [list(range(places.numel()))]
         }
         self._sums: dict[int, Tensor] = {}
         self._instances: dict[int, int] = {}

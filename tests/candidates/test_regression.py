@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.covariance import oas
@@ -15,6 +16,7 @@ from torch import nn
 from lightning_fscreen import prune
 from lightning_fscreen.candidates.regression import ridge
 from tests.conftest import digits, loader
+from tests.slimming.test_units import NETWORKS, build
 
 
 def correlated(instances: int, features: int, seed: int) -> torch.Tensor:
@@ -92,6 +94,41 @@ def test_a_copy_of_what_stays_goes_without_a_trace(flat):
     with torch.no_grad():
         error = {bias: (each(images) - network(images)).abs().max() for bias, each in small.items()}
     assert error["ridge"] < 0.3 * error["mean"]  # 64 instances do not tell more
+
+
+def test_what_reads_the_groups_of_a_convolution_does_without_copies_too():
+    """A unit is a channel of each group: to what reads them, one feature in two copies."""
+    torch.manual_seed(0)
+    grouped, last = nn.Conv2d(4, 16, 3, padding=1, groups=2), nn.Linear(16, 10)
+    with torch.no_grad():
+        for values in grouped.weight.view(2, 8, -1), grouped.bias.view(2, 8):
+            values[:, 4:] = values[:, :4]
+        last.weight.view(10, 2, 8)[..., 4:] *= 0.5
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), grouped, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last).eval()
+    small, images = {bias: copy.deepcopy(network) for bias in ("ridge", "mean")}, digits(64)[0]
+    for bias, each in small.items():
+        prune(each, loader(), 0.5, bias=bias, budget="candidates", include="1", progress=False)
+    assert len(small["ridge"][1].weight) == 8
+    with torch.no_grad():
+        error = {bias: (each(images) - network(images)).abs().max() for bias, each in small.items()}
+    assert error["ridge"] < 0.8 * error["mean"]  # as above
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network_is_pruned_by_default(name):
+    network, inputs = build(name)
+    before = sum(parameter.numel() for parameter in network.parameters())
+    network, batches = network.eval(), [torch.randn(64, *inputs.shape[1:], dtype=inputs.dtype) for _ in range(2)]
+    prune(network, batches, 0.3, progress=False)
+    assert sum(parameter.numel() for parameter in network.parameters()) < before
+    assert all(network(batch).isfinite().all() for batch in batches)
+
+
+@pytest.mark.parametrize("name", ["regnet_x_400mf", "shufflenet_v2_x0_5", "mobilenet_v3_small"])
+def test_networks_of_torchvision_are_pruned_by_default(name):
+    network = torchvision.models.get_model(name, num_classes=10).eval()
+    _, report = prune(network, [torch.randn(16, 3, 64, 64) for _ in range(4)], 0.4, progress=False)
+    assert report.after.macs < 0.61 * report.before.macs
 
 
 def test_what_is_read_in_another_order_than_it_is_made_goes_without_a_trace_too():

@@ -56,6 +56,14 @@ def test_positions_of_a_flattened_channel_are_instances():
     torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
 
 
+def test_the_groups_of_a_convolution_are_instances():
+    weight, values = nn.Parameter(torch.randn(8, 3, 1, 1)), torch.randn(7, 12, 2, 2)
+    with SecondMoments({weight: torch.arange(12).view(4, 3)}) as moments:
+        F.conv2d(values, weight, groups=4)
+    rows = values.movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(moments.of(weight)[0], rows.mT @ rows)
+
+
 def test_features_come_in_the_order_that_is_given():
     weight, values, places = nn.Parameter(torch.randn(5, 4)), torch.randn(7, 4), torch.tensor([[2, 0, 3, 1]])
     with SecondMoments({weight: places}) as moments:
