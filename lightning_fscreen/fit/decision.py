@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from lightning_fscreen.ranking.budgeted import rank_and_prune
 from lightning_fscreen.ranking.criteria import Explained, ScoringContext
 from lightning_fscreen.statistics.gradients import GradientStatistics
 from lightning_fscreen.statistics.probes import FeatureStatistics
+
+log = logging.getLogger(__name__)
 
 FindIdle = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Masks by layer → which of their candidates do nothing then, by layer, of those that are understood."""
@@ -82,6 +85,12 @@ class Decision:
             ValueError: NaN scores; a budget that the floors make impossible.
         """
         scores = self.scores(fraction, seed)
+        if fraction and not self._masks.num_pruned and self._all_alike(scores):
+            log.warning(
+                "all scores are equal, so nothing tells the %s apart, and every layer loses its first ones: scales are "
+                'all 1 before training, and stay so with precision="bf16-true", which rounds small steps to nothing',
+                self._granularity.noun,
+            )
         masks = self._lowest_pruned(scores, fraction)
         if self._find_idle is None:
             return masks
@@ -95,6 +104,17 @@ class Decision:
             idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}
             first = {name: torch.where(own, -torch.inf, scores[name]) for name, own in idle.items()}
             masks = self._lowest_pruned({**scores, **first}, fraction)
+
+    def _all_alike(self, scores: Mapping[str, Tensor]) -> bool:
+        """Whether there are several candidates left, all with the same score."""
+        lowest, highest, left = torch.inf, -torch.inf, 0
+        for name, mask in self._masks.present.items():
+            own = scores[name][mask]
+            if own.numel():
+                lowest, highest, left = min(lowest, float(own.min())), max(highest, float(own.max())), left + len(own)
+            if lowest < highest:
+                return False
+        return left > 1
 
     def _lowest_pruned(self, scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
         settings = self._settings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fscreen.modules import coupled_layers
 from lightning_fscreen.ranking.multiples import Blocks, in_multiples, least_kept, queues_of
-from lightning_fscreen.ranking.units import Units
+from lightning_fscreen.ranking.units import Units, relative_places
 
 Scope = Literal["global", "kind", "layer"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -33,8 +33,9 @@ def rank_and_prune(
 
     The budget is round(amount · candidates), over all layers together (scope "global"), over those of every kind
     ("kind") or in every layer by itself ("layer"); the roundings are shared out so that the sum is the global budget.
-    Equal scores are pruned in the order of the layers and, within a layer, of their positions: the result is the same
-    on every machine.
+    Equal scores are pruned from all layers alike, in the order of their relative positions in the layer: where scores
+    tell nothing (scales that are all 1, as before training), no layer is emptied, and the result is the same on every
+    machine.
 
     Args:
         scores: layer → scores of any shape; higher is more important, +inf the most.
@@ -178,8 +179,9 @@ def _drop_lowest_of_all(
     scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], removable: Mapping[str, Tensor], drop: int
 ) -> dict[str, Tensor]:
     eligible = torch.cat([removable[name].flatten() for name in kept])
-    pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), eligible, drop)
-    parts = pruned.split([mask.numel() for mask in kept.values()])
+    lengths = [mask.numel() for mask in kept.values()]
+    pruned = _lowest(torch.cat([scores[name].flatten() for name in kept]), eligible, drop, lengths)
+    parts = pruned.split(lengths)
     return {name: mask & ~part.view_as(mask) for (name, mask), part in zip(kept.items(), parts, strict=True)}
 
 
@@ -187,13 +189,22 @@ def _drop_lowest(scores: Tensor, kept: Tensor, drop: int) -> Tensor:
     return kept & ~_lowest(scores.flatten(), kept.flatten(), drop).view_as(kept) if drop > 0 else kept.clone()
 
 
-def _lowest(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """Mask of the `count` lowest eligible scores; among equal ones the first positions."""
+def _lowest(scores: Tensor, eligible: Tensor, count: int, lengths: Sequence[int] | None = None) -> Tensor:
+    """Mask of the `count` lowest eligible scores; among equal ones the relatively first positions in their layers.
+
+    Args:
+        scores: (n,) of layers, one after the other.
+        eligible: (n,) bool.
+        count: how many, at least 1.
+        lengths: how many of the scores are those of each layer; by default all are of one.
+    """
     # Several times faster than to pick the eligible ones out.
     threshold = _smallest_(torch.where(eligible, scores.detach(), torch.inf), count)
     lowest = eligible & (scores <= threshold)
     if excess := int(lowest.count_nonzero()) - count:
-        lowest[(eligible & (scores == threshold)).nonzero().flatten()[-excess:]] = False
+        equal = (eligible & (scores == threshold)).nonzero().flatten().cpu()
+        order = relative_places(lengths or [len(scores)], equal).argsort(stable=True)
+        lowest[equal[order[-excess:]].to(lowest.device)] = False
     return lowest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Units:
         self._scores = total / self._sizes.clamp(min=1)
         places = torch.arange(len(labels), device=labels.device)
         self._first = places.new_full((len(numbers),), len(labels)).scatter_reduce(0, self._members, places, "amin")
+        relative = relative_places(list(self._lengths.values()), self._first.cpu()).to(self._first.device)
+        self._in_turns = relative.argsort(stable=True)  # units are numbered
         self._stays: Tensor = (numbers < 0) | (self._sizes == 0)
         start = 0
         for length in self._lengths.values():
@@ -59,7 +61,7 @@ class Units:
     def drop(self, count: int, queues: Tensor | None = None) -> dict[str, Tensor]:
         """New masks without the lowest-ranked units, `count` candidates in all, or as near to it as their sizes allow.
 
-        Equal scores are pruned in the order of their first candidates.
+        Equal scores are pruned as `lowest_first` orders them.
 
         Args:
             count: number of candidates.
@@ -105,9 +107,11 @@ class Units:
         return dict(zip(self._lengths, self._members.split(list(self._lengths.values())), strict=True))
 
     def lowest_first(self, keys: Tensor) -> Tensor:
-        """Those units that may go, by ascending keys, (units,); equal ones in the order of their first candidates."""
-        order = self._first.argsort()
-        order = order[keys[order].argsort(stable=True)]
+        """Those units that may go, by ascending keys, (units,); equal ones from all layers in turns.
+
+        That is the order of the relative positions of their first candidates in the layer.
+        """
+        order = self._in_turns[keys[self._in_turns].argsort(stable=True)]
         return order[~self._stays[order]]
 
     def least(self) -> dict[str, Tensor]:
@@ -139,3 +143,19 @@ class Units:
         gone[pruned] = True
         masks = (self._kept & ~gone[self._members]).split(list(self._lengths.values()))
         return dict(zip(self._lengths, masks, strict=True))
+
+
+def relative_places(lengths: Sequence[int], places: Tensor) -> Tensor:
+    """Where places in layers that stand one after the other are in their own layer: from 0, its first, to 1, its last.
+
+    Args:
+        lengths: of the layers.
+        places: (n,) int64.
+
+    Returns:
+        (n,) float64, (i + ½) / length for the place i of a layer.
+    """
+    ends = torch.tensor(lengths).cumsum(0)
+    layers = torch.searchsorted(ends, places, right=True)
+    sizes = torch.tensor(lengths)[layers]
+    return (places - (ends[layers] - sizes) + 0.5).double() / sizes

@@ -5,6 +5,7 @@ import pytest
 from lightning_fscreen import ScreeningPruningCallback
 from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
 from tests.conftest import Classifier, loader, mlp, trainer
+from tests.test_channel_fit import residual_net
 
 
 @pytest.fixture
@@ -60,3 +61,14 @@ def test_evidence_is_gathered_once_a_pruning_and_handed_to_the_scores(monkeypatc
     assert len(explained) == len(handed) == 3
     assert all(one is other for one, other in zip(explained, handed, strict=True))
     assert callback.report().layers[0].evidence == explained[-1]["net.1"].to_dict()
+
+
+@pytest.mark.parametrize("end_epoch", [0, 2])
+def test_scores_that_are_all_equal_are_warned_of_and_empty_no_layer(end_epoch, caplog):
+    """The scales of an untrained network, and of one that is trained."""
+    callback = ScreeningPruningCallback(amount=0.5, end_epoch=end_epoch, schedule="linear", slim=False)
+    trainer([callback], max_epochs=3).fit(Classifier(residual_net()), loader())
+    warned = [record for record in caplog.records if "nothing tells the channels apart" in record.getMessage()]
+    assert len(warned) == (end_epoch == 0)
+    if end_epoch == 0:
+        assert all(abs(layer.kept - layer.total / 2) <= 0.5 for layer in callback.report().layers)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -40,11 +41,15 @@ def brute_force_global(scores, kept, amount, floor):
     """Sort the candidates that their layer can spare, and drop from the front."""
     names = list(scores)
     left = {n: sorted((float(scores[n][i]), i) for i in range(len(kept[n])) if kept[n][i]) for n in names}
-    spare = [(score, names.index(n), i) for n in names for score, i in left[n][: max(len(left[n]) - floor, 0)]]
+    spare = [
+        (score, Fraction(2 * i + 1, 2 * len(kept[n])), names.index(n), i)  # equal scores in turns
+        for n in names
+        for score, i in left[n][: max(len(left[n]) - floor, 0)]
+    ]
     total = sum(mask.numel() for mask in kept.values())
     drop = max(round(amount * total) - pruned(kept), 0)
     result = {n: mask.clone() for n, mask in kept.items()}
-    for _, layer, i in sorted(spare)[:drop]:
+    for _, _, layer, i in sorted(spare)[:drop]:
         result[names[layer]][i] = False
     return result
 
@@ -151,11 +156,13 @@ def test_arguments_are_left_alone_and_results_are_new(scope):
         assert all(mask.all() for mask in kept.values())
 
 
-def test_ties_go_in_the_order_of_layers_then_of_positions():
-    scores = {"z": torch.ones(2, 3), "a": torch.ones(4)}
-    result = rank_and_prune(scores, everything(scores), 0.7, min_kept=1)
-    assert result["z"].tolist() == [[False, False, False], [False, False, True]]
-    assert result["a"].tolist() == [False, False, True, True]
+@pytest.mark.parametrize("units", [None, {"z": torch.arange(6), "a": torch.arange(6, 10), "b": torch.arange(10, 13)}])
+def test_where_scores_tell_nothing_all_layers_lose_alike(units):
+    scores = {"z": torch.ones(6), "a": torch.ones(4), "b": torch.tensor([1.0, 2.0, 3.0])}
+    result = rank_and_prune(scores, everything(scores), 0.5, units=units)
+    assert result["z"].tolist() == [False] * 3 + [True] * 3
+    assert result["a"].tolist() == [False] * 2 + [True] * 2
+    assert result["b"].tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
