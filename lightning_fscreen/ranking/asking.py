@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
 
@@ -12,7 +13,8 @@ _ATTEMPTS = 5
 _CLOSE = 0.03  # as a share of what is to be left, near enough to try no further
 
 
-class Answer(NamedTuple, Generic[Result]):
+@dataclass(frozen=True)
+class Answer(Generic[Result]):
     """The attempt that came nearest.
 
     Attributes:

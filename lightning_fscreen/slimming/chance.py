@@ -28,8 +28,11 @@ class SameChance(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name.rstrip("_").endswith("dropout"):
+        if name.rstrip("_") in _DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if name == "native_dropout":
+            values = args[0] if args else kwargs["input"]
+            return values, torch.ones_like(values, dtype=torch.bool)
         if name in _SWITCHES:
             place, argument, off = _SWITCHES[name]
             if len(args) > place:
@@ -67,6 +70,11 @@ def _bernoulli(uniform: Tensor, p: Any = 0.5) -> Any:
 def _exponential(uniform: Tensor, lambd: float = 1.0) -> Tensor:
     return -torch.log1p(-uniform) / lambd
 
+
+_DROPOUTS = {
+    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
+}
 
 _SWITCHES = {
     "scaled_dot_product_attention": (4, "dropout_p", 0.0),

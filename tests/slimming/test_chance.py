@@ -65,6 +65,23 @@ def test_a_noise_that_is_added_lets_no_unit_go() -> None:
     assert not plan.removed and "4 of 4 pruned channels stay" in plan.kept_for["first"]
 
 
+@pytest.mark.parametrize("name", [name for name in nn.modules.dropout.__all__ if "Alpha" not in name])
+def test_what_every_dropout_layer_of_torch_reads_can_go(name: str) -> None:
+    torch.manual_seed(0)
+    rank = int(name[-2]) if name[-1] == "d" else 2
+    conv = getattr(nn, f"Conv{rank}d")
+    network = nn.Sequential(conv(3, 8, 3), nn.ReLU(), getattr(nn, name)(), conv(8, 4, 1), nn.ReLU(), conv(4, 2, 1))
+    plan = slim(network, {"0": torch.arange(8) < 3, "3": torch.arange(4) < 3}, torch.randn(2, 3, *[4] * rank))
+    assert plan.removed == {"0": 5, "3": 1}
+
+
+def test_an_operator_that_says_what_it_drops_drops_nothing() -> None:
+    x = torch.randn(3, 4)
+    with SameChance():
+        values, left = torch.native_dropout(x, 0.5, True)
+    assert torch.equal(values, x) and bool(left.all())
+
+
 DRAWS: dict[str, tuple[Callable[[int], Tensor], float, float]] = {  # mean, and how far all are from it at most
     "rand": (lambda width: torch.rand(500, width), 0.5, 0.5),
     "randn": (lambda width: torch.randn(500, width), 0.0, 5.0),
