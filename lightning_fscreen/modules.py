@@ -101,13 +101,19 @@ def with_instances(inputs: Any, count: int, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside, every submodule's own mode restored afterwards."""
+    """Train or eval mode inside, every submodule's own mode restored afterwards.
+
+    Modules whose `train` does more than to note the mode (adapters that merge into weights for eval mode) are told.
+    """
     modes = {module: module.training for module in network.modules()}
-    network.train(training)
     try:
+        network.train(training)
         yield
     finally:
         for module, mode in modes.items():
+            if type(module).train is not nn.Module.train and module.training != mode:
+                module.train(mode)
+        for module, mode in modes.items():  # what one is told may go on to its parts
             module.training = mode
 
 

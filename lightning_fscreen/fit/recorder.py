@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.modules import is_within, named_tensors, uncompiled
-from lightning_fscreen.statistics.collector import examined
+from lightning_fscreen.statistics.collector import trains
 
 OnCall = Callable[[Network], Any]
 _NOT_CALLED = "no module that holds it is called as a whole in training_step"
@@ -32,6 +33,31 @@ def common_parent(model: nn.Module, names: Sequence[str]) -> str:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
     return name
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module's class."""
+    return types.MethodType(type(module).forward, module)
+
+
+class _Observed:
+    """Stands in for the forward of a module; copies of the module, and pickled ones, have their own forward instead.
+
+    Args:
+        module: the module.
+        forward: its forward.
+        call: what is called.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], call: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)  # for those who ask for its signature
+        self._module, self._call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module]]:
+        return own_forward, (self._module,)
 
 
 class Recorder:
@@ -151,9 +177,19 @@ class Recorder:
         if "" in holders:
             self._observe_forward(on_call)
         for name, module in holders.items():
-            enter = functools.partial(self._enter, on_call, name)
-            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(functools.partial(self._leave, name), always_call=True))
+            self._watch(name, module, on_call)
+
+    def _watch(self, name: str, module: nn.Module, on_call: OnCall) -> None:
+        def enter(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if called is module:  # and no copy of it, which has its hooks
+                self._enter(on_call, name, module, args, kwargs)
+
+        def leave(called: nn.Module, args: Any, output: Any) -> None:
+            if called is module:
+                self._leave(name)
+
+        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def stop(self) -> None:
         """Stop watching."""
@@ -168,10 +204,9 @@ class Recorder:
     def _observe_forward(self, on_call: OnCall) -> None:
         """See a training step that calls self.forward(x), which runs no hooks, as if it called self(x)."""
         model, forward = self._model, self._model.forward
-        if "forward" in vars(model):  # somebody else's
+        if vars(model).get("forward", own_forward(model)) != own_forward(model):  # somebody else's
             return
 
-        @functools.wraps(forward)
         def observed(*args: Any, **kwargs: Any) -> Any:
             if self._running:  # of self(x)
                 return forward(*args, **kwargs)
@@ -179,9 +214,9 @@ class Recorder:
             try:
                 return forward(*args, **kwargs)
             finally:
-                self._leave("", model, None, None)
+                self._leave("")
 
-        model.forward = self._observed = observed
+        model.forward = self._observed = _Observed(model, forward, observed)
 
     def _holders(self) -> dict[str, nn.Module]:
         """Modules around the candidates; without those of torch.compile."""
@@ -199,7 +234,7 @@ class Recorder:
     ) -> None:
         # Lightning lets DistributedDataParallel call training_step through a replaced forward.
         own = vars(module).get("forward")
-        if name in self.left_out or (own is not None and own is not self._observed) or examined.get():
+        if name in self.left_out or (own is not None and own is not self._observed) or not trains():
             return
         if self._innermost and self._running and self._holds_all(name, self._running[0]):
             outer = self._running[0]
@@ -210,7 +245,7 @@ class Recorder:
         if name not in self.left_out:
             self._running.append(name)
 
-    def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, name: str) -> None:
         if self._running and self._running[-1] == name:
             self._running.pop()
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fscreen.functional import ClassSums, check_labels, f_statistic_compute
@@ -28,6 +29,11 @@ log = logging.getLogger(__name__)
 
 examined: ContextVar[bool] = ContextVar("examined", default=False)
 """Whether the network runs only to be looked at, by one of several callbacks: no part of the training."""
+
+
+def trains() -> bool:
+    """Whether what runs is the training: not while `examined`, nor in torch.func's transforms of single instances."""
+    return not examined.get() and peek_interpreter_stack() is None
 
 
 class Merge(Protocol):
@@ -237,7 +243,7 @@ class ActivationCollector:
         probe = self._probes[index]
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not examined.get():
+            if module is probe.module and trains():  # copies of the module have its hooks
                 activation = args[0] if args else kwargs["input"]
                 self._gather(index, activation, activation, module)
                 if index in self._exact:
@@ -246,8 +252,10 @@ class ActivationCollector:
         return gather
 
     def _output_hook(self, index: int) -> Callable[..., None]:
+        probe = self._probes[index]
+
         def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not examined.get():
+            if module is probe.module and trains():
                 self._gather(index, output, output, module)
 
         return gather

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import signal
 from types import FrameType
 from typing import Any
@@ -219,6 +220,34 @@ def test_a_forward_of_somebody_else_stays() -> None:
     assert model.forward is forward
     recorder.stop()
     assert vars(model)["forward"] is forward
+
+
+def test_a_copy_has_a_forward_of_its_own_and_is_not_watched() -> None:
+    model, x = Model(), torch.randn(4, 2)
+    recorder = Recorder(model, NORMS)
+    recorder.start()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not copied.forward(x).any() and not copied(x).any() and not recorder.networks
+    other = Recorder(copied, NORMS)
+    other.start()
+    copied.forward(x)
+    assert list(other.networks) == [""] and not recorder.networks
+    other.stop()
+    assert "forward" not in vars(copied)
+    assert model.forward(x).any() and list(recorder.networks) == [""]
+    recorder.stop()
+
+
+def test_a_network_under_a_transform_is_not_called() -> None:
+    model = Model().eval()
+    recorder = Recorder(model, NORMS)
+    recorder.start()
+    torch.func.vmap(torch.func.jacrev(lambda x: model.a(x[None])), randomness="same")(torch.randn(4, 2))
+    assert not recorder.networks
+    recorder.stop()
 
 
 def test_what_is_not_trained_is_no_network() -> None:

@@ -418,6 +418,24 @@ def test_attached_hooks_leave_outputs_gradients_and_random_numbers_as_they_are(a
     assert not any(part.requires_grad for part in collector.state_dict()["moments"].values())
 
 
+def test_copies_and_transforms_of_the_network_are_not_observed(attached):
+    """A teacher that is copied while the hooks are open has them, too; a Jacobian is no batch."""
+    model = network()
+    collector = attached(collecting(model))
+    collector.attach()
+    copied = copy.deepcopy(model)
+    x, labels, _ = next(batches())
+    model(x)
+    copied(x + 1)
+    torch.func.vmap(torch.func.jacrev(model.conv))(x)
+    collector.update(labels)
+    alone = attached(collecting(model))
+    alone.attach()
+    model(x)
+    alone.update(labels)
+    torch.testing.assert_close(collector.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
 def test_removing_takes_every_hook_away():
     model = network()
     collector = collecting(model)
