@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -75,7 +76,8 @@ class Decision:
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.
 
-        Where that would leave some that do nothing, those go first, until there are no more.
+        Where that would leave some that do nothing, those go first, until there are no more. Where more do nothing in
+        one try or another than can go, those of earlier tries rank by their scores.
 
         Args:
             fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
@@ -95,15 +97,17 @@ class Decision:
         if self._find_idle is None:
             return masks
         idle: dict[str, Tensor] = {}
+        fewest, best = math.inf, masks
         while True:
             found = {name: own & masks[name] for name, own in self._find_idle(masks).items() if name in masks}
             new = {name: own & ~idle[name] if name in idle else own for name, own in found.items()}
             left, nothing, more = (sum(num_true(each).values()) for each in (masks, found, new))
-            if not more or nothing == left:  # where all paths are cut, nothing tells them apart
-                return masks
+            is_better = nothing < fewest
+            fewest, best = (nothing, masks) if is_better else (fewest, best)
+            if nothing in (0, left) or not (more or is_better):  # where all paths are cut, nothing tells them apart
+                return best
             idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}
-            first = {name: torch.where(own, -torch.inf, scores[name]) for name, own in idle.items()}
-            masks = self._lowest_pruned({**scores, **first}, fraction)
+            masks = self._lowest_pruned({**scores, **_first(found, idle, scores)}, fraction)
 
     def _all_alike(self, scores: Mapping[str, Tensor]) -> bool:
         """Whether there are several candidates left, all with the same score."""
@@ -177,3 +181,14 @@ class Decision:
             return fraction
         gone = total - left  # physically
         return min(max((fraction * total - gone) / left, 0.0), 1.0)
+
+
+def _first(
+    found: Mapping[str, Tensor], idle: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scores by which those found go first, then the other idle ones, as they rank, then all others."""
+    finite = [own[own.isfinite()] for own in scores.values()]
+    lowest = min((float(own.min()) for own in finite if own.numel()), default=0.0)
+    highest = max((float(own.max()) for own in finite if own.numel()), default=0.0)
+    below = 2 * (highest - lowest) + 1
+    return {name: torch.where(found[name], -torch.inf, scores[name] - below * own) for name, own in idle.items()}

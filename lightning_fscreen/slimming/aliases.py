@@ -12,6 +12,9 @@ from torch._ops import OpOverload
 from lightning_fscreen.slimming.slots import Value, compress
 
 
+_RESHAPING = {"squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
+
+
 class Aliases:
     """The views of a graph. Slots and constants are written through them by torch's own views.
 
@@ -69,7 +72,7 @@ class Aliases:
 def _laid_out(node: Any, part: Tensor) -> Tensor:
     """With the strides of the tensor itself, which decide whether `reshape` and the like give a view or a copy."""
     strides = node.meta["val"].stride()
-    if 0 in strides:  # expanded: nobody can write to it
+    if 0 in strides or node.meta["val"].shape != part.shape:  # expanded: nobody can write to it; or resized
         return part.contiguous()
     return torch.empty_strided(part.shape, strides, dtype=part.dtype).copy_(part)
 
@@ -86,9 +89,16 @@ def _written(path: list[Any], own: Tensor, new: Tensor) -> Tensor:
 def _show(view: Any, source: Any) -> Any:
     if view.target is operator.getitem:
         return source[view.args[1]]
+    if reshapes(view):
+        source = source.detach()  # the tensor itself keeps its shape
     return source if _writes(view) else view.target(source, *view.args[1:], **view.kwargs)
 
 
 def _writes(view: Any) -> bool:
     """Whether it is an operator in place, which returns what it writes to."""
-    return bool(view.target._schema.arguments[0].alias_info.is_write)  # noqa: SLF001
+    return bool(view.target._schema.arguments[0].alias_info.is_write) and not reshapes(view)  # noqa: SLF001
+
+
+def reshapes(view: Any) -> bool:
+    """Whether it is an operator in place that writes no element: it returns a view of what was there before."""
+    return view.target._schema.name.rpartition("::")[2] in _RESHAPING  # noqa: SLF001

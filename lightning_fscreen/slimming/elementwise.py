@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -69,11 +69,7 @@ def pointwise(walk: Walk, node: Any, zero_absorbs: bool = False, adds: bool = Fa
         constants = [value.constant for value in operands]
         if written(node):  # in place there must be room for the result
             constants = list(torch.broadcast_tensors(*constants))
-        replaced = dict(zip(node.all_input_nodes, constants, strict=True))
-        args, kwargs = pytree.tree_map_only(
-            fx.Node, lambda source: _as_it_was(source, replaced[source]), (node.args, node.kwargs)
-        )
-        constant = with_rank(node.target(*args, **kwargs).double(), rank)
+        constant = with_rank(_computed(node, dict(zip(node.all_input_nodes, constants, strict=True))), rank)
     for value in operands if zero_absorbs else operands[:1] if divides and node.args[0] in node.all_input_nodes else []:
         # A known quotient stays as it was computed: zero by zero is none.
         zero = with_rank(value.known & (value.constant == 0), rank) & (~known if divides else True)
@@ -92,9 +88,26 @@ def answer(walk: Walk, node: Any) -> Value:
     return pointwise(walk, node)
 
 
-def _as_it_was(source: fx.Node, constant: Tensor) -> Tensor:
-    """A copy of the constants of a node, with its dtype if that is no number's."""
-    return constant.to(torch.bool) if source.meta["val"].dtype == torch.bool else constant.clone()
+def _computed(node: Any, constants: Mapping[fx.Node, Tensor]) -> Tensor:
+    """What an operator makes of constants, float64.
+
+    Raises:
+        Unsupported: it fails on them.
+    """
+
+    def result(convert: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
+        args, kwargs = pytree.tree_map_only(
+            fx.Node, lambda source: convert(constants[source], source.meta["val"].dtype), (node.args, node.kwargs)
+        )
+        return torch.as_tensor(node.target(*args, **kwargs)).double()
+
+    try:
+        return result(lambda constant, dtype: constant.to(torch.bool) if dtype == torch.bool else constant.clone())
+    except RuntimeError:  # some operators are for whole numbers alone
+        try:
+            return result(lambda constant, dtype: constant.clone() if dtype.is_floating_point else constant.to(dtype))
+        except RuntimeError as error:
+            raise Unsupported(f"it fails on constants: {error}") from error
 
 
 def addcmul(walk: Walk, node: Any) -> Value:

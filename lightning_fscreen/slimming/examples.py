@@ -22,11 +22,27 @@ def with_noise(example: Any) -> list[Any]:
     def mixed(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        noise, kept = torch.randn(value.shape, generator=generator).to(value), _instances(value) // 2
+        noise, kept = torch.randn(value.shape, generator=generator, device="cpu").to(value), _instances(value) // 2
         return torch.cat([value[:kept], noise[kept:]]) if kept else noise
 
     alone = all(_instances(leaf) < 2 for leaf in pytree.tree_leaves(example))
     return [*([example] if alone else []), pytree.tree_map(mixed, example)]
+
+
+def shuffled(example: Any) -> list[Any]:
+    """Example inputs, and the same with their numbers shuffled between the instances, at every place by itself.
+
+    For networks that cannot run on noise: forward takes categories or positions from a tensor of numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or _instances(value) < 2:
+            return value
+        order = torch.rand(value.shape, generator=generator, device="cpu").argsort(0)
+        return value.gather(0, order.to(value.device))
+
+    return [example, pytree.tree_map(mixed, example)]
 
 
 def smaller(example: Any) -> Iterator[Any]:

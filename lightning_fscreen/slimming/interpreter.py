@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import is_transposed_linear, named_tensors, own_tensors
-from lightning_fscreen.slimming.aliases import Aliases
+from lightning_fscreen.slimming.aliases import Aliases, reshapes
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.seeking import HeadSearch
 from lightning_fscreen.slimming.sizes import SIZED, Call
@@ -283,8 +283,8 @@ def arguments(node: Any) -> dict[str, Any]:
 
 
 def written(node: Any) -> list[fx.Node]:
-    """The arguments that an operator writes to, as its schema says."""
-    if not isinstance(node.target, OpOverload):
+    """The arguments whose elements an operator writes to, as its schema says."""
+    if not isinstance(node.target, OpOverload) or reshapes(node):
         return []
     names = [argument.name for argument in _schema(node).arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}

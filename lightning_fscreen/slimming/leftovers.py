@@ -70,8 +70,9 @@ def _reasons(
     for name, labels in slots.gates.items():
         note(labels[~off[name].pruned] if name in off else labels, f"it can only go together with channels of {name!r}")
     if off.keys() & slots.layers.keys():  # neurons are pruned, so that others could have been
-        for name in slots.layers.keys() - off.keys() - slots.depthwise.keys():
-            note(slots.layers[name], f"it can only go together with neurons of {name!r}")
+        for name, labels in slots.layers.items():
+            if name not in off and name not in slots.depthwise:
+                note(labels, f"it can only go together with neurons of {name!r}")
     for reader in readers:
         read = reader.reads(live[reader.outputs])
         if isinstance(reader, NormReader):

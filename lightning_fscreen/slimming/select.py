@@ -12,9 +12,14 @@ SELECT = "selected_channels"
 """Name of the buffer with the indices; not in the state_dict, since the plan holds them."""
 
 
-def select_channels(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def select_channels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """Forward pre-hook of a batch norm: (N, channels of the stream, …) → (N, its own channels, …)."""
-    return (args[0].index_select(1, module.get_buffer(SELECT)), *args[1:])
+    indices = module.get_buffer(SELECT)
+    if args:
+        args = (args[0].index_select(1, indices), *args[1:])
+    elif kwargs:
+        kwargs = {**kwargs, "input": kwargs["input"].index_select(1, indices)}
+    return args if kwargs is None else (args, kwargs)  # in files of earlier versions it was called without
 
 
 def selected(module: nn.Module) -> Tensor | None:
@@ -28,6 +33,7 @@ def drop_select(module: nn.Module) -> None:
     hooks = module._forward_pre_hooks  # noqa: SLF001  # a copy of a module has the hook, but not its handle
     for key in [key for key, hook in hooks.items() if hook is select_channels]:
         del hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)  # noqa: SLF001
     if selected(module) is not None:
         delattr(module, SELECT)
 
@@ -35,7 +41,7 @@ def drop_select(module: nn.Module) -> None:
 def put_select(module: nn.Module, indices: tuple[int, ...], device: torch.device) -> Callable[[], None]:
     """Let a batch norm read these channels of its input; returns a function that restores the previous state."""
     old = selected(module)
-    handle = module.register_forward_pre_hook(select_channels) if old is None else None
+    handle = module.register_forward_pre_hook(select_channels, with_kwargs=True) if old is None else None
     module.register_buffer(SELECT, torch.tensor(indices, dtype=torch.int64, device=device), persistent=False)
 
     def undo() -> None:

@@ -32,7 +32,7 @@ def reshaped(node: Any, value: Value, part: Tensor) -> Tensor:
 
 def transposed(node: Any, value: Value, part: Tensor) -> Tensor:
     """The order of the dimensions changes."""
-    return torch.as_tensor(node.target(part, *node.args[1:], **node.kwargs))
+    return torch.as_tensor(node.target(part.detach(), *node.args[1:], **node.kwargs))  # which may do it in place
 
 
 def shuffled(node: Any, value: Value, part: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def check(walk: Walk, node: Any) -> None:
 
 
 _TRANSPOSES = """
-    permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims
+    permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims transpose_ t_ swapaxes_ swapdims_
 """.split()
 _NEW = """
     rand randn arange scalar_tensor

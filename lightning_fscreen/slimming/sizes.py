@@ -211,7 +211,7 @@ class _Resizing(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         head, sizes, tail, rest = _parted(name, args, dict(kwargs or {}))
         given = list(sizes) if isinstance(sizes, list | tuple) else [sizes]
-        if not head or any(isinstance(size, torch.dtype) for size in given):  # view(dtype)
+        if not head or not given or any(isinstance(size, torch.dtype) for size in given):  # view(dtype)
             return func(*args, **(kwargs or {}))
         dim = _divided(name, head, tail, rest)
         changed = list(given)

@@ -18,7 +18,7 @@ from lightning_fscreen.modules import in_mode, named_tensors
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
 from lightning_fscreen.slimming.chance import SameChance
 from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double
-from lightning_fscreen.slimming.examples import first_instance, smaller, with_noise
+from lightning_fscreen.slimming.examples import first_instance, shuffled, smaller, with_noise
 from lightning_fscreen.slimming.modes import without_mode
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,23 @@ class Verification:
     ) -> None:
         self._network = network
         self._elsewhere: list[tuple[_Run, list[Any]]] = []  # at other sizes, and the outputs there
-        evaluation = [_Run(given, named, False) for given, named in with_noise((args, kwargs))]
+        self._device: torch.device | None
+        reason = self._note_outputs(with_noise((args, kwargs)), args, kwargs, training)
+        if reason is not None:
+            instead = self._note_outputs(shuffled((args, kwargs)), args, kwargs, training)
+            if instead is not None:
+                raise instead
+
+    def _note_outputs(
+        self, examples: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> VerificationError | None:
+        """Note the outputs on some inputs in eval mode, and on the example in train mode, in the first way that works.
+
+        Returns:
+            Why none does; None if one does.
+        """
+        network = self._network
+        evaluation = [_Run(given, named, False) for given, named in examples]
         attempts = [(evaluation, way) for way in _WAYS]
         if training:
             once = [replace(run, training=None) for run in evaluation]
@@ -87,7 +103,6 @@ class Verification:
             if not any(isinstance(module, _BatchNorm) for module in network.modules()):  # which need more instances
                 first, named = first_instance((args, kwargs))
                 attempts.insert(1, ([_Run(first, named, True), *evaluation], _AS_USED))
-        self._device: torch.device | None
         reason: Exception | None = None
         silent = False
         for self._runs, self._way in attempts:
@@ -101,15 +116,16 @@ class Verification:
                 log.info("%s does not run in %s mode in %s: %s", type(network).__name__, modes, self._way, error)
                 continue
             if _says_something([output for run in self._before for output in run]):
-                break
+                return None
             silent = True  # in float64, for instance, where forward writes its own dtype's least number into a mask
-        else:
-            if silent:
-                raise VerificationError(
-                    f"all outputs of {type(network).__name__} are NaN or infinite, on its example as on noise, so "
-                    "nothing can be verified; look for NaN among its weights"
-                )
-            raise VerificationError(f"{type(network).__name__} fails on its example, or on noise: {reason}") from reason
+        if silent:
+            return VerificationError(
+                f"all outputs of {type(network).__name__} are NaN or infinite, on its example as on noise, so "
+                "nothing can be verified; look for NaN among its weights"
+            )
+        error = VerificationError(f"{type(network).__name__} fails on its example: {reason}")
+        error.__cause__ = reason
+        return error
 
     def look_elsewhere(self) -> None:
         """Compare at other sizes, too, at those at which the network runs: one position less in each dimension."""

@@ -64,9 +64,20 @@ def overwrites(y: Tensor, z: Tensor) -> Tensor:
     return view.relu()
 
 
+def changes_its_own_shape(y: Tensor, z: Tensor) -> Tensor:
+    first = y[:, :, 0]
+    y.unsqueeze_(2).transpose_(3, 4)
+    y.add_(z.unsqueeze(2))
+    y.transpose_(3, 4)
+    y.squeeze_(2)
+    y[:, :, 1] = 0
+    return y + first.unsqueeze(2)
+
+
 @pytest.mark.parametrize(
     ("function", "width"),
-    [(adds_to_a_slice, 4), (writes_to_a_chunk_and_reads_the_whole, 16), (assigns_a_part, 16), (overwrites, 8)],
+    [(adds_to_a_slice, 4), (writes_to_a_chunk_and_reads_the_whole, 16), (assigns_a_part, 16), (overwrites, 8)]
+    + [(changes_its_own_shape, 8)],
 )
 @pytest.mark.parametrize("bias", ["zero", "fold"])
 def test_what_is_written_through_a_view_is_slimmed_exactly(function: Any, width: int, bias: Any) -> None:
@@ -79,6 +90,18 @@ def test_what_is_written_through_a_view_is_slimmed_exactly(function: Any, width:
     masked = masked_copy(network, keep, bias)
     slim(network, keep, X, bias)
     assert network.other.out_channels < 8
+    assert difference(outputs(masked, X), outputs(network, X)) < 1e-9
+
+
+def test_a_tensor_that_takes_the_shape_of_another_can_be_written_to() -> None:
+    def resizes(y: Tensor, z: Tensor) -> Tensor:
+        out = y.new_empty(0).resize_as_(y).copy_(y)
+        out += z
+        return out.relu()
+
+    network = TwoBranches(resizes, 8)
+    masked = masked_copy(network, keep := {"norm": torch.arange(8) < 2}, "zero")
+    assert "resize_as_" in slim(network, keep, X).kept_for["norm"]
     assert difference(outputs(masked, X), outputs(network, X)) < 1e-9
 
 

@@ -255,6 +255,12 @@ def test_constants_are_rounded_with_a_cast(dtype: torch.dtype) -> None:
     assert plan.removed["first"] >= 2 and difference(before, outputs(network, x)) < 1e-9
 
 
+@pytest.mark.parametrize("function", [lambda x: x * ((x.int() & 1) + 1), lambda x: x * (x.long() ^ 3)])
+def test_constants_of_operators_for_whole_numbers(function: Callable[[Tensor], Tensor]) -> None:
+    network, error = slimmed(Network(function), "fold")
+    assert network.first.out_channels == 6 and error < 1e-9
+
+
 # ---- operators from outside
 
 

@@ -26,6 +26,7 @@ def test_the_selected_channels_are_normalised(kind: Any, shape: tuple[int, ...],
     put_select(norm, (0, 2, 5), CPU)
     x = torch.randn(shape)
     assert torch.equal(norm(x), plain(x[:, [0, 2, 5]]))
+    assert torch.equal(norm(input=x), plain(x[:, [0, 2, 5]]))
     assert torch.equal(norm.running_mean, plain.running_mean)
 
 

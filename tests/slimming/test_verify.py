@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_fscreen.slimming import VerificationError, double
+from lightning_fscreen.slimming import VerificationError, double, slim
 from lightning_fscreen.slimming.verify import Verification
 from tests.pretended import pretended, pretending
 from tests.slimming import snapshot, untouched
@@ -490,3 +491,26 @@ def test_it_runs_on_the_example_and_on_noise(used: Tensor, where: str) -> None:
             (network.fc.weight if where == "noise" else network.far).mul_(1.01)
         with pytest.raises(VerificationError):
             verification.check({})
+
+
+class Table(nn.Module):
+    """Its first column is a category, given as a number beside the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = nn.Embedding(5, 4), nn.Linear(7, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        category, numbers = self.embed(x[:, 0].long()), x[:, 1:]
+        return cast(Tensor, self.last(self.first(torch.cat([category, numbers], 1)).relu()))
+
+
+def test_numbers_that_are_categories_are_no_noise() -> None:
+    network, x = Table(), torch.cat([torch.randint(5, (8, 1)).float(), torch.randn(8, 3)], 1)
+    with torch.no_grad():
+        network.first.bias.normal_()
+    masked = copy.deepcopy(network)
+    with torch.no_grad():
+        masked.first.weight[9:] = masked.first.bias[9:] = 0
+    assert slim(network, {"first": torch.arange(16) < 9}, x).removed == {"first": 7}
+    torch.testing.assert_close(network(x), masked(x))
