@@ -220,6 +220,15 @@ def parameters_by_name(model: nn.Module) -> Mapping[str, list[tuple[nn.Module, s
     return places
 
 
+def places_by_name(model: nn.Module) -> dict[str, list[str]]:
+    """Tensor name (first one, where shared) → a name for every module that holds it; one of each that has several."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        name: [join(names[module], attribute) for module, attribute in places]
+        for name, places in parameters_by_name(model).items()
+    }
+
+
 def put_tensor(module: nn.Module, attribute: str, tensor: Tensor | None) -> None:
     """Replace a parameter or buffer of a module."""
     store = module._parameters if attribute in module._parameters else module._buffers

@@ -183,9 +183,7 @@ class Decision:
         return min(max((fraction * total - gone) / left, 0.0), 1.0)
 
 
-def _first(
-    found: Mapping[str, Tensor], idle: Mapping[str, Tensor], scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _first(found: Mapping[str, Tensor], idle: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scores by which those found go first, then the other idle ones, as they rank, then all others."""
     finite = [own[own.isfinite()] for own in scores.values()]
     lowest = min((float(own.min()) for own in finite if own.numel()), default=0.0)

@@ -207,7 +207,7 @@ def _from_state_dict(state_dict: Mapping[str, Tensor], network: nn.Module) -> tu
             'checkpoint["state_dict"]'
         )
     rest = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}  # of compiled modules
-    plan, _ = take_plan(rest) or (SlimmingPlan(), [])
+    plan, _ = take_plan(rest, network) or (SlimmingPlan(), [])
     shared = network.state_dict().keys() - named_tensors(network).keys()
     for name, value in rest.items():
         if not isinstance(value, Tensor):

@@ -11,7 +11,6 @@ from torch._ops import OpOverload
 
 from lightning_fscreen.slimming.slots import Value, compress
 
-
 _RESHAPING = {"squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,18 +79,22 @@ class SlimmingPlan(Shown):
 
     def under(self, prefix: str) -> SlimmingPlan:
         """The same plan for a module that holds the network as its submodule `prefix`."""
+        return self.renamed(lambda name: join(prefix, name))
+
+    def renamed(self, rename: Callable[[str], str]) -> SlimmingPlan:
+        """The same plan for a network with other names of modules and tensors."""
         return SlimmingPlan(
-            {join(prefix, name): shape for name, shape in self.shapes.items()},
-            {join(prefix, name): cut for name, cut in self.cuts.items()},
-            {join(prefix, name): groups for name, groups in self.groups.items()},
-            tuple(join(prefix, name) for name in self.biases),
-            {join(prefix, name): indices for name, indices in self.selects.items()},
+            {rename(name): shape for name, shape in self.shapes.items()},
+            {rename(name): cut for name, cut in self.cuts.items()},
+            {rename(name): groups for name, groups in self.groups.items()},
+            tuple(dict.fromkeys(rename(name) for name in self.biases)),
+            {rename(name): indices for name, indices in self.selects.items()},
             dict(self.pinned),
-            {join(prefix, name): count for name, count in self.removed.items()},
-            {join(prefix, name): indices for name, indices in self.streams.items()},
-            {join(prefix, name): reason for name, reason in self.kept_for.items()},
-            {join(prefix, name): values for name, values in self.attributes.items()},
-            {join(prefix, name): values for name, values in self.sizes.items()},
+            {rename(name): count for name, count in self.removed.items()},
+            {rename(name): indices for name, indices in self.streams.items()},
+            {rename(name): reason for name, reason in self.kept_for.items()},
+            {rename(name): values for name, values in self.attributes.items()},
+            {rename(name): values for name, values in self.sizes.items()},
         )
 
     def within(self, prefix: str) -> SlimmingPlan:

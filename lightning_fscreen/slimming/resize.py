@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -32,14 +33,14 @@ def slim_like(network: nn.Module, plan: SlimmingPlan) -> None:
 
 
 def grow(network: nn.Module) -> Undo:
-    """Make a slimmed network as large as it once was, in place; values of the tensors that were cut are zero.
+    """Make a slimmed network as large as it once was, in place; what was cut off is zero.
 
     Returns:
         A function that undoes it.
     """
     plan = plan_of(network)
     tensors = named_tensors(network)
-    new = {name: tensors[name].detach().new_zeros(plan.shapes[name]) for name in plan.cuts}
+    new = {name: _spread(tensors[name].detach(), plan, name) for name in plan.cuts}
     biases = {layer: network.get_submodule(layer).get_parameter("bias") for layer in plan.biases}
     for layer in biases:
         network.get_submodule(layer).register_parameter("bias", None)
@@ -65,6 +66,16 @@ def grow(network: nn.Module) -> Undo:
         reattach(network, plan)
 
     return undo
+
+
+def _spread(tensor: Tensor, plan: SlimmingPlan, name: str) -> Tensor:
+    """A tensor at its size before it was cut: its values where they were, and zeros."""
+    for dim, kept in plan.cuts[name].items():
+        shape = list(tensor.shape)
+        shape[dim] = plan.shapes[name][dim]
+        index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
+        tensor = tensor.new_zeros(shape).index_copy_(dim, index, tensor)
+    return tensor
 
 
 def reattach(network: nn.Module, plan: SlimmingPlan) -> None:

@@ -61,12 +61,13 @@ def _install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tenso
             continue
         owner, attribute = places[0]
         old = getattr(owner, attribute)
-        new: Tensor = tensors[name].to(old)
+        given = tensors[name]
+        new: Tensor = given.to(old.dtype) if old.is_meta else given.to(old)  # what has no values takes those given
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(new.ndim)
         if layout is not None and old.is_contiguous(memory_format=layout) and not old.is_contiguous():
             new = new.contiguous(memory_format=layout)
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
+            new = _parameter_like(old, new)
         for module, place in places:
             undo.append(partial(put_tensor, module, place, old))
             put_tensor(module, place, new)
@@ -81,6 +82,18 @@ def _install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tenso
         undo.append(put_select(modules[name], indices, device))
     for module in modules.values():
         undo += _match_sizes(module) + match_heads(module)
+
+
+def _parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter of these values, with the attributes (a learning rate of its own, say) and hooks of another."""
+    new = nn.Parameter(values, old.requires_grad)
+    vars(new).update(vars(old))
+    if new.requires_grad:
+        for hook in (old._backward_hooks or {}).values():  # noqa: SLF001  # torch has no public lists of them
+            new.register_hook(hook)
+        for hook in (old._post_accumulate_grad_hooks or {}).values():  # noqa: SLF001
+            new.register_post_accumulate_grad_hook(hook)
+    return new
 
 
 @torch.no_grad()

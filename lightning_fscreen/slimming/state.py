@@ -18,6 +18,7 @@ from lightning_fscreen.modules import join
 from lightning_fscreen.slimming.carried import attach_plan, join_parts, parts_of, plan_of
 from lightning_fscreen.slimming.plan import PlanError, SlimmingPlan
 from lightning_fscreen.slimming.resize import grow, slim_like
+from lightning_fscreen.slimming.select import put_select, selected
 
 _OLD_KEY = "fscreen_plan"
 PLAN_KEY = (
@@ -78,8 +79,15 @@ def resize_on_load(model: nn.Module) -> Callable[[], None]:
     return stop
 
 
-def take_plan(state_dict: MutableMapping[str, Any], prefix: str = "") -> tuple[SlimmingPlan, list[str]] | None:
+def take_plan(
+    state_dict: MutableMapping[str, Any], network: nn.Module, prefix: str = ""
+) -> tuple[SlimmingPlan, list[str]] | None:
     """Take the plans of everything below a prefix out of a state_dict.
+
+    Args:
+        state_dict: of a network like this one.
+        network: a module that it has under two names (`self.backbone = self.net.body`) is in the plan under the first.
+        prefix: its place in the state_dict.
 
     Returns:
         One plan, and the modules whose plans it holds; None if there were none.
@@ -99,7 +107,27 @@ def take_plan(state_dict: MutableMapping[str, Any], prefix: str = "") -> tuple[S
     total = join_parts(plans)
     if len(total.cuts) < sum(len(plan.cuts) for plan in plans.values()):
         raise PlanError(f"the state_dict has several slimming plans of the same layers; remove one of {keys}")
-    return total, list(plans)
+    first = _first_names(network)
+    own = total.renamed(first)
+    if any(own.cuts[first(name)] != cut for name, cut in total.cuts.items()):
+        raise PlanError(f"the state_dict has different slimming plans of the same layers; remove one of {keys}")
+    return own, list(dict.fromkeys(map(first, plans)))
+
+
+def _first_names(network: nn.Module) -> Callable[[str], str]:
+    """Name of a module in the network, or of anything in it → the same with the first name of that module."""
+    first = {module: name for name, module in network.named_modules()}
+    others = {name: first[module] for name, module in network.named_modules(remove_duplicate=False)}
+    others = {name: own for name, own in others.items() if name != own}
+
+    def rename(name: str) -> str:
+        parts = name.split(".") if others else []
+        for length in range(len(parts), 0, -1):
+            if (start := ".".join(parts[:length])) in others:
+                return ".".join([others[start], *parts[length:]])
+        return name
+
+    return rename
 
 
 def _is_plan(key: str) -> bool:
@@ -138,11 +166,12 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     Raises:
         PlanError: the plan is damaged or does not fit; the model is as it was then.
     """
-    saved, own = take_plan(state_dict, prefix), plan_of(module)
+    saved, own = take_plan(state_dict, module, prefix), plan_of(module)
     if saved is not None:
         plan, slimmed = saved
         _check_sizes(plan, state_dict, prefix)
         if plan.is_like(own):
+            _refresh_selects(module, plan, state_dict, prefix)
             return
         undo = grow(module)
         try:
@@ -160,13 +189,24 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
         _drop_hooks(module)
 
 
+def _refresh_selects(module: nn.Module, plan: SlimmingPlan, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Selects have their indices again, where a network was on the meta device meanwhile: they are not saved."""
+    for name, indices in plan.selects.items():
+        norm = module.get_submodule(name)
+        present = selected(norm)
+        if present is not None:
+            saved = next((value for key, value in state_dict.items() if key.startswith(f"{prefix}{name}.")), present)
+            device = saved.device if present.is_meta else present.device
+            put_select(norm, indices, device)
+
+
 def _load_part(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Likewise, for a part whose size cannot change alone.
 
     Raises:
         PlanError: the state_dict is that of a part of another size.
     """
-    saved = take_plan(state_dict, prefix)
+    saved = take_plan(state_dict, module, prefix)
     if saved is not None and not saved[0].is_like(plan_of(module)):
         raise PlanError(
             f"the state_dict holds a {type(module).__name__} that was slimmed in another way than this one, whose "

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.functional.precision import without_tf32
-from lightning_fscreen.modules import in_mode, named_tensors
+from lightning_fscreen.modules import in_mode, named_tensors, places_by_name
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
 from lightning_fscreen.slimming.chance import SameChance
 from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double
@@ -123,9 +124,9 @@ class Verification:
                 f"all outputs of {type(network).__name__} are NaN or infinite, on its example as on noise, so "
                 "nothing can be verified; look for NaN among its weights"
             )
-        error = VerificationError(f"{type(network).__name__} fails on its example: {reason}")
-        error.__cause__ = reason
-        return error
+        failure = VerificationError(f"{type(network).__name__} fails on its example: {reason}")
+        failure.__cause__ = reason
+        return failure
 
     def look_elsewhere(self) -> None:
         """Compare at other sizes, too, at those at which the network runs: one position less in each dimension."""
@@ -238,7 +239,11 @@ class Verification:
                 stack.enter_context(InDouble(self._network, exact, self._device))
             elif self._way == _OWN:
                 stack.enter_context(without_tf32())
-            return pytree.tree_leaves(torch.func.functional_call(self._network, own, args, kwargs))
+            # Every place once: with two names for one, torch would not put back what was there.
+            places = places_by_name(self._network)
+            own = {place: tensor for name, tensor in own.items() for place in places[name]}
+            call = partial(torch.func.functional_call, tie_weights=False)
+            return pytree.tree_leaves(call(self._network, own, args, kwargs))
 
     def _convert(self, tensor: Tensor, exact: Exact | None = None) -> Tensor:
         if self._way == _OWN or not tensor.is_floating_point():

@@ -76,8 +76,13 @@ def changes_its_own_shape(y: Tensor, z: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("function", "width"),
-    [(adds_to_a_slice, 4), (writes_to_a_chunk_and_reads_the_whole, 16), (assigns_a_part, 16), (overwrites, 8)]
-    + [(changes_its_own_shape, 8)],
+    [
+        (adds_to_a_slice, 4),
+        (writes_to_a_chunk_and_reads_the_whole, 16),
+        (assigns_a_part, 16),
+        (overwrites, 8),
+        (changes_its_own_shape, 8),
+    ],
 )
 @pytest.mark.parametrize("bias", ["zero", "fold"])
 def test_what_is_written_through_a_view_is_slimmed_exactly(function: Any, width: int, bias: Any) -> None:
