@@ -117,6 +117,36 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+_OWN = nn.Module().__dict__.keys()  # what torch keeps there: parameters, submodules, hooks, the mode
+
+
+@contextlib.contextmanager
+def same_attributes(network: nn.Module) -> Iterator[None]:
+    """What forward notes in attributes of modules (counters, lists, features) is afterwards what it was before."""
+    before = {
+        module: {name: (value, _contents(value)) for name, value in vars(module).items() if name not in _OWN}
+        for module in network.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            own = vars(module)
+            for name in own.keys() - attributes.keys() - _OWN:
+                del own[name]
+            for name, (value, contents) in attributes.items():
+                if contents is not None:
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(contents)
+                if own.get(name, _OWN) is not value:
+                    own[name] = value
+
+
+def _contents(value: Any) -> Any:
+    """A copy of a list, dict or set; None of anything else."""
+    return value.copy() if type(value) in (list, dict, set) else None
+
+
 def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Eval mode inside, every submodule's own mode restored afterwards."""
     return in_mode(network, training=False)
@@ -124,8 +154,8 @@ def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 def uncompiled(module: Module) -> Module:
     """The module that `torch.compile` has wrapped; any other as it is."""
-    original = module._modules.get("_orig_mod")  # an attribute that is no submodule does not count
-    return module if original is None else original  # type: ignore[return-value]
+    own = module._modules  # an attribute that is no submodule does not count; and TorchScript has no dict there
+    return own["_orig_mod"] if "_orig_mod" in own else module  # type: ignore[return-value]
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

@@ -212,6 +212,7 @@ def pretending():
         mock.patch.object(torch.export, "export", export_truthfully),
         mock.patch.object(torch.autocast, "__init__", on_cpu),
         mock.patch.object(torch.random, "fork_rng", fork_rng),
+        mock.patch("lightning_fscreen.randomness.seed_device"),
         operators,
         _Answers(operators),
     ):

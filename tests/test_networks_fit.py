@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_fscreen import ScreeningPruningCallback
 from tests.conftest import digits, loader, trainer
@@ -238,3 +239,56 @@ def test_a_budget_is_checked_when_all_networks_are_known():
     assert model.second[1].out_features < 64
     with pytest.raises(ValueError, match=r"amount=0.95 of the cost cannot go: .*lower amount to 0\.8"):
         fit(Branches, granularity="unit", budget="params", num_classes=10, amount=0.95)
+
+
+class Bags(pl.LightningModule):
+    """PyTorch's text classification: all words of a batch one after the other, and where each text begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = _Bag()
+
+    def training_step(self, batch, batch_idx):
+        labels, words, offsets = batch
+        return F.cross_entropy(self.net(words, offsets), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class _Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first, self.last = nn.EmbeddingBag(30, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, words, offsets):
+        return self.last(self.first(self.embed(words, offsets)).relu())
+
+
+@pytest.mark.parametrize("granularity", ["unit", "weight"])
+def test_inputs_that_name_others_by_numbers_are_kept_whole(granularity):
+    lengths = torch.arange(1, 13)
+    offsets = lengths.cumsum(0) - lengths
+    batch = torch.arange(12) % 3, torch.randint(30, (int(lengths.sum()),)), offsets
+    callback = ScreeningPruningCallback(granularity, amount=0.5, labels=lambda batch: batch[0], end_epoch=1)
+    trainer([callback], max_epochs=2).fit(model := Bags(), DataLoader([batch] * 4, batch_size=None))
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.01)
+    assert model.net.first.out_features == 8 or granularity == "weight"
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("granularity", ["unit", "weight"])
+def test_sparse_inputs(granularity, layout):
+    class Sparse(Parts):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 3))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    words = torch.randn(24, 40).relu() * (torch.rand(24, 40) < 0.1)
+    batch = words.to_sparse(layout=layout), torch.arange(24) % 3
+    callback = ScreeningPruningCallback(granularity, amount=0.5, end_epoch=1)
+    trainer([callback], max_epochs=2).fit(model := Sparse(), DataLoader([batch] * 4, batch_size=None))
+    assert model.net[0].out_features == 8 or granularity == "weight"

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fscreen.costs.operations import operation_counter
-from lightning_fscreen.modules import evaluating, join
+from lightning_fscreen.modules import evaluating, join, same_attributes
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ def measure_size(
     macs = None
     if inputs is not None:
         counter = operation_counter()
-        with evaluating(network), _constant(parameters), counter, _counting_by_module(network, counter, operations):
+        with contextlib.ExitStack() as stack:
+            for context in (evaluating(network), same_attributes(network), _constant(parameters), counter):
+                stack.enter_context(context)
+            stack.enter_context(_counting_by_module(network, counter, operations))
             network(*inputs[0], **inputs[1])
         macs = round(counter.get_total_flops() / 2 / instances)
     seen: set[nn.Parameter] = set()

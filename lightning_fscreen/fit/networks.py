@@ -19,7 +19,8 @@ from lightning_fscreen.costs.operations import noting_others
 from lightning_fscreen.costs.size import Size, measure_size
 from lightning_fscreen.costs.timings import Timings
 from lightning_fscreen.fit.compiled import is_compiled
-from lightning_fscreen.modules import batch_size, is_within
+from lightning_fscreen.modules import batch_size, evaluating, is_within, same_attributes
+from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.statistics.collector import examined
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class Network:
         instances = batch_size((args, kwargs))
 
         def cut(tensor: Tensor) -> Tensor:
+            if tensor.layout != torch.strided:  # sparse ones have no rows to take
+                return tensor.detach().clone()
             first = tensor[:_INSTANCES] if not whole and tensor.ndim and len(tensor) == instances else tensor
             # Without autocast, no layer takes what a layer before has computed under it.
             return first.detach().to(self.dtype if tensor.dtype == lower else tensor.dtype, copy=True)
@@ -67,6 +70,29 @@ class Network:
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.dtype = parameter.dtype
         self.inputs = pytree.tree_map_only(Tensor, cut, (tuple(args), dict(kwargs)))
+
+    def record_few(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember inputs of a few instances if the network runs on these, else the whole.
+
+        It does not where they name others by numbers: the nodes of a graph, offsets into a text.
+
+        Args:
+            model: which holds the network.
+            args: the inputs.
+            kwargs: keyword inputs.
+        """
+        self.record(args, kwargs)
+        if not self._runs(model):
+            self.record(args, kwargs, whole=True)
+
+    def _runs(self, model: nn.Module) -> bool:
+        args, kwargs = self.inputs_on_device()
+        try:
+            with self.examining(model), evaluating(self.module), same_attributes(self.module), torch.no_grad():
+                self.module(*args, **kwargs)
+        except Exception:  # whatever forward raises
+            return False
+        return True
 
     @property
     def instances(self) -> int:
@@ -153,6 +179,7 @@ def examining(model: nn.Module, inputs: Any) -> Iterator[None]:
         attributes["log"] = lambda *args, **kwargs: None  # before the method; log_dict calls it, too
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(same_random_numbers())
             stack.enter_context(torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False))
             if is_compiled(model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -262,7 +262,7 @@ class Recorder:
             network = Network(name, module)
         elif network.inputs is not None:
             return
-        network.record(args, kwargs)
+        network.record_few(self._model, args, kwargs)
         self.networks[name] = network
         on_call(network)
 

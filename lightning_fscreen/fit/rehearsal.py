@@ -16,7 +16,6 @@ from lightning_fscreen.fit.masks import Masks
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.modules import is_within
-from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.ranking.asking import ask_for, too_much
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 
@@ -82,7 +81,7 @@ def latency_without(
         for network in networks:
             prefix = f"{network.name}." if network.name else ""
             inside = {name.removeprefix(prefix): mask for name, mask in kept.items() if is_within(name, network.name)}
-            with same_random_numbers(), network.examining(model):
+            with network.examining(model):
                 whole = copied(network.module)
 
                 def look(plan: SlimmingPlan, network: Network = network, whole: nn.Module = whole) -> NoReturn:
@@ -113,7 +112,7 @@ def compare(
     """
     times = []
     for network, module in zip(networks, before, strict=True):
-        with same_random_numbers(), network.examining(model):
+        with network.examining(model):
             times.append(network.times(timings, [module, network.module]))
     dense, slim = (round(1e6 * sum(each)) for each in zip(*times, strict=True))
     return dense, slim

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.modules import first_names, in_mode, uncompiled
+from lightning_fscreen.modules import first_names, in_mode, same_attributes, uncompiled
+from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.slimming.multihead import by_sizes, without_hints
 from lightning_fscreen.slimming.transposed import use_linear
 
@@ -77,6 +78,8 @@ def capture(
             without_hints(network),
             plain_outputs(network),
             torch.no_grad(),
+            same_random_numbers(),
+            same_attributes(network),
         ):
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise

@@ -20,7 +20,7 @@ def with_noise(example: Any) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
 
     def mixed(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not _is_numbers(value):
             return value
         noise, kept = torch.randn(value.shape, generator=generator, device="cpu").to(value), _instances(value) // 2
         return torch.cat([value[:kept], noise[kept:]]) if kept else noise
@@ -37,7 +37,7 @@ def shuffled(example: Any) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
 
     def mixed(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or _instances(value) < 2:
+        if not _is_numbers(value) or _instances(value) < 2:
             return value
         order = torch.rand(value.shape, generator=generator, device="cpu").argsort(0)
         return value.gather(0, order.to(value.device))
@@ -51,6 +51,8 @@ def smaller(example: Any) -> Iterator[Any]:
     for size in sorted({size for tensor in tensors for size in tensor.shape[1:] if size > 1}, reverse=True)[:_SIZES]:
 
         def cut(tensor: Tensor, size: int = size) -> Tensor:
+            if tensor.layout != torch.strided:
+                return tensor
             for dim in range(1, tensor.ndim):
                 tensor = tensor.narrow(dim, 0, size - 1) if tensor.shape[dim] == size else tensor
             return tensor
@@ -61,8 +63,16 @@ def smaller(example: Any) -> Iterator[Any]:
 def first_instance(example: Any) -> Any:
     """Example inputs without the other instances: of all tensors that have as many rows as the first one."""
     count = next((len(leaf) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), 0)
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf[:1] if leaf.ndim and len(leaf) == count else leaf, example)
+
+    def first(leaf: Tensor) -> Tensor:
+        return leaf[:1] if leaf.ndim and len(leaf) == count and leaf.layout == torch.strided else leaf
+
+    return pytree.tree_map_only(Tensor, first, example)
 
 
 def _instances(value: Any) -> int:
     return len(value) if isinstance(value, Tensor) and value.ndim else 1
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided

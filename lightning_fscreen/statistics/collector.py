@@ -262,6 +262,8 @@ class ActivationCollector:
 
     def _gather(self, index: int, activation: Tensor, read: Tensor, module: nn.Module) -> None:
         probe = self._probes[index]
+        if activation.layout != torch.strided:
+            activation = read = activation.to_dense()
         if self._batches == 0:
             self._learned[index] |= learned_features(read, feature_dimension(read, module))
         values = self._means(activation, module, probe.activation, probe.square, self._tokens)
@@ -288,8 +290,10 @@ class ActivationCollector:
         reasons = {self._probes[index].name: f"ran on {rows} {said}" for index, rows in wrong.items()}
         if wrong and len(wrong) == len(self._buffer.ran) and not belong:
             name, reason = next(iter(reasons.items()))
-            advice = "pass labels= a function that returns one label per instance"
-            raise ValueError(f"layer {name!r} {reason}; {advice}, or leave it out with exclude={name!r}")
+            raise ValueError(
+                f"layer {name!r} {reason}; pass labels= a function that returns one label per instance, rank without "
+                f'classes (criterion="magnitude"), or leave it out with exclude={name!r}'
+            )
         for index in wrong:
             self._buffer.drop(index)
         self.unmatched |= {name: reason for name, reason in reasons.items() if name not in self.unmatched}

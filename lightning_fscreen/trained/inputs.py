@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,16 +11,15 @@ from torch import nn
 from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.modules import evaluating
-from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.slimming.gates import call_arguments
 from lightning_fscreen.statistics.one_pass import Forward, call, device_of, labels_of
 
 
 def with_inputs(model: nn.Module, example_inputs: Any) -> Network:
     """The model with these inputs of its forward: a tensor, a tuple of arguments or a dict of keyword arguments."""
-    few, whole = Network("", model), Network("", model)
-    _record(few, whole, *call_arguments(example_inputs))
-    return few if _runs(few) else whole
+    network = Network("", model)
+    network.record_few(model, *call_arguments(example_inputs))
+    return network
 
 
 def of_batch(model: nn.Module, batch: Any, settings: Settings, forward: Forward | None) -> Network:
@@ -30,11 +28,11 @@ def of_batch(model: nn.Module, batch: Any, settings: Settings, forward: Forward 
     Raises:
         ValueError: `forward` does not call the model.
     """
-    few, whole = Network("", model), Network("", model)
+    network = Network("", model)
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if few.inputs is None:
-            _record(few, whole, args, kwargs)
+        if network.inputs is None:
+            network.record_few(model, args, kwargs)
 
     batch = move_data_to_device(batch, device_of(model))
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
@@ -43,23 +41,6 @@ def of_batch(model: nn.Module, batch: Any, settings: Settings, forward: Forward 
             call(model, batch, labels_of(batch, settings.labels, settings.needs_activations), forward)
     finally:
         handle.remove()
-    if few.inputs is None:
+    if network.inputs is None:
         raise ValueError(f"forward= does not call the {type(model).__name__} that is to be pruned")
-    return few if _runs(few) else whole
-
-
-def _record(few: Network, whole: Network, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    few.record(args, kwargs)
-    whole.record(args, kwargs, whole=True)
-
-
-def _runs(network: Network) -> bool:
-    """Whether it runs on its few instances; it does not where these name others by numbers (nodes of a graph)."""
-    args, kwargs = network.inputs_on_device()
-    model = network.module
-    try:
-        with evaluating(model), torch.no_grad(), same_random_numbers(), network.examining(model):
-            model(*args, **kwargs)
-    except Exception:  # whatever forward raises
-        return False
-    return True
+    return network

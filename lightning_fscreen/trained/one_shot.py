@@ -291,7 +291,7 @@ class OneShot:
         return Pruned(plan, report)
 
     def _measure(self, pruned: bool) -> None:
-        with same_random_numbers(), self._network.examining(self._model):  # some networks draw noise
+        with self._network.examining(self._model):
             self.record.note_size(self._network.measure(self._model), pruned)
             if self._timings is not None:
                 modules = [self._dense, self._network.module] if pruned else [self._dense]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import weakref
 from contextlib import suppress
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -386,16 +388,17 @@ def test_a_failing_forward_keeps_no_tensors() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_accelerator_without_room_leaves_it_to_the_cpu(when: str) -> None:
+    devices: list[str] = []
+
     class Net(nn.Module):
         full = when == "before"
 
         def __init__(self) -> None:
             super().__init__()
             self.body = unread(mlp(nn.BatchNorm1d(6)))
-            self.devices: list[str] = []
 
         def forward(self, x: Tensor) -> Any:
-            self.devices.append(x.device.type)
+            devices.append(x.device.type)
             if self.full and x.device.type == "cuda":
                 raise torch.OutOfMemoryError("CUDA out of memory")
             assert self.body[0].weight.device.type == x.device.type
@@ -406,7 +409,7 @@ def test_an_accelerator_without_room_leaves_it_to_the_cpu(when: str) -> None:
         verification = verified(network, x=X.to("cuda"))
         network.full = True
         verification.check({})
-        assert network.devices[0] == "cuda" and network.devices[-1] == "cpu"
+        assert devices[0] == "cuda" and devices[-1] == "cpu"
         with torch.no_grad():
             network.body[2].weight[0, 0] += 1e-5
         with pytest.raises(VerificationError, match="would change its outputs"):
@@ -514,3 +517,32 @@ def test_numbers_that_are_categories_are_no_noise() -> None:
         masked.first.weight[9:] = masked.first.bias[9:] = 0
     assert slim(network, {"first": torch.arange(16) < 9}, x).removed == {"first": 7}
     torch.testing.assert_close(network(x), masked(x))
+
+
+class Counting(nn.Module):
+    """Draws from NumPy and Python, anneals a temperature with every call, and keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.temperature = nn.Linear(3, 8), nn.Linear(8, 2), 1.0
+        self.seen: list[int] = []
+        self.features: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.temperature *= 0.9
+        self.seen.append(len(x))
+        order = torch.from_numpy(np.random.permutation(len(x)))
+        self.features = self.first(x * random.uniform(0.5, 1.5)).relu()
+        return cast(Tensor, self.last((self.features + self.features[order]) / self.temperature))
+
+
+def test_what_forward_notes_and_draws_is_as_before_and_the_same_in_every_run() -> None:
+    network = Counting()
+    network(X)
+    features, seen = network.features, network.seen
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert slim(network, {"first": torch.arange(8) < 5}, X).removed == {"first": 3}
+    assert network.temperature == 0.9 and network.features is features
+    assert network.seen is seen and network.seen == [4]
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(states[2], torch.get_rng_state())
