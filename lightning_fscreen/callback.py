@@ -28,7 +28,7 @@ from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.ranking.budgeted import Scope
 from lightning_fscreen.ranking.criteria import resolve_criterion
 from lightning_fscreen.ranking.schedule import Schedule, ScheduleName, resolve_schedule
-from lightning_fscreen.slimming.optimizers import check_optimizers
+from lightning_fscreen.slimming.optimizers import check_optimizers, unwrapped
 from lightning_fscreen.slimming.state import resize_on_load
 from lightning_fscreen.statistics.labels import find_labels
 
@@ -224,7 +224,7 @@ class ScreeningPruningCallback(Results):
             ValueError: nothing to prune, patterns that match nothing.
             NotImplementedError: an unsupported optimizer.
         """
-        check_optimizers(trainer.optimizers)
+        check_optimizers(unwrapped(trainer.optimizers))
         state = self._restored or self._present_state(pl_module)
         self._restored, self._waits = {}, False
         self._remove_hooks()
@@ -237,7 +237,7 @@ class ScreeningPruningCallback(Results):
         self._set_total()
         if "optimizers" in state:
             restore_order(trainer.optimizers, pl_module, state["optimizers"])
-        pruner.watch(trainer.optimizers)
+        pruner.watch(unwrapped(trainer.optimizers))
         # Resumed within an epoch, or between its last batch and its end.
         granularity = pruner.granularity
         self._collection.load_state(

@@ -154,8 +154,10 @@ def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 def uncompiled(module: Module) -> Module:
     """The module that `torch.compile` has wrapped; any other as it is."""
-    own = module._modules  # an attribute that is no submodule does not count; and TorchScript has no dict there
-    return own["_orig_mod"] if "_orig_mod" in own else module  # type: ignore[return-value]
+    inside = module._modules  # an attribute that is no submodule does not count; TorchScript has no dict there
+    if "_orig_mod" not in inside:
+        return module
+    return inside["_orig_mod"]  # type: ignore[return-value]
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

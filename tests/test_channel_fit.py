@@ -371,3 +371,27 @@ def test_a_dense_checkpoint_is_pruned_first_and_its_learning_rates_rewound(tmp_p
     assert [entry["applied"] for entry in callback.history] == pytest.approx([0.5] * 4, abs=0.01)
     assert [epoch for epoch, _ in rates] == [4, 5, 6, 7]
     assert [rate for _, rate in rates] == pytest.approx([0.001, 0.1, 0.01, 0.001])
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps by another optimizer, whose groups it shares, as SAM and Lookahead do."""
+
+    def __init__(self, parameters):
+        self.inner = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_the_state_of_an_optimizer_inside_another_follows():
+    losses = {}
+    for slim in (True, False):
+        torch.manual_seed(0)
+        model = Classifier(residual_net(), Wrapping)
+        fit = trainer([ScreeningPruningCallback(amount=0.5, end_epoch=2, slim=slim)], max_epochs=4)
+        fit.fit(model, loader())
+        losses[slim] = model.losses
+        assert fit.optimizers[0].inner.state.keys() == set(model.parameters())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

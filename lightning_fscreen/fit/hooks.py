@@ -26,7 +26,7 @@ from lightning_fscreen.modules import names_of_frozen
 from lightning_fscreen.ranking.budget import Budget
 from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.slimming import SlimmingPlan
-from lightning_fscreen.slimming.optimizers import check_state
+from lightning_fscreen.slimming.optimizers import check_state, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class TrainingHooks(HasSettings, Callback):
         pruner = self._fit_pruner
         self._remove_hooks()
         self._pruner = Pruner(model, self.settings, {"fresh": pruner.found.fresh}, pruner.origin, pruner.copies)
-        self._pruner.watch(trainer.optimizers)
+        self._pruner.watch(unwrapped(trainer.optimizers))
         self._set_total()
 
     @contextmanager
@@ -145,7 +145,7 @@ class TrainingHooks(HasSettings, Callback):
     def _begin_fine_tuning(self, trainer: Trainer) -> None:
         pruner = self._fit_pruner
         if self.rewind_weights:
-            pruner.rewind_weights(trainer.optimizers)
+            pruner.rewind_weights(unwrapped(trainer.optimizers))
         if pruner.granularity.slims_in_fit:
             self._slim(trainer)
         forget_scores(trainer)
@@ -284,7 +284,7 @@ class TrainingHooks(HasSettings, Callback):
         if pruner.settle():
             self._set_total()
         if self.slim and pruner.granularity.slims_in_fit:
-            check_state(trainer.optimizers, pruner.parameters)
+            check_state(unwrapped(trainer.optimizers), pruner.parameters)
         statistics, gradients = self._collection.statistics(trainer), self._collection.gradients()
         unmatched = {name: why for name, why in self._collection.unmatched.items() if name not in statistics}
         ended = self._budget.window.name(round_end)
@@ -303,7 +303,7 @@ class TrainingHooks(HasSettings, Callback):
             pruner.spending.asked = found["asked"].item()
         kept = decide_once(trainer, lambda: decision.new_masks(fraction, seed))
         hold = holds(settings, self._budget, round_end)
-        decision.carry_out(kept, trainer.optimizers, hold)
+        decision.carry_out(kept, unwrapped(trainer.optimizers), hold)
         if hold:
             pruner.lead_copies()
             self._budget.met(round_end)

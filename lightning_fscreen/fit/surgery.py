@@ -19,7 +19,7 @@ from lightning_fscreen.fit.networks import Network
 from lightning_fscreen.modules import is_within
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
 from lightning_fscreen.slimming.double import let_go
-from lightning_fscreen.slimming.optimizers import check_state, follow_plan
+from lightning_fscreen.slimming.optimizers import check_state, follow_plan, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def slim_in_fit(
         Nothing has changed after an error.
     """
     before = dict(pl_module.named_parameters())
-    optimizers = _those_that_can_follow(trainer.optimizers, before, is_over)
+    optimizers = _those_that_can_follow(unwrapped(trainer.optimizers), before, is_over)
     broadcast_buffers(trainer, pl_module)
     plan = slim()
     follow_plan(optimizers, pl_module, before, plan)

@@ -85,14 +85,16 @@ def _install(network: nn.Module, plan: SlimmingPlan, tensors: Mapping[str, Tenso
 
 
 def _parameter_like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """A parameter of these values, with the attributes (a learning rate of its own, say) and hooks of another."""
+    """A parameter of these values, with the attributes (a learning rate of its own, say) of another.
+
+    Hooks of its gradient come along, too. Those that wait until it is accumulated are for this very parameter:
+    optimizers that step in the backward pass.
+    """
     new = nn.Parameter(values, old.requires_grad)
     vars(new).update(vars(old))
     if new.requires_grad:
-        for hook in (old._backward_hooks or {}).values():  # noqa: SLF001  # torch has no public lists of them
+        for hook in (old._backward_hooks or {}).values():  # noqa: SLF001  # torch has no public list of them
             new.register_hook(hook)
-        for hook in (old._post_accumulate_grad_hooks or {}).values():  # noqa: SLF001
-            new.register_post_accumulate_grad_hook(hook)
     return new
 
 
