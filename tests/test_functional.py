@@ -321,4 +321,7 @@ def test_ignored_instances_do_not_count(dtype):
     features, labels = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=dtype), torch.arange(60) % 4
     labels[::5] = -100
     counted = labels != -100
-    torch.testing.assert_close(f_statistic(features, labels), f_statistic(features[counted], labels[counted]))
+    expected = f_statistic(features[counted], labels[counted])
+    torch.testing.assert_close(f_statistic(features, labels), expected)
+    features[~counted] = torch.nan  # whatever they are
+    torch.testing.assert_close(f_statistic(features, labels), expected)

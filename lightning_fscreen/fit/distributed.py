@@ -92,12 +92,27 @@ def merge_processes(trainer: Trainer) -> Merge:
 
 
 def decide_once(trainer: Trainer, decide: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Let the first process decide, and give all processes its decision."""
+    """Let the first process decide, and give all processes its decision.
+
+    Raises:
+        ValueError: in all processes, if it cannot.
+    """
     if trainer.world_size == 1:
         return decide()
-    decision: Mapping[str, Tensor] = decide() if trainer.is_global_zero else {}
+    decision: Mapping[str, Tensor] = {}
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            decision = decide()
+        except Exception as error:  # whatever it is, the others wait
+            failure = error
     decision = {name: tensor.cpu() for name, tensor in decision.items()}  # not tied to the first process's device
-    return trainer.strategy.broadcast(decision)
+    decision, said = trainer.strategy.broadcast((decision, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise ValueError(f"in process 0: {said}")
+    return decision
 
 
 @contextlib.contextmanager

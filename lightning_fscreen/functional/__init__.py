@@ -122,7 +122,7 @@ def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift
         features: (N, p).
         labels: (N,) class indices or (N, C) class weights.
         num_classes: C.
-        shift: (p,) origin; the first instance if None.
+        shift: (p,) origin; the first instance that counts if None.
 
     Raises:
         ValueError: as `f_statistic`.
@@ -132,8 +132,12 @@ def f_statistic_update(features: Tensor, labels: Tensor, num_classes: int, shift
     if len(features) != len(labels):
         raise ValueError(f"features and labels differ in length: {len(features)} and {len(labels)}")
     check_labels(labels, num_classes)
-    if shift is None:
-        shift = features[0].double() if len(features) else torch.zeros_like(features[:0].sum(0), dtype=torch.float64)
+    labels = labels.to(features.device)
+    if shift is None and not len(features):
+        shift = torch.zeros_like(features[:0].sum(0), dtype=torch.float64)
+    elif shift is None:
+        first = 0 if labels.is_floating_point() else (labels != IGNORED).int().argmax()
+        shift = features[first].double()
     zeros = torch.zeros(num_classes + 1, features.shape[1], dtype=torch.float64, device=features.device)
     sums = ClassSums(shift, zeros.new_zeros(num_classes), zeros[1:], zeros[0])
     accumulate_(sums, features, labels)

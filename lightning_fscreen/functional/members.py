@@ -25,20 +25,22 @@ class Members:
         self._index: Tensor | None = None
         self._weights: Tensor | None = None
         self._inside: Tensor | None = None  # on accelerators: which instances are of a class
+        self._outside: Tensor | None = None  # which are of none, where that is known
         if labels.is_floating_point():
             self._weights = labels.to(dtype)
         elif labels.device.type != "cpu":  # nobody waits there to learn whether some are of none: these count as zeros
             self._inside = (labels >= 0) & (labels < num_classes)
-            self._index = torch.where(self._inside, labels, 0).long()
-        elif not bool((labels == IGNORED).any()):
+            self._index, self._outside = torch.where(self._inside, labels, 0).long(), ~self._inside
+        elif not bool((outside := labels == IGNORED).any()):
             self._index = labels.long()
         else:
+            self._outside = outside
             self._weights = (labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)).to(dtype)
 
     def leave_out_others_(self, values: Tensor) -> None:
-        """Set the values (N, p) of instances of no class to zero, in place, where sums need that."""
-        if self._inside is not None:
-            values.mul_(self._inside.unsqueeze(1))
+        """Set the values (N, p) of instances of no class to zero, in place, whatever they are: NaN, too."""
+        if self._outside is not None:
+            values.masked_fill_(self._outside.unsqueeze(1), 0)
 
     def add_(self, totals: Tensor, values: Tensor) -> None:
         """Add Σ_{k∈c} of values (N, p) to float64 totals (C, p), in place."""

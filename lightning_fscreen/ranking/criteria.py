@@ -125,9 +125,13 @@ class Criterion:
         object.__setattr__(self, "score", _of_context(self.score))
 
 
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def _of_context(score: Callable[..., Scores]) -> Score:
-    """The same function of the context; one of three arguments gets the parts that there were before it."""
-    if len(inspect.signature(score).parameters) == 1:
+    """The same function of the context; one that needs three arguments gets the parts that there were before it."""
+    needed = [p for p in inspect.signature(score).parameters.values() if p.default is p.empty and p.kind not in _ANY]
+    if len(needed) < 3:
         return score
     return lambda context: score(context.layers, context.screening_weight, context.generator)
 

@@ -29,6 +29,11 @@ class ActivationBuffer:
         self._waiting = 0  # rows of theirs
         self._running: dict[int, list[Tensor]] = {}  # probe → activations (N, features) of each run of its layer
 
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are kept."""
+        return self._rows.device
+
     def put(self, index: int, values: Tensor) -> None:
         """Take a probe's activations (N, features), which must not change until the step is kept or discarded."""
         self._running.setdefault(index, []).append(values)

@@ -131,6 +131,7 @@ class ActivationCollector:
             if labels.device.type == "cpu" or self._batches == 0:
                 check_labels(labels, self.num_classes)
                 check_proportions(labels)
+            labels = labels.to(buffer.device)
             self._drop_unmatched(len(labels), belong)
             ran = buffer.ran
             if len(ran) == len(self._probes) and not self._exact:

@@ -50,7 +50,8 @@ def observe(
     collector: ActivationCollector | None = None
     device, empty = device_of(model), True
     try:
-        with evaluating(model), torch.no_grad():
+        # Compiled graphs do not see hooks that came after them.
+        with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in tqdm(dataloader, desc=title, unit="batch", disable=not progress):
                 batch, empty = move_data_to_device(batch, device), False
                 given, tokens = labels_of(batch, labels, make_collector is not None), find_tokens(batch)

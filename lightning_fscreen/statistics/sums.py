@@ -163,7 +163,7 @@ def _origin(features: Tensor) -> Tensor:
     features = features[:_FIRST]
     first = features[0]
     mean = first + (features - first).mean(0)
-    return torch.where(_is_finite(mean), mean, first)
+    return torch.where(_is_finite(mean), mean, torch.where(_is_finite(first), first, 0))
 
 
 def _sent(indices: Tensor, device: torch.device) -> Tensor:

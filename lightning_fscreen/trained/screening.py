@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.functional import check_num_classes
-from lightning_fscreen.modules import select
+from lightning_fscreen.modules import select, uncompiled
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_labels, find_num_classes
 from lightning_fscreen.statistics.one_pass import Forward, observe
@@ -54,6 +54,7 @@ def screen(
             NaN or inf activations (names the layer and the batch), a layer that never runs.
     """
     check_num_classes(num_classes)
+    model = uncompiled(model)
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -44,7 +44,7 @@ def test_hooks_without_a_state_are_supported(hook):
 def test_objects_are_sent_without_their_device_and_buffers_as_tensors(monkeypatch):
     """A tensor in an object would be unpickled on the sender's device, in every process."""
     sent, wrapped = [], DistributedDataParallel.__new__(DistributedDataParallel)
-    strategy = SimpleNamespace(model=wrapped, broadcast=sent.append)
+    strategy = SimpleNamespace(model=wrapped, broadcast=lambda value: sent.append(value[0]) or value)
     trainer = SimpleNamespace(world_size=2, is_global_zero=True, strategy=strategy)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda values, value: sent.extend(value["sums"]))
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, rank: sent.append(tensor.zero_()))
@@ -57,3 +57,17 @@ def test_objects_are_sent_without_their_device_and_buffers_as_tensors(monkeypatc
     assert [pretended(tensor).type for tensor in objects] == ["cpu", "cpu"] and len(sent) == 2 + 3
     assert {(pretended(tensor).type, tensor.dtype) for tensor in sent[2:]} == {("cuda", torch.uint8)}
     assert not norm.running_var.any()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_the_process_that_decides_is_one_in_all(rank):
+    """The others would wait for its decision."""
+    said = ({}, "the scores of 'fc' contain NaN")
+    strategy = SimpleNamespace(broadcast=lambda value: value if rank == 0 else said)
+    trainer = SimpleNamespace(world_size=2, is_global_zero=rank == 0, strategy=strategy)
+
+    def decide():
+        raise ValueError(said[1])
+
+    with pytest.raises(ValueError, match="scores of 'fc' contain NaN"):
+        decide_once(trainer, decide)

@@ -143,6 +143,17 @@ def test_a_criterion_may_take_the_parts_of_the_context_as_three_arguments(monkey
         assert torch.equal(values, expected[n])
 
 
+def test_a_criterion_may_have_arguments_with_defaults(monkeypatch):
+    def power(context, exponent=2, *others, **more):
+        return {name: layer.weight**exponent for name, layer in context.layers.items()}
+
+    monkeypatch.delitem(CRITERIA, "power", raising=False)
+    register_criterion("power")(power)
+    given_layers = layers()
+    for name, values in score("power", given_layers).items():
+        assert torch.equal(values, given_layers[name].weight ** 2)
+
+
 def test_a_criterion_can_be_named_with_the_module_that_registers_it(tmp_path, monkeypatch):
     (tmp_path / "my_criteria.py").write_text(
         "from lightning_fscreen import register_criterion\n"

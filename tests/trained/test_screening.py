@@ -49,6 +49,18 @@ def loader(n=50, batch_size=8):
     return DataLoader(TensorDataset(*data(n)), batch_size)
 
 
+@pytest.mark.parametrize("compiled", [torch.compile, lambda model: model.compile() or model])
+def test_a_compiled_network_that_has_run_is_screened_as_it_was_written(compiled):
+    model = network().eval()
+    expected = fs.screen(model, loader(), progress=False)
+    model = compiled(model)
+    with torch.no_grad():
+        model(data()[0])
+    found = fs.screen(model, loader(), progress=False)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def reference():
     """Explicit forward hooks on a model in eval mode, all instances at once."""
     model, seen = network().eval(), {}
