@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -286,6 +286,13 @@ TABLE: list[Row] = [
         NotImplementedError,
         "powerSGD_hook.*PowerSGDState",
         "fp16_compress_hook",
+    ),
+    (
+        "weights that are products with masks",
+        lambda world: world.fit(callbacks=(ModelPruning("l1_unstructured", amount=0.1),)),
+        NotImplementedError,
+        "ModelPruning",
+        'criterion="magnitude"',
     ),
     (
         "averaged weights",

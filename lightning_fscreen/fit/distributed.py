@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ def check_strategy(trainer: Trainer, slims_in_fit: bool) -> None:
                 "ScreeningPruningCallback does not support StochasticWeightAveraging, which adds an epoch of its own "
                 "after the last; use WeightAveraging or EMAWeightAveraging, which follow, or average in a fit of the "
                 "slim network"
+            )
+        if isinstance(callback, ModelPruning):
+            raise NotImplementedError(
+                "ScreeningPruningCallback does not support ModelPruning beside it, which puts products with masks into "
+                'the place of weights; leave that out, and use granularity="weight", criterion="magnitude" for the same'
             )
 
 
