@@ -117,14 +117,14 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-_OWN = nn.Module().__dict__.keys()  # what torch keeps there: parameters, submodules, hooks, the mode
+OWN_ATTRIBUTES = nn.Module().__dict__.keys()  # what torch keeps there: parameters, submodules, hooks, the mode
 
 
 @contextlib.contextmanager
 def same_attributes(network: nn.Module) -> Iterator[None]:
     """What forward notes in attributes of modules (counters, lists, features) is afterwards what it was before."""
     before = {
-        module: {name: (value, _contents(value)) for name, value in vars(module).items() if name not in _OWN}
+        module: {name: (value, _contents(value)) for name, value in vars(module).items() if name not in OWN_ATTRIBUTES}
         for module in network.modules()
     }
     try:
@@ -132,13 +132,13 @@ def same_attributes(network: nn.Module) -> Iterator[None]:
     finally:
         for module, attributes in before.items():
             own = vars(module)
-            for name in own.keys() - attributes.keys() - _OWN:
+            for name in own.keys() - attributes.keys() - OWN_ATTRIBUTES:
                 del own[name]
             for name, (value, contents) in attributes.items():
                 if contents is not None:
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(contents)
-                if own.get(name, _OWN) is not value:
+                if own.get(name, own) is not value:
                     own[name] = value
 
 

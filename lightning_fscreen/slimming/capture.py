@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fscreen.modules import first_names, in_mode, same_attributes, uncompiled
 from lightning_fscreen.randomness import same_random_numbers
+from lightning_fscreen.slimming.escapes import returning_escapes
 from lightning_fscreen.slimming.multihead import by_sizes, without_hints
 from lightning_fscreen.slimming.transposed import use_linear
 
@@ -35,6 +36,7 @@ class Capture:
             has several.
         training: whether it is the train mode.
         numbers: placeholder name → number that forward makes a tensor of.
+        escapes: of the last outputs of the graph, those that the network itself does not return: why they are some.
         memory: what has been found out about the graph alone, to be asked once.
     """
 
@@ -42,6 +44,7 @@ class Capture:
     tensors: dict[str, str]
     training: bool = False
     numbers: Mapping[str, float] = field(default_factory=dict)
+    escapes: tuple[str, ...] = ()
     memory: dict[str, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def users(self, tensor: str) -> list[fx.Node]:
@@ -68,8 +71,10 @@ def capture(
     Raises:
         CaptureError: torch.export cannot follow the network's forward; the message quotes its error.
     """
+    escapes: list[str] = []
     try:
         with (
+            same_attributes(network),  # torch.export puts copies of lists and dicts into their places
             in_mode(network, training),
             plain_norms(network),
             _without_cumulative_averages(network),
@@ -77,9 +82,9 @@ def capture(
             by_sizes(network),
             without_hints(network),
             plain_outputs(network),
+            returning_escapes(network, escapes),
             torch.no_grad(),
             same_random_numbers(),
-            same_attributes(network),
         ):
             program = torch.export.export(network, args, dict(kwargs or {}), strict=False)
     except Exception as error:  # torch.export raises anything that forward, or its own passes, raise
@@ -98,7 +103,8 @@ def capture(
         if name.startswith("lifted_tensor")  # others are attributes, which may change
     }
     numbers = {place: float(each) for place, each in constants.items() if each.numel() == 1 and not each.is_complex()}
-    return Capture(program.graph, {place: names.get(name, name) for place, name in tensors.items()}, training, numbers)
+    own = {place: names.get(name, name) for place, name in tensors.items()}
+    return Capture(program.graph, own, training, numbers, tuple(escapes))
 
 
 def _cause(network: nn.Module) -> str:

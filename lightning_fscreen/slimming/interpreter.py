@@ -84,7 +84,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self._aliases = Aliases(self.values)
         self.streams: dict[fx.Node, Tensor] = {}  # selects of ours → the channels of the stream that they select from
-        self._graph, self._numbers = captured.graph, captured.numbers
+        self._graph, self._numbers, self._escapes = captured.graph, captured.numbers, captured.escapes
         self._handlers = handlers
         tensors = named_tensors(network)
         first_name = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
@@ -115,9 +115,11 @@ class Walk:
                     self.values[node].constant.fill_(number)
                     self.values[node].known.fill_(True)
             elif node.op == "output":
-                pytree.tree_map_only(
-                    fx.Node, lambda source: self.pin(source, "it is an output of the network"), node.args
-                )
+                outputs, escapes = pytree.tree_leaves(node.args), self._escapes
+                reasons = ["it is an output of the network"] * (len(outputs) - len(escapes)) + list(escapes)
+                for source, reason in zip(outputs, reasons, strict=True):
+                    if isinstance(source, fx.Node):
+                        self.pin(source, reason)
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
             else:

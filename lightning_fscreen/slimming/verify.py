@@ -15,11 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_fscreen.functional.precision import without_tf32
-from lightning_fscreen.modules import in_mode, named_tensors, places_by_name, same_attributes
+from lightning_fscreen.modules import in_mode, named_tensors, places_by_name
 from lightning_fscreen.randomness import seeded
 from lightning_fscreen.slimming.capture import plain_norms, plain_outputs
 from lightning_fscreen.slimming.chance import SameChance
 from lightning_fscreen.slimming.double import Exact, InDouble, let_go, own_eps, to_double
+from lightning_fscreen.slimming.escapes import returning_escapes
 from lightning_fscreen.slimming.examples import first_instance, shuffled, smaller, with_noise
 from lightning_fscreen.slimming.modes import without_mode
 
@@ -231,11 +232,11 @@ class Verification:
                 stack.enter_context(without_mode(self._network))
             stack.enter_context(plain_norms(self._network))
             stack.enter_context(plain_outputs(self._network))
+            stack.enter_context(returning_escapes(self._network))
             stack.enter_context(own_eps(self._network))
             # Noise must be the same before and after; some networks draw it in eval mode, too.
             stack.enter_context(seeded(0, devices))
             stack.enter_context(SameChance())
-            stack.enter_context(same_attributes(self._network))
             if self._way == _AS_USED:
                 stack.enter_context(InDouble(self._network, exact, self._device))
             elif self._way == _OWN:

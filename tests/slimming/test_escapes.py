@@ -1,0 +1,121 @@
+"""What leaves a network by attributes and hooks keeps its channels, and says so."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_fscreen import find_gates, slim
+from lightning_fscreen.slimming.escapes import returning_escapes
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Keeping(nn.Module):
+    """Keeps hidden features, in one way or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.way, self.calls = way, 0
+        self.seen: list[Tensor] = []
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        hidden = self.first(x).relu()
+        if self.way == "attribute":
+            self.features = hidden
+        elif self.way == "list":
+            self.seen.append(hidden)
+        elif self.way == "dict":
+            self.kept["hidden"] = hidden.detach()
+        elif self.way == "sum":
+            self.penalty = hidden.square().sum()
+        elif self.way == "part":
+            self.second.features = hidden
+        return self.last(self.second(hidden).relu())
+
+
+KEPT = {
+    "attribute": "forward keeps it in attribute 'features'",
+    "list": "forward keeps it in attribute 'seen'",
+    "dict": "forward keeps it in attribute 'kept'",
+    "part": "forward keeps it in attribute 'features' of module 'second'",
+}
+
+
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("way", KEPT)
+def test_features_in_attributes_stay_whole(way: str, ran: bool) -> None:
+    network = Keeping(way)
+    if ran:
+        network(X)
+    before = {name: value for name, value in vars(network).items() if not name.startswith("_")}
+    seen, kept = list(network.seen), dict(network.kept)
+    assert {gate.name: gate.excluded for gate in find_gates(network, X)}["first"] == KEPT[way]
+    masked = copy.deepcopy(Keeping(way))
+    masked.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        for layer in (masked.first, masked.second):
+            layer.weight[5:] = layer.bias[5:] = 0
+    keep = torch.arange(8) < 5
+    plan = slim(network, {"first": keep, "second": keep}, X)
+    assert plan.removed == {"second": 3} and KEPT[way] in plan.kept_for["first"]
+    after = {name: value for name, value in vars(network).items() if not name.startswith("_")}
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert network.seen == seen and network.kept == kept
+    torch.testing.assert_close(network(X), masked(X))
+
+
+def test_sums_of_features_stay_what_they_are() -> None:
+    network = Keeping("sum")
+    masked, keep = copy.deepcopy(network), torch.arange(8) < 5
+    with torch.no_grad():
+        for layer in (masked.first, masked.second):
+            layer.weight[5:] = layer.bias[5:] = 0
+    assert slim(network, {"first": keep, "second": keep}, X).removed["second"] == 3
+    network(X), masked(X)
+    torch.testing.assert_close(network.penalty, masked.penalty)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_a_hook_of_the_users_sees_stays_whole(before: bool) -> None:
+    network, seen = Keeping(""), []
+    if before:
+        network.second.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    else:
+        network.first.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    module = "second" if before else "first"
+    keep = torch.arange(8) < 5
+    plan = slim(network, {"first": keep, "second": keep}, X)
+    assert plan.removed == {"second": 3} and f"a forward hook of module '{module}' reads it" in plan.kept_for["first"]
+    seen.clear()
+    network(X)
+    assert seen == [(4, 8)]
+
+
+def test_hooks_of_torch_need_no_channels() -> None:
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        assert output.shape[1] in (5, 8)
+
+    look.__module__ = "torch.ao.quantization"
+    network = Keeping("")
+    network.second.register_forward_hook(look)
+    assert slim(network, {"second": torch.arange(8) < 5}, X).removed == {"second": 3}
+
+
+def test_what_is_returned_anyway_is_returned_once() -> None:
+    class Returns(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            self.features = x * 2
+            return self.features
+
+    network, reasons = Returns(), ["old"]
+    with returning_escapes(network, reasons):
+        assert torch.equal(network(X), 2 * X) and not reasons
+    assert "forward" not in vars(network)
