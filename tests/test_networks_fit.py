@@ -292,3 +292,31 @@ def test_sparse_inputs(granularity, layout):
     callback = ScreeningPruningCallback(granularity, amount=0.5, end_epoch=1)
     trainer([callback], max_epochs=2).fit(model := Sparse(), DataLoader([batch] * 4, batch_size=None))
     assert model.net[0].out_features == 8 or granularity == "weight"
+
+
+class Later(Parts):
+    """The second of two heads is trained from epoch 2 on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = _TwoHeads()
+        del self.backbone, self.head
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0], self.current_epoch >= 2), batch[1])
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Linear(64, 16), nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x, other):
+        return (self.other if other else self.one)(self.body(x.flatten(1)).relu())
+
+
+def test_layers_that_are_not_used_are_warned_of_once(caplog):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trainer([ScreeningPruningCallback("unit", amount=0.5, end_epoch=2)], max_epochs=4).fit(Later(), loader())
+    warned = [record.getMessage() for record in caplog.records if "does not use net.other" in record.getMessage()]
+    assert len(warned) == 1 and "exclude" in warned[0]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_fscreen.candidates.latency import capture_for
 from lightning_fscreen.candidates.magnitude import Reader
 from lightning_fscreen.candidates.prunable import PrunableUnits
-from lightning_fscreen.modules import named_tensors
+from lightning_fscreen.modules import join, named_tensors
 from lightning_fscreen.slimming.capture import Capture
 from lightning_fscreen.slimming.gates import STAYS, Gate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,32 @@ def numbered_from(layer: PrunableUnits, first: int) -> PrunableUnits:
 
 def _numbered(units: Tensor, first: int) -> Tensor:
     return torch.where(units == STAYS, STAYS, units + first)
+
+
+def warn_of_unused(model: nn.Module, tensors: Collection[str], told: Collection[str]) -> set[str]:
+    """Warn of layers that may be used later, by another method or for another task: they will not fit then.
+
+    Args:
+        model: the model.
+        tensors: names of those that a call of its network does not use.
+        told: layers of which there was a warning.
+
+    Returns:
+        The layers of which there is one now.
+    """
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | _ConvNd)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and join(name, "weight") in tensors
+        and name not in told
+    }
+    if layers:
+        log.warning(
+            "the call that was looked at does not use %s, so it is not known what %s: if used later, with what becomes "
+            "smaller, such layers no longer fit; leave out by exclude what makes their inputs",
+            ", ".join(sorted(layers)),
+            "it reads" if len(layers) == 1 else "they read",
+        )
+    return layers

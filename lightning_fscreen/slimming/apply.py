@@ -178,7 +178,9 @@ class _Removal:
             self._zeros_alone = True
             try:
                 return self.carried_out(*self.change())
-            except OtherSizeError as elsewhere:
+            except VerificationError as elsewhere:
+                if not isinstance(elsewhere, OtherSizeError):
+                    return self._without_culprits(elsewhere)
                 log.warning(
                     "the smaller network is right at the sizes of the example alone; use it at these, or slim it with "
                     "bias='zero', or on an example of the sizes that it will get: %s",
@@ -187,6 +189,14 @@ class _Removal:
                 self._verification.stay_here()
                 self._zeros_alone = False
                 return self.carried_out(*self.change())
+        return self._without_culprits(error)
+
+    def _without_culprits(self, error: VerificationError) -> tuple[Change, Undo]:
+        """Carry it out but for the gates to blame.
+
+        Raises:
+            VerificationError: that error, if nothing can be carried out.
+        """
         if not (groups := self._groups()):
             raise error
         trials = itertools.count(1)
@@ -226,6 +236,9 @@ class _Removal:
             _, undo = self.carried_out(*self.change())
         except VerificationError as error:
             let_go(error)
+            if isinstance(error, OtherSizeError) and not self._zeros_alone:  # that is no fault of theirs
+                self._zeros_alone = True
+                return self._works()
             return False
         undo()
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 
 import pytest
@@ -117,3 +118,37 @@ def test_what_differs_elsewhere_for_another_reason_is_said(caplog):
         plan = slim(network, {"first": KEEP}, x, bias="fold")
     assert plan.removed == {"first": 3} and "at the sizes of the example alone" in caplog.text
     torch.testing.assert_close(network(x), reference(x), rtol=1e-9, atol=1e-9)
+
+
+class PaddedAndScaled(nn.Module):
+    """As `Padded`, behind which a width is counted, as no graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.second, self.counted, self.last = nn.Conv2d(6, 6, 2, stride=2), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x)).relu()
+        h = self.counted(self.second(F.pad(h, (0, h.shape[-1] % 2, 0, h.shape[-2] % 2)))).relu()
+        out: Tensor = self.last(h / math.sqrt(h.shape[1]))
+        return out
+
+
+@pytest.mark.parametrize("bias", ["zero", "fold"])
+def test_constants_of_one_gate_do_not_hide_that_another_is_to_blame(bias: str) -> None:
+    torch.manual_seed(0)
+    network, x = PaddedAndScaled(), torch.randn(2, 3, 8, 8)
+    for norm in (network.norm, network.counted):
+        nn.init.normal_(norm.bias)
+    masked = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        for norm in (masked.norm, masked.counted):
+            norm.weight[~KEEP] = 0
+            if bias == "zero":
+                norm.bias[~KEEP] = 0
+    plan = slim(network, {"norm": KEEP, "counted": KEEP}, x, bias=bias)
+    assert "counted" in plan.kept_for and network.counted.num_features == 6 and network.first.out_channels == 3
+    for size in (8, 7):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(network.eval()(x), masked(x), rtol=1e-4, atol=1e-5)
