@@ -19,7 +19,7 @@ from lightning_fscreen.fit.settings import Settings
 from lightning_fscreen.ranking.window import Window
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.gradients import GradientStatistics, GradientSums
-from lightning_fscreen.statistics.labels import class_labels, find_labels, find_num_classes, warn_of_choice
+from lightning_fscreen.statistics.labels import class_labels, describe, find_labels, find_num_classes, warn_of_choice
 from lightning_fscreen.statistics.padding import find_tokens
 from lightning_fscreen.statistics.probes import FeatureStatistics
 from lightning_fscreen.statistics.sampling import collection_stride, instances_needed
@@ -125,7 +125,7 @@ class Collection:
         """
         if self._collectors and self._batch is not None:
             batch, batch_idx = self._batch
-            with _naming_batch(batch_idx, trainer):
+            with _naming_batch(batch_idx, trainer, batch if self._settings.labels is find_labels else None):
                 given = self._settings.labels(batch)
                 labels = class_labels(given)
                 tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf is not given]
@@ -215,8 +215,11 @@ def _by_network(state: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, 
 
 
 @contextlib.contextmanager
-def _naming_batch(batch_idx: int, trainer: Trainer) -> Iterator[None]:
+def _naming_batch(batch_idx: int, trainer: Trainer, batch: Any = None) -> Iterator[None]:
+    """Errors name the batch, and what its labels were taken from if that is the place where they usually are."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"training batch {batch_idx} of epoch {trainer.current_epoch}: {error}") from error
+        second = isinstance(batch, tuple | list) and not hasattr(batch, "_fields") and len(batch) > 1
+        where = f". Labels were taken from the second item of the {describe(batch)}" if second else ""
+        raise ValueError(f"training batch {batch_idx} of epoch {trainer.current_epoch}: {error}{where}") from error

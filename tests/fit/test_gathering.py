@@ -228,3 +228,9 @@ def test_labels_that_are_taken_from_one_of_two_possible_items_are_warned_of(door
         screen(mlp(), batches, progress=False, **({} if labels is None else {"labels": labels}))
     warned = [record for record in caplog.records if "labels=lambda batch: batch[2]" in record.getMessage()]
     assert len(warned) == (labels is None)
+
+
+def test_an_error_says_which_item_was_taken_for_the_labels():
+    batches = _batches(lambda x, y: (x, y + 40, y))  # lengths
+    with pytest.raises(ValueError, match=r"labels must lie in 0 … 9.*second item of the list of 3 \(tensor \(16, 1, 8"):
+        trainer([WeightPruning(amount=0.5, end_epoch=1)], max_epochs=1).fit(_Unlabelled(mlp()), batches)
