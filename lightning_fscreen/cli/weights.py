@@ -17,8 +17,6 @@ from lightning_fscreen.cli.parts import network_of
 from lightning_fscreen.files import is_torch_save
 from lightning_fscreen.saving.slimmed import is_slimmed_file, load_slimmed
 
-_PARALLEL = "module."  # what DataParallel puts before the names
-
 
 def load_weights(model: LightningModule, path: str, exclude: str | Sequence[str] | None = None) -> None:
     """Load trained weights into a model; one that was slim when it was saved makes the network as small.
@@ -70,6 +68,6 @@ def _own(tensors: Mapping[str, Tensor], model: LightningModule, network: nn.Modu
     known = network.state_dict().keys()
     readings = [
         {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in ("", *places, _PARALLEL)
+        for prefix in ("", *places)
     ]
     return max(readings, key=lambda reading: len(known & reading.keys()))

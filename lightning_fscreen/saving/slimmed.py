@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _KEY = "fscreen"
 """The only key of the metadata, since safetensors writes several in an order of chance: JSON of plan and checksum."""
+_PARALLEL = "module."  # what DataParallel and DistributedDataParallel put before the names
 _OLD_KEYS = "fscreen_plan", "fscreen_sha256"  # of earlier versions
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,6 +117,7 @@ def load_slimmed(
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: no module to load it into.
         ValueError: a pattern in `exclude` matches no module.
         PlanError: the file is damaged, is something else, or does not fit the model; names the first tensor that
             differs. The model is untouched then.
@@ -132,6 +134,8 @@ def load_slimmed(
             ...
         lightning_fscreen.slimming.plan.PlanError: ...: tensor 'weight' has shape (2, 3), its plan says (2, 4)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_slimmed(model, path) needs a module, an instance of its class, got {model!r}")
     network = uncompiled(model)
     tensors = _persistent(network)
     if isinstance(path, Mapping):
@@ -155,7 +159,13 @@ def load_slimmed(
             raise PlanError(f"{source} has a tensor {name!r}, which {type(network).__name__} does not have")
         if tuple(saved[name].shape) != expected[name]:
             found = tuple(saved[name].shape)
-            raise PlanError(f"{source}: tensor {name!r} has shape {found}, its plan says {expected[name]}")
+            said = f"its plan says {expected[name]}"
+            if not plan:
+                said = (
+                    f"that of the network {expected[name]}; there is no slimming plan, without which nothing slim can "
+                    "be loaded: it is in net.state_dict() and in files of save_slimmed"
+                )
+            raise PlanError(f"{source}: tensor {name!r} has shape {found}, {said}")
     for name, tensor in named_tensors(network).items():
         if name in plan.cuts and name not in saved:  # left out, or a buffer that is not saved
             saved[name] = plan.cut(name, tensor.detach())
@@ -207,6 +217,8 @@ def _from_state_dict(state_dict: Mapping[str, Tensor], network: nn.Module) -> tu
             'checkpoint["state_dict"]'
         )
     rest = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}  # of compiled modules
+    if all(name.startswith(_PARALLEL) for name in rest) and not hasattr(network, _PARALLEL.rstrip(".")):
+        rest = {name.removeprefix(_PARALLEL): value for name, value in rest.items()}
     plan, _ = take_plan(rest, network) or (SlimmingPlan(), [])
     shared = network.state_dict().keys() - named_tensors(network).keys()
     for name, value in rest.items():
@@ -225,7 +237,10 @@ def _plan_and_checksum(metadata: Mapping[str, str], path: Path) -> tuple[str, st
             raise PlanError(f"{str(path)!r} is damaged: its slimming plan cannot be read: {error}") from error
     if _OLD_KEYS[0] in metadata:
         return metadata[_OLD_KEYS[0]], metadata.get(_OLD_KEYS[1]), {}
-    raise PlanError(f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed")
+    raise PlanError(
+        f"{str(path)!r} holds no slimming plan; it was not written by save_slimmed. A state_dict that safetensors has "
+        "saved is loaded by load_slimmed(net, safetensors.torch.load_file(path))"
+    )
 
 
 def digest(plan: str, tensors: Mapping[str, Tensor]) -> str:

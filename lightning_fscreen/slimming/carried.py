@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_fscreen.modules import join, tensors_of
 from lightning_fscreen.slimming.plan import SlimmingPlan, module_of_gate
@@ -59,7 +60,8 @@ def parts_of(model: nn.Module, latest: SlimmingPlan | None = None) -> dict[str, 
     found: dict[str, SlimmingPlan] = {}
     for name, module in modules.items():
         if (part := own_part(module)) is not None:
-            found[name] = _as_it_is(part, module, _sizes(name, module, latest)) or part
+            sizes = _sizes(name, module, latest)
+            found[name] = _with_new_bias(_as_it_is(part, module, sizes) or part, module, sizes)
     for around, module in modules.items():
         for layer, part in module.__dict__.get(_PARTS, {}).items():
             new = module._modules.get(layer)  # noqa: SLF001  # only what it holds itself
@@ -67,7 +69,8 @@ def parts_of(model: nn.Module, latest: SlimmingPlan | None = None) -> dict[str, 
                 continue
             fitting = _as_it_is(part, new, _sizes(join(around, layer), new, latest))
             if fitting is not None:
-                found[join(around, layer)] = replace(fitting, biases=())  # whether it has a bias is its own affair
+                own = replace(fitting, biases=())  # whether it has a bias is its own affair
+                found[join(around, layer)] = _with_new_bias(own, new, _sizes(join(around, layer), new, latest))
     return {name: found[name] for name in modules if name in found}
 
 
@@ -139,6 +142,17 @@ def _as_it_is(part: SlimmingPlan, module: nn.Module, sizes: Mapping[str, tuple[i
     if part.selects and selected(module) is None:
         return None
     return part if shapes == part.shapes else replace(part, shapes=shapes)
+
+
+def _with_new_bias(part: SlimmingPlan, module: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> SlimmingPlan:
+    """The part of a layer that was given a bias later (fused with its batch norm, say): it has the weight's rows."""
+    rows = part.cuts.get("weight", {}).get(0)
+    has_rows = isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+    is_ours = bool(part.biases) or "bias" in part.cuts
+    if rows is None or is_ours or not has_rows or sizes.get("bias") != (len(rows),):
+        return part
+    shape = {"bias": (part.shapes["weight"][0],)}
+    return replace(part, shapes=part.shapes | shape, cuts=part.cuts | {"bias": {0: rows}})
 
 
 def _before(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 import lightning_fscreen.saving.slimmed as checkpoint
-from lightning_fscreen import load_slimmed, save_slimmed
+from lightning_fscreen import load_slimmed, save_slimmed, slim
 from lightning_fscreen.saving.slimmed import digest
 from lightning_fscreen.slimming import PlanError, SlimmingPlan, remove_dead_units
 from lightning_fscreen.slimming.carried import plan_of
@@ -408,3 +409,42 @@ def test_copies_of_a_slimmed_model_are_saved_with_their_plan(tmp_path: Path) -> 
     fresh = load_slimmed(Model(), tmp_path / "model.safetensors")
     x = torch.randn(EXAMPLE)
     assert torch.equal(outputs(fresh, x)[0], outputs(model, x)[0])
+
+
+def test_a_layer_that_was_fused_with_its_batch_norm_is_loaded_into_one_that_was(tmp_path: Path) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+
+    def fused(network: nn.Sequential) -> nn.Sequential:
+        network[0], network[1] = fuse_conv_bn_eval(network[0], network[1]), nn.Identity()
+        return network
+
+    network, x = make(), torch.randn(EXAMPLE)
+    slim(network, {"1": torch.arange(8) < 5}, x)
+    fused(network)
+    save_slimmed(network, tmp_path / "model.safetensors")
+    for source in (tmp_path / "model.safetensors", network.state_dict()):
+        assert torch.equal(load_slimmed(fused(make()), source)(x), network(x))
+
+
+def test_a_state_dict_without_a_plan_says_so(tmp_path: Path) -> None:
+    network = slimmed()
+    save_slimmed(network, tmp_path / "model.safetensors")
+    bare = {name: tensor for name, tensor in network.state_dict().items() if "fscreen_plan" not in name}
+    with pytest.raises(PlanError, match="there is no slimming plan"):
+        load_slimmed(Model(), bare)
+    save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, tmp_path / "other.safetensors")
+    with pytest.raises(PlanError, match="load_file"):
+        load_slimmed(Model(), tmp_path / "other.safetensors")
+
+
+def test_names_that_data_parallel_has_put_a_prefix_before() -> None:
+    network = slimmed()
+    saved = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    assert same_bits(network, load_slimmed(Model(), saved))
+
+
+def test_what_is_no_module_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="needs a module, an instance.*Model"):
+        load_slimmed(Model, tmp_path / "model.safetensors")  # type: ignore[type-var]
