@@ -320,3 +320,15 @@ def test_layers_that_are_not_used_are_warned_of_once(caplog):
         trainer([ScreeningPruningCallback("unit", amount=0.5, end_epoch=2)], max_epochs=4).fit(Later(), loader())
     warned = [record.getMessage() for record in caplog.records if "does not use net.other" in record.getMessage()]
     assert len(warned) == 1 and "exclude" in warned[0]
+
+
+class Skipping(Parts):
+    def training_step(self, batch, batch_idx):
+        return None if self.global_step == 0 and batch_idx < 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_batches_that_are_skipped_say_nothing_of_the_network(granularity):
+    callback = ScreeningPruningCallback(granularity, amount=0.5, end_epoch=1)
+    trainer([callback], max_epochs=2).fit(Skipping(), loader())
+    assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.02)

@@ -233,7 +233,7 @@ class TrainingHooks(HasSettings, Callback):
         if self._progress.step.observes:
             self._close()
             with self._waiting():
-                self._add(trainer)
+                self._add(trainer, skipped=pl_module.automatic_optimization and not outputs)
             if self._waits:
                 self._begin_again(trainer, pl_module)
         if self._progress.step.record and self._progress.batches == 1 and pl_module.automatic_optimization:
@@ -242,10 +242,10 @@ class TrainingHooks(HasSettings, Callback):
             self._end_round(trainer)
             self._log(pl_module)
 
-    def _add(self, trainer: Trainer) -> None:
+    def _add(self, trainer: Trainer, skipped: bool) -> None:
         pruner = self._fit_pruner
         pruner.recorder.stop()
-        if not self._waits:
+        if not self._waits and not skipped:  # by a training_step that returned None
             pruner.found.require_networks()
         if self._progress.step.gather:
             self._collection.add(trainer)
