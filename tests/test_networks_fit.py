@@ -332,3 +332,21 @@ def test_batches_that_are_skipped_say_nothing_of_the_network(granularity):
     callback = ScreeningPruningCallback(granularity, amount=0.5, end_epoch=1)
     trainer([callback], max_epochs=2).fit(Skipping(), loader())
     assert callback.report().pruned_fraction == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_the_users_are_warned_of_once_and_see_what_is_left(before, caplog):
+    class Hooked(Parts):
+        def __init__(self):
+            super().__init__()
+            self.widths = []
+            if before:
+                self.head[2].register_forward_pre_hook(lambda module, args: self.widths.append(args[0].shape[1]))
+            else:
+                self.head[1].register_forward_hook(lambda module, args, output: self.widths.append(output.shape[1]))
+
+    callback = ScreeningPruningCallback(amount=0.5, end_epoch=1, scope="layer")
+    trainer([callback], max_epochs=3).fit(model := Hooked(), loader())
+    warned = [record.getMessage() for record in caplog.records if "forward hooks of" in record.getMessage()]
+    assert len(warned) == 1 and f"head.{2 if before else 1}" in warned[0]
+    assert model.widths[0] == WIDTH and model.widths[-1] == WIDTH // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -98,3 +99,35 @@ def warn_of_unused(model: nn.Module, tensors: Collection[str], told: Collection[
             "it reads" if len(layers) == 1 else "they read",
         )
     return layers
+
+
+def warn_of_hooks(network: nn.Module, place: str, told: Collection[str]) -> set[str]:
+    """Warn of modules whose forward hooks, none of torch's, Lightning's or ours, will see smaller tensors.
+
+    Args:
+        network: the network.
+        place: its name in the model.
+        told: modules of which there was a warning, by their names in the model.
+
+    Returns:
+        The modules of which there is one now.
+    """
+    modules = {
+        join(place, name)
+        for name, module in network.named_modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)  # noqa: SLF001  # torch has no public list
+        if name and join(place, name) not in told and any(map(_is_foreign, hooks.values()))
+    }
+    if modules:
+        log.warning(
+            "forward hooks of %s see what becomes smaller; if they need all of it (features for another loss), leave "
+            "out by exclude what makes it",
+            ", ".join(sorted(modules)),
+        )
+    return modules
+
+
+def _is_foreign(hook: Any) -> bool:
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home.split(".")[0] not in ("torch", "lightning", "pytorch_lightning", "lightning_fscreen")

@@ -14,7 +14,7 @@ from lightning_fscreen.candidates.activations import activations_of
 from lightning_fscreen.candidates.costs import Currency, NetworkCosts, UnitCosts, size_model
 from lightning_fscreen.candidates.granularity import Granularity, Patterns, register_granularity, require_candidates
 from lightning_fscreen.candidates.latency import latency_models
-from lightning_fscreen.candidates.learned import Learned, numbered_from, readers_of, warn_of_unused
+from lightning_fscreen.candidates.learned import Learned, numbered_from, readers_of, warn_of_hooks, warn_of_unused
 from lightning_fscreen.candidates.magnitude import comparable, unit_magnitude
 from lightning_fscreen.candidates.prunable import (
     COLUMNS,
@@ -93,7 +93,7 @@ class Units(Granularity[PrunableUnits]):
         self._learned: dict[str, Learned] = {}
         self._bias, self._feature, self._round_to = bias, feature, round_to
         self._silent = bias in SILENT
-        self._told: set[str] = set()  # layers of which there was a warning
+        self._told: set[str] = set()  # modules of which there was a warning
         self._combine()
 
     def _combine(self) -> None:
@@ -143,7 +143,7 @@ class Units(Granularity[PrunableUnits]):
         activations = {join(name, layer): found for layer, found in activations_of(captured).items()}
         inside = [layer for layer in self._found if is_within(layer.name, name)]
         unused = {join(name, tensor) for tensor in captured.unused()}
-        self._told |= warn_of_unused(self._model, unused, self._told)
+        self._told |= warn_of_unused(self._model, unused, self._told) | warn_of_hooks(network, name, self._told)
         left_out = {layer.name for layer in inside if join(layer.name, "weight") in unused}
         inside = [layer for layer in inside if layer.name not in left_out and layer.name not in self._fixed]
         layers, excluded = refine([*inside, *self._new_heads(name, gates)], gates, activations)

@@ -242,7 +242,7 @@ class TrainingHooks(HasSettings, Callback):
             self._end_round(trainer)
             self._log(pl_module)
 
-    def _add(self, trainer: Trainer, skipped: bool) -> None:
+    def _add(self, trainer: Trainer, skipped: bool = False) -> None:
         pruner = self._fit_pruner
         pruner.recorder.stop()
         if not self._waits and not skipped:  # by a training_step that returned None

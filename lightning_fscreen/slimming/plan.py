@@ -87,7 +87,7 @@ class SlimmingPlan(Shown):
             {rename(name): shape for name, shape in self.shapes.items()},
             {rename(name): cut for name, cut in self.cuts.items()},
             {rename(name): groups for name, groups in self.groups.items()},
-            tuple(dict.fromkeys(rename(name) for name in self.biases)),
+            tuple(rename(name) for name in self.biases),
             {rename(name): indices for name, indices in self.selects.items()},
             dict(self.pinned),
             {rename(name): count for name, count in self.removed.items()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def take_plan(
     own = total.renamed(first)
     if any(own.cuts[first(name)] != cut for name, cut in total.cuts.items()):
         raise PlanError(f"the state_dict has different slimming plans of the same layers; remove one of {keys}")
-    return own, list(dict.fromkeys(map(first, plans)))
+    return replace(own, biases=tuple(dict.fromkeys(own.biases))), list(dict.fromkeys(map(first, plans)))
 
 
 def _first_names(network: nn.Module) -> Callable[[str], str]:

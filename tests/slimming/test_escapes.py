@@ -1,4 +1,4 @@
-"""What leaves a network by attributes and hooks keeps its channels, and says so."""
+"""What forward leaves in attributes keeps its channels, and says so."""
 
 from __future__ import annotations
 
@@ -81,32 +81,6 @@ def test_sums_of_features_stay_what_they_are() -> None:
     assert slim(network, {"first": keep, "second": keep}, X).removed["second"] == 3
     network(X), masked(X)
     torch.testing.assert_close(network.penalty, masked.penalty)
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_what_a_hook_of_the_users_sees_stays_whole(before: bool) -> None:
-    network, seen = Keeping(""), []
-    if before:
-        network.second.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    else:
-        network.first.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    module = "second" if before else "first"
-    keep = torch.arange(8) < 5
-    plan = slim(network, {"first": keep, "second": keep}, X)
-    assert plan.removed == {"second": 3} and f"a forward hook of module '{module}' reads it" in plan.kept_for["first"]
-    seen.clear()
-    network(X)
-    assert seen == [(4, 8)]
-
-
-def test_hooks_of_torch_need_no_channels() -> None:
-    def look(module: nn.Module, args: Any, output: Tensor) -> None:
-        assert output.shape[1] in (5, 8)
-
-    look.__module__ = "torch.ao.quantization"
-    network = Keeping("")
-    network.second.register_forward_hook(look)
-    assert slim(network, {"second": torch.arange(8) < 5}, X).removed == {"second": 3}
 
 
 def test_what_is_returned_anyway_is_returned_once() -> None:
