@@ -129,7 +129,8 @@ class _Removal:
             look_elsewhere: whether to do so at other sizes, too.
         """
         both = self._off is not None
-        self._verification = Verification(self._network, self._args, self._kwargs, training=both)
+        escapes = self._captured.escapes
+        self._verification = Verification(self._network, self._args, self._kwargs, both, escapes)
         if look_elsewhere:
             self._verification.look_elsewhere()
         self._followers = [Follower(copy, self._network, self._args, self._kwargs, both) for copy in copies]

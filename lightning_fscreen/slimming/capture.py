@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ class Capture:
             has several.
         training: whether it is the train mode.
         numbers: placeholder name → number that forward makes a tensor of.
-        escapes: of the last outputs of the graph, those that the network itself does not return: why they are some.
+        escapes: of the last outputs of the graph, those that the network itself does not return: why they are some; ""
+            where they are none.
         memory: what has been found out about the graph alone, to be asked once.
     """
 
@@ -104,7 +105,19 @@ def capture(
     }
     numbers = {place: float(each) for place, each in constants.items() if each.numel() == 1 and not each.is_complex()}
     own = {place: names.get(name, name) for place, name in tensors.items()}
-    return Capture(program.graph, own, training, numbers, tuple(escapes))
+    graph = program.graph
+    return Capture(graph, own, training, numbers, _of_inputs(graph, own.keys() | constants.keys(), escapes))
+
+
+def _of_inputs(graph: fx.Graph, fixed: Collection[str], escapes: Sequence[str]) -> tuple[str, ...]:
+    """The escapes, "" instead of those that depend on no input: what a module has computed from its own parameters."""
+    depend: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name not in fixed if node.op == "placeholder" else depend.intersection(node.all_input_nodes):
+            depend.add(node)
+    outputs = pytree.tree_leaves(graph.output_node().args)
+    last = outputs[len(outputs) - len(escapes) :]
+    return tuple(why if node in depend else "" for why, node in zip(escapes, last, strict=True))
 
 
 def _cause(network: nn.Module) -> str:

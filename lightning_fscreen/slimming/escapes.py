@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from lightning_fscreen.modules import OWN_ATTRIBUTES, same_attributes
 
 
 @contextlib.contextmanager
-def returning_escapes(network: nn.Module, reasons: list[str] | None = None) -> Iterator[None]:
+def returning_escapes(
+    network: nn.Module, reasons: list[str] | None = None, only: Collection[str] | None = None
+) -> Iterator[None]:
     """Inside, such tensors of a call are returned behind its outputs: whoever has them may need all of their channels.
 
     These are tensors that forward has put into attributes of modules: features for another loss, attention maps, what a
@@ -23,6 +25,7 @@ def returning_escapes(network: nn.Module, reasons: list[str] | None = None) -> I
     Args:
         network: the network.
         reasons: is filled with one for each of them, in their order, at every call.
+        only: those with these reasons; all by default.
     """
     own, forward = vars(network).get("forward"), network.forward
 
@@ -33,7 +36,7 @@ def returning_escapes(network: nn.Module, reasons: list[str] | None = None) -> I
             outputs = forward(*args, **kwargs)
             found = _held(network)
         known = {id(tensor) for _, tensor in before} | {id(leaf) for leaf in pytree.tree_leaves(outputs)}
-        found = [(why, tensor) for why, tensor in found if id(tensor) not in known]
+        found = [(why, own) for why, own in found if id(own) not in known and (only is None or why in only)]
         if reasons is not None:
             reasons[:] = [why for why, _ in found]
         return (outputs, [tensor for _, tensor in found]) if found else outputs

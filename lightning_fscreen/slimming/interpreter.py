@@ -118,7 +118,7 @@ class Walk:
                 outputs, escapes = pytree.tree_leaves(node.args), self._escapes
                 reasons = ["it is an output of the network"] * (len(outputs) - len(escapes)) + list(escapes)
                 for source, reason in zip(outputs, reasons, strict=True):
-                    if isinstance(source, fx.Node):
+                    if isinstance(source, fx.Node) and reason:
                         self.pin(source, reason)
             elif node.op == "call_function":
                 self.values[node] = self._call(node)

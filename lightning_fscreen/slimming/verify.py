@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -71,15 +71,21 @@ class Verification:
         args: example inputs.
         kwargs: example keyword inputs.
         training: whether its outputs in train mode must stay the same as well (without dropout), if it runs in it.
+        escapes: what else are outputs, as of `Capture`.
 
     Raises:
         VerificationError: the network does not run on its own example, or all that it gives is NaN.
     """
 
     def __init__(
-        self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+        self,
+        network: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: bool = False,
+        escapes: Collection[str] = (),
     ) -> None:
-        self._network = network
+        self._network, self._escapes = network, set(escapes)
         self._elsewhere: list[tuple[_Run, list[Any]]] = []  # at other sizes, and the outputs there
         self._device: torch.device | None
         reason = self._note_outputs(with_noise((args, kwargs)), args, kwargs, training)
@@ -232,7 +238,7 @@ class Verification:
                 stack.enter_context(without_mode(self._network))
             stack.enter_context(plain_norms(self._network))
             stack.enter_context(plain_outputs(self._network))
-            stack.enter_context(returning_escapes(self._network))
+            stack.enter_context(returning_escapes(self._network, only=self._escapes))
             stack.enter_context(own_eps(self._network))
             # Noise must be the same before and after; some networks draw it in eval mode, too.
             stack.enter_context(seeded(0, devices))

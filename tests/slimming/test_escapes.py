@@ -83,6 +83,28 @@ def test_sums_of_features_stay_what_they_are() -> None:
     torch.testing.assert_close(network.penalty, masked.penalty)
 
 
+def test_what_a_module_has_computed_of_its_parameters_is_no_output() -> None:
+    """Attention biases of an image size, say, until the mode changes."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.scale = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.rand(8))
+            self.cache: dict[int, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Any:
+            if len(self.cache) == 0 or self.training:
+                self.cache[0] = self.scale.exp()
+            return self.last(self.first(x) * self.cache[0])
+
+    network = Caching()
+    masked, keep = copy.deepcopy(network), torch.arange(8) < 5
+    with torch.no_grad():
+        masked.first.weight[5:] = masked.first.bias[5:] = 0
+    assert slim(network, {"first": keep}, X).removed == {"first": 3} and not network.cache
+    torch.testing.assert_close(network(X), masked(X))
+
+
 def test_what_is_returned_anyway_is_returned_once() -> None:
     class Returns(nn.Module):
         def forward(self, x: Tensor) -> Any:
