@@ -148,7 +148,10 @@ class Masks:
         for name, own in self.members.items():
             if name not in present or present[name].shape != own.shape:
                 found = f"shape {tuple(present[name].shape)}" if name in present else "no mask"
-                raise ValueError(f"layer {name!r} has candidates of shape {tuple(own.shape)}, but {found}")
+                raise ValueError(
+                    f"layer {name!r} has candidates of shape {tuple(own.shape)}, but {found}; if weights were "
+                    "loaded in the fit, of the network before it was slimmed, take those of epochs after it"
+                )
 
     def _copied(self, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         devices = {name: own.weight.device for name, own in self.members.items()}

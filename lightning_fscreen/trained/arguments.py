@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 import torch
+from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
 from lightning_fscreen.candidates.costs import Currency
@@ -41,9 +42,9 @@ def network_of(model: nn.Module) -> nn.Module:
     """The model as it was written, without what `torch.compile` has wrapped around it.
 
     Raises:
-        ValueError: it is wrapped for several devices, or modules of it are TorchScript.
+        ValueError: it is wrapped for several devices or by Fabric, or modules of it are TorchScript.
     """
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | _FabricModule):
         raise ValueError(
             f"{type(model).__name__} is only a wrapper of the network; give its .module, and wrap that again"
         )

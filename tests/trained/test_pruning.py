@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -291,6 +292,7 @@ def test_wrappers_and_what_cannot_be_looked_into_are_refused(call):
     scripted = nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(64, 10)))
     for network, message in (
         (nn.DataParallel(plain_net()), "give its .module"),
+        (Fabric(accelerator="cpu", devices=1).setup_module(plain_net()), "give its .module"),
         (scripted, "module '1' is TorchScript"),
     ):
         with pytest.raises(ValueError, match=message):
