@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lightning_fscreen.fit.spending import Spending
 from lightning_fscreen.modules import is_within
 from lightning_fscreen.ranking.asking import ask_for, too_much
 from lightning_fscreen.slimming import CaptureError, SlimmingPlan, VerificationError
+from lightning_fscreen.slimming.apply import rehearsed
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,8 @@ def find_asked(spending: Spending, masks: Masks, measure: Callable[[], float]) -
     return answer.result
 
 
-class _RehearsedError(Exception):
-    """Undoes a removal that was only to be looked at."""
+def _times(network: Network, timings: Timings, modules: Sequence[nn.Module], plan: SlimmingPlan) -> list[float]:
+    return network.times(timings, modules)
 
 
 def latency_without(
@@ -82,17 +84,10 @@ def latency_without(
             prefix = f"{network.name}." if network.name else ""
             inside = {name.removeprefix(prefix): mask for name, mask in kept.items() if is_within(name, network.name)}
             with network.examining(model):
-                whole = copied(network.module)
-
-                def look(plan: SlimmingPlan, network: Network = network, whole: nn.Module = whole) -> NoReturn:
-                    times.append(network.times(timings, [whole, network.module]))
-                    raise _RehearsedError
-
+                modules = [copied(network.module), network.module]
                 args, inputs = network.inputs_on_device()
-                try:
-                    look(granularity.slim(network.module, args, inputs, inside, agree=look))  # where nothing goes
-                except _RehearsedError:
-                    continue
+                slim = partial(granularity.slim, network.module, args, inputs, inside, ())
+                times.append(rehearsed(slim, partial(_times, network, timings, modules)))
     finally:
         put_back()
     before, after = map(sum, zip(*times, strict=True))

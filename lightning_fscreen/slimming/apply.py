@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -32,6 +33,8 @@ Agree = Callable[[SlimmingPlan], None]
 """Is called with a plan that has been carried out and verified, and undoes it by raising."""
 
 
+Seen = TypeVar("Seen")
+
 _TRIALS = 64  # until it is given up to find out which gates are to blame
 _NOT_SHOWN = (
     "{0} of {0} pruned channels stay: {0} because without them the outputs would change, since forward does something "
@@ -41,6 +44,28 @@ _NOT_SHOWN = (
 
 def unanimous(plan: SlimmingPlan) -> None:
     """Agree with every plan: there is nobody to ask."""
+
+
+class _RehearsedError(Exception):
+    """Undoes a removal that was only to be looked at."""
+
+
+def rehearsed(slim: Callable[[Agree], SlimmingPlan], look: Callable[[SlimmingPlan], Seen]) -> Seen:
+    """What is to be seen of a network while it is smaller; afterwards it is as it was.
+
+    Args:
+        slim: makes it smaller, if it is agreed to.
+        look: plan → what is to be seen.
+    """
+    seen: list[Seen] = []
+
+    def agree(plan: SlimmingPlan) -> None:
+        seen.append(look(plan))
+        raise _RehearsedError
+
+    with contextlib.suppress(_RehearsedError):
+        agree(slim(agree))  # nobody is asked where nothing can be removed
+    return seen[0]
 
 
 def remove_dead_slots(
@@ -66,7 +91,7 @@ def remove_dead_slots(
         captured: its graph.
         args: example inputs.
         kwargs: example keyword inputs.
-        off: gives batch norm → its channels that are switched off, of the values that the network has then; see
+        off: gives gate → its units that are switched off, of the values that the network has then; see
             `Walk`. With it, train mode is verified, too.
         copies: copies of the network, which lose the same slots; each is planned and verified with its own values.
         agree: has the last word.

@@ -30,7 +30,8 @@ Handler = Callable[["Walk", Any], Any]
 class Unsupported(Exception):
     """Slots cannot be followed through this use of an operator: its inputs stay whole, and so does its output.
 
-    Only handlers raise it, before they change anything. The message is the reason that plans and gates report.
+    Only handlers raise it; what they have unified or pinned until then stays so, which is safe. The message is the
+    reason that plans and gates report.
     """
 
     def __init__(self, reason: str = "not known to keep channels apart") -> None:
@@ -39,11 +40,11 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Off:
-    """Channels of a batch norm that are switched off.
+    """Units of a gate that are switched off.
 
     Attributes:
-        pruned: (channels,) bool.
-        constant: (channels,) float64, their output from then on.
+        pruned: (units,) bool.
+        constant: (units,) float64, their output from then on.
     """
 
     pruned: Tensor
@@ -61,7 +62,7 @@ class Walk:
         network: the network that was captured.
         captured: its graph.
         handlers: operator name → transfer function.
-        off: batch norm → its channels that are switched off.
+        off: gate → its units that are switched off.
         literal: operators (names of nodes: `view` and the like) whose sizes are numbers written into forward, which
             must stay; others' are taken for computed from the input's shape.
         head_dims: what is known of heads, see `HeadSearch`; None where it is to be found out.

@@ -35,7 +35,7 @@ def kept_for(
         readers: the readers, as for `live_slots`.
         live: (number of slots,) bool, those that the function needs.
         kept: likewise, with those that are kept for a tensor's shape.
-        off: batch norm → its channels that are switched off.
+        off: gate → its units that are switched off.
         zeros_alone: as of `make_change`.
     """
     root = slots.components(pinned=False)

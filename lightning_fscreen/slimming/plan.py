@@ -43,8 +43,8 @@ class SlimmingPlan(Shown):
         removed: units or channels removed, by layer; of batch norms, if they select. Likewise.
         streams: batch norm that selects → indices, in the full-size network, of the channels of its input that stay.
             What it selects follows from them and from its own cuts, so that neither can be wrong alone.
-        kept_for: batch norms that keep channels which are switched off, how many, and why; a record.
-        attributes: module → {attribute: (size before, size after)}: numbers in forward that count channels.
+        kept_for: gates that keep units which are switched off, how many, and why; a record.
+        attributes: module → {attribute: (before, after)}: sizes in forward that count channels, and the eps of norms.
         sizes: module → numbers that its forward computes from others and gives to calls, and what these get instead;
             see `slimming/sizes.py`.
     """

@@ -59,7 +59,7 @@ def make_change(
     Args:
         network: the network.
         slots: its slots.
-        off: batch norm → its channels that are switched off.
+        off: gate → its units that are switched off.
         numbers: what is done about numbers in forward that seem to count channels.
         round_to: widths of layers become multiples of it, or stay; dead slots are kept for that.
         zeros_alone: whether no other constants go, because they depend on the sizes of the inputs.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lightning_fscreen.modules import is_empty
 from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.ranking.amounts import Amount
 from lightning_fscreen.slimming import SlimmingPlan
-from lightning_fscreen.slimming.apply import Agree, unanimous
+from lightning_fscreen.slimming.apply import Agree, rehearsed, unanimous
 from lightning_fscreen.statistics.collector import ActivationCollector
 from lightning_fscreen.statistics.labels import find_num_classes
 from lightning_fscreen.statistics.one_pass import EMPTY, Forward, device_of, observe
@@ -107,10 +107,6 @@ def observed(
         if settings.needs_activations or settings.needs_moments:
             found.observe(itertools.chain([first], batches), forward, progress, title)
     return found
-
-
-class _RehearsedError(Exception):
-    """Undoes a removal that was only to be looked at."""
 
 
 class OneShot:
@@ -205,7 +201,7 @@ class OneShot:
         fraction, seed = spending.amount(masks), torch.initial_seed() % 2**63
         return Choice(decision.new_masks(fraction, seed), decision.scores(fraction, seed), amount)
 
-    @functools.cached_property  # the same for every amount
+    @cached_property  # the same for every amount
     def _errors(self) -> Mapping[str, Tensor]:
         if self._regression is None or not self._settings.resolved_criterion.needs_errors:
             return {}
@@ -255,20 +251,11 @@ class OneShot:
         Raises:
             VerificationError: as `slim`.
         """
-        seen: list[Pruned] = []
-
-        def look(plan: SlimmingPlan) -> NoReturn:
-            seen.append(self.report(choice, plan))
-            raise _RehearsedError
-
         put_back = self._remember()
         try:
-            look(self.slim(choice.kept, look))  # it returns where there is nothing to remove
-        except _RehearsedError:
-            pass
+            return rehearsed(partial(self.slim, choice.kept), partial(self.report, choice))
         finally:
             put_back()
-        return seen[0]
 
     def report(self, choice: Choice, plan: SlimmingPlan) -> Pruned:
         """The plan with the report, while the model is slim."""
