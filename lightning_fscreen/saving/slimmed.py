@@ -132,7 +132,7 @@ def load_slimmed(
         ...     load_slimmed(nn.Linear(4, 2), f"{folder}/linear.safetensors")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        lightning_fscreen.slimming.plan.PlanError: ...: tensor 'weight' has shape (2, 3), its plan says (2, 4)
+        lightning_fscreen.slimming.plan.PlanError: ...: tensor 'weight' has shape (2, 3), that of the network (2, 4)...
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_slimmed(model, path) needs a module, an instance of its class, got {model!r}")
