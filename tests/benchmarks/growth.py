@@ -60,7 +60,7 @@ def measure(count):
     if 3 * 4 * count > free:  # weights, gradients, and room for one more
         model = network(count, "meta")
         collector = Weights(model, None, None).collector(CLASSES)
-        sums = sum(tensor.nbytes for tensor in collector.state_dict()["sums"].values())
+        sums = sum(tensor.nbytes for tensor in collector.state_dict()["moments"].values())
         return f"{sums / 2**20:,.1f} MiB (sums alone, meta)", sums / (4 * count), "–", "–"
     model = network(count, "cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
