@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -76,8 +75,7 @@ class Decision:
     def new_masks(self, fraction: float, seed: int) -> dict[str, Tensor]:
         """Masks, at the present size, that prune the lowest-ranked candidates.
 
-        Where that would leave some that do nothing, those go first, until there are no more. Where more do nothing in
-        one try or another than can go, those of earlier tries rank by their scores.
+        Where that would leave some that do nothing, those go first, until there are no more.
 
         Args:
             fraction: of the candidates at full size, or of the cost of the network, that is pruned then.
@@ -97,17 +95,14 @@ class Decision:
         if self._find_idle is None:
             return masks
         idle: dict[str, Tensor] = {}
-        fewest, best = math.inf, masks
         while True:
             found = {name: own & masks[name] for name, own in self._find_idle(masks).items() if name in masks}
             new = {name: own & ~idle[name] if name in idle else own for name, own in found.items()}
             left, nothing, more = (sum(num_true(each).values()) for each in (masks, found, new))
-            is_better = nothing < fewest
-            fewest, best = (nothing, masks) if is_better else (fewest, best)
-            if nothing in (0, left) or not (more or is_better):  # where all paths are cut, nothing tells them apart
-                return best
+            if not more or nothing == left:  # where all paths are cut, nothing tells them apart
+                return masks
             idle = {name: own | idle[name] if name in idle else own for name, own in found.items()}
-            masks = self._lowest_pruned({**scores, **_first(found, idle, scores)}, fraction)
+            masks = self._lowest_pruned(_first(idle, scores, list(masks)), fraction)
 
     def _all_alike(self, scores: Mapping[str, Tensor]) -> bool:
         """Whether there are several candidates left, all with the same score."""
@@ -183,10 +178,17 @@ class Decision:
         return min(max((fraction * total - gone) / left, 0.0), 1.0)
 
 
-def _first(found: Mapping[str, Tensor], idle: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores by which those found go first, then the other idle ones, as they rank, then all others."""
+def _first(idle: Mapping[str, Tensor], scores: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
+    """Scores by which idle candidates go before all others, from the first of these layers to the last."""
     finite = [own[own.isfinite()] for own in scores.values()]
-    lowest = min((float(own.min()) for own in finite if own.numel()), default=0.0)
-    highest = max((float(own.max()) for own in finite if own.numel()), default=0.0)
-    below = 2 * (highest - lowest) + 1
-    return {name: torch.where(found[name], -torch.inf, scores[name] - below * own) for name, own in idle.items()}
+    start = min((float(own.min()) for own in finite if own.numel()), default=0.0)
+    start -= sum(scores[name].numel() for name in layers) + 1
+    ranked = dict(scores)
+    for name in layers:
+        own = scores[name]
+        if name in idle:
+            own = own.to(torch.promote_types(own.dtype, torch.float32))  # the largest half is less than many numbers
+            places = torch.arange(own.numel(), dtype=own.dtype, device=own.device).view(own.shape)
+            ranked[name] = torch.where(idle[name], start + places, own)
+        start += own.numel()
+    return ranked

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lightning_fscreen import ScreeningPruningCallback
+from lightning_fscreen.fit.decision import _first
 from lightning_fscreen.ranking.criteria import CRITERIA, Criterion
 from tests.conftest import Classifier, loader, mlp, trainer
 from tests.test_channel_fit import residual_net
@@ -72,3 +74,15 @@ def test_scores_that_are_all_equal_are_warned_of_and_empty_no_layer(end_epoch, c
     assert len(warned) == (end_epoch == 0)
     if end_epoch == 0:
         assert all(abs(layer.kept - layer.total / 2) <= 0.5 for layer in callback.report().layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_idle_candidates_go_first_in_their_order_whatever_the_dtype(dtype):
+    scores = {"a": torch.rand(300, 300).to(dtype), "b": torch.rand(70_000).to(dtype)}
+    idle = {"a": torch.rand(300, 300) < 0.3, "b": torch.rand(70_000) < 0.3}
+    ranked = _first(idle, scores, ["a", "b"])
+    first = torch.cat([ranked[name][idle[name]].double() for name in ("a", "b")])
+    assert first.isfinite().all() and (first.diff() > 0).all()
+    others = torch.cat([ranked[name][~idle[name]].double() for name in ("a", "b")])
+    assert first.max() < others.min()
+    assert all(torch.equal(ranked[name][~idle[name]].to(dtype), scores[name][~idle[name]]) for name in scores)
