@@ -9,7 +9,7 @@ parametrizations, `setattr` the modules' own setters.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -145,6 +145,20 @@ def same_attributes(network: nn.Module) -> Iterator[None]:
 def _contents(value: Any) -> Any:
     """A copy of a list, dict or set; None of anything else."""
     return value.copy() if type(value) in (list, dict, set) else None
+
+
+@contextlib.contextmanager
+def replaced_forward(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, another function is the forward of a module; afterwards it is what it was."""
+    own = vars(network).get("forward")
+    network.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del network.forward
+        else:
+            network.forward = own
 
 
 def evaluating(network: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.modules import first_names, in_mode, same_attributes, uncompiled
+from lightning_fscreen.modules import first_names, in_mode, replaced_forward, same_attributes, uncompiled
 from lightning_fscreen.randomness import same_random_numbers
 from lightning_fscreen.slimming.escapes import returning_escapes
 from lightning_fscreen.slimming.multihead import by_sizes, without_hints
@@ -180,7 +180,7 @@ def plain_outputs(network: nn.Module) -> Iterator[None]:
     Not so what a network returns for itself, to be given back under the same name (the keys and values that a language
     model caches): that is no result, and whoever gives it back has it from the same, smaller network.
     """
-    own, forward = vars(network).get("forward"), network.forward
+    forward = network.forward
 
     @functools.wraps(forward)
     def plain(*args: Any, **kwargs: Any) -> Any:
@@ -192,14 +192,8 @@ def plain_outputs(network: nn.Module) -> Iterator[None]:
             is_leaf=lambda value: id(value) in own_state,
         )
 
-    network.forward = plain
-    try:
+    with replaced_forward(network, plain):
         yield
-    finally:
-        if own is None:
-            del network.forward
-        else:
-            network.forward = own
 
 
 def _given_back(outputs: Any, network: nn.Module) -> Iterator[Any]:

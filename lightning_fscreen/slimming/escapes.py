@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_fscreen.modules import OWN_ATTRIBUTES, same_attributes
+from lightning_fscreen.modules import OWN_ATTRIBUTES, replaced_forward, same_attributes
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def returning_escapes(
         reasons: is filled with one for each of them, in their order, at every call.
         only: those with these reasons; all by default.
     """
-    own, forward = vars(network).get("forward"), network.forward
+    forward = network.forward
 
     @functools.wraps(forward)
     def returning(*args: Any, **kwargs: Any) -> Any:
@@ -41,14 +41,8 @@ def returning_escapes(
             reasons[:] = [why for why, _ in found]
         return (outputs, [tensor for _, tensor in found]) if found else outputs
 
-    network.forward = returning
-    try:
+    with replaced_forward(network, returning):
         yield
-    finally:
-        if own is None:
-            del network.forward
-        else:
-            network.forward = own
 
 
 def _held(network: nn.Module) -> list[tuple[str, Tensor]]:
